@@ -1,0 +1,28 @@
+PYTHON ?= python3.11
+BIN := .venv/bin
+READY := .venv/.installed
+export MPLBACKEND := Agg
+
+.PHONY: eval test notebooks clean
+
+eval: $(READY)          # the main job: the evaluation notebook on the embedded default
+	$(BIN)/papermill nbs/90_eval.ipynb runs/90_eval.ipynb --progress-bar
+
+test: $(READY)          # export in step and notebooks clean, then the notebooks' own checks, then the rest
+	$(BIN)/pytest -q tests/test_repo.py
+	$(BIN)/nbdev_test --n_workers 0
+	$(BIN)/pytest -q --ignore tests/test_repo.py
+
+notebooks: $(READY)     # re-execute the library notebooks in place; paper notebooks (80-99) run by papermill
+	for nb in nbs/index.ipynb nbs/[0-7]*.ipynb; do $(BIN)/jupyter execute --inplace $$nb || exit 1; done
+	$(BIN)/nbdev_clean && $(BIN)/nbdev_export
+
+$(READY): requirements.lock pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@if git rev-parse --git-dir >/dev/null 2>&1; then $(BIN)/nbdev_install_hooks; fi
+	@mkdir -p runs && touch $@
+
+clean:                  # everything that can be made again
+	rm -rf .venv runs _docs _proc *.egg-info
