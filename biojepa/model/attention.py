@@ -26,11 +26,23 @@ def init_weights_(
     return module
 
 # %% ../../nbs/30_attention.ipynb #12e46c36
+class _Phi(torch.autograd.Function):
+    "exp(min(x, 0)) + max(x, 0); its derivative is min(phi, 1), so only the result is kept."
+    @staticmethod
+    def forward(ctx, x):
+        y = x.clamp(max=0).exp_().add_(x.clamp(min=0))
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad): return grad*ctx.saved_tensors[0].clamp(max=1)
+
+# %% ../../nbs/30_attention.ipynb #eea47c38
 def phi(
     x:Tensor,  # any shape
 )->Tensor:     # same shape, all positive
     "Feature map ELU(x) + 1 of linear attention (Katharopoulos et al. 2020, eq. 7), without cancellation."
-    return x.clamp(max=0).exp_().add_(x.relu())
+    return _Phi.apply(x)
 
 # %% ../../nbs/30_attention.ipynb #894aa0f9
 class LinearAttention(nn.Module):
