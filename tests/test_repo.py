@@ -1,0 +1,128 @@
+"What keeps the repository honest: exports in step, notebooks clean, imports downwards, one version, one set of pins."
+import ast, configparser, json, re, tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from nbdev.clean import clean_nb
+from nbdev.export import nb_export
+from execnb.nbio import read_nb
+
+from biojepa import __version__
+from biojepa.core import PATHS
+
+NOTEBOOKS = sorted(PATHS.nbs.glob("*.ipynb"))
+SETTINGS = configparser.ConfigParser()
+SETTINGS.read(PATHS.root/"settings.ini")
+SETTINGS = SETTINGS["DEFAULT"]
+
+
+def cells(path): return json.loads(path.read_text())["cells"]
+
+
+def module_of(path):
+    "The module a notebook exports to, or None."
+    found = re.search(r"^#\|\s*default_exp (\S+)", "\n".join("".join(c["source"]) for c in cells(path)), re.M)
+    return found and "biojepa." + found[1]
+
+
+MODULES = {module_of(nb): nb for nb in NOTEBOOKS if module_of(nb)}
+
+
+def package_imports(path):
+    "Modules of this package that a Python file imports, at any depth (nbdev writes them as relative imports)."
+    parents = ["biojepa", *path.relative_to(PATHS.root/"biojepa").parts[:-1]]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert [n.name for n in node.names] != ["*"], f"{path.name}: star import of {node.module}"
+            if node.level: yield ".".join([*parents[:len(parents) - node.level + 1], node.module])
+            elif node.module.split(".")[0] == "biojepa": yield node.module
+        if isinstance(node, ast.Import): yield from (n.name for n in node.names if n.name.split(".")[0] == "biojepa")
+
+
+@pytest.mark.parametrize("notebook", MODULES.values(), ids=lambda p: p.stem)
+def test_exported_module_is_in_step_with_its_notebook(notebook, tmp_path):
+    module = module_of(notebook)
+    nb_export(notebook, lib_path=tmp_path/"biojepa")  # the folder name decides which imports become relative
+    relative = Path(*module.split(".")[1:]).with_suffix(".py")
+    body = lambda p: re.sub(r"\S*/nbs/", "nbs/", p.read_text())  # the comments hold the notebook's path as seen from the module
+    assert body(tmp_path/"biojepa"/relative) == body(PATHS.root/"biojepa"/relative), f"{relative} differs from {notebook.name}; run nbdev_export"
+
+
+def test_every_module_has_a_notebook():
+    files = {p.relative_to(PATHS.root).with_suffix("").as_posix().replace("/", ".") for p in (PATHS.root/"biojepa").rglob("*.py")}
+    assert {f for f in files if not f.endswith(("__init__", "_modidx"))} == set(MODULES)
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook_is_clean_light_and_without_machine_paths(notebook):
+    nb, before = read_nb(notebook), read_nb(notebook)
+    clean_nb(nb, allowed_cell_metadata_keys={"tags"}, clean_ids=True)
+    assert nb == before, f"{notebook.name} holds metadata or counts; run nbdev_clean"
+    assert notebook.stat().st_size < 300_000, f"{notebook.name}: outputs too heavy"
+    text = notebook.read_text()
+    assert not re.search(r"(?<![\w.])/(home|root|work|Users|tmp)/", text), f"{notebook.name} shows a path of one machine"
+    assert '"output_type": "error"' not in text, f"{notebook.name} holds a traceback"
+
+
+@pytest.mark.parametrize("notebook", [n for n in NOTEBOOKS if n.stem[0] in "01234567"], ids=lambda p: p.stem)
+def test_library_notebook_is_committed_with_its_outputs(notebook):
+    code = [c for c in cells(notebook) if c["cell_type"] == "code"]
+    assert any(c["outputs"] for c in code), f"{notebook.name} has no outputs; run make notebooks"
+    assert cells(notebook)[0]["cell_type"] == "markdown" and "\n> " in "".join(cells(notebook)[0]["source"])
+
+
+@pytest.mark.parametrize("notebook", [n for n in NOTEBOOKS if n.stem[0] in "89"], ids=lambda p: p.stem)
+def test_paper_notebook_is_skipped_by_nbdev_and_has_parameters(notebook):
+    first = cells(notebook)[0]
+    assert first["cell_type"] == "raw" and "skip_exec: true" in "".join(first["source"])
+    assert sum("parameters" in c["metadata"].get("tags", []) for c in cells(notebook)) == 1
+    assert module_of(notebook) is None, "a paper notebook holds no logic of its own"
+
+
+@pytest.mark.parametrize("module", MODULES, ids=str)
+def test_module_imports_only_from_lower_notebooks(module):
+    number = lambda m: int(MODULES[m].name[:2])
+    for imported in package_imports(PATHS.root/Path(*module.split(".")).with_suffix(".py")):
+        assert imported in MODULES, f"{module} imports {imported}, which no notebook exports"
+        assert number(imported) < number(module), f"{module} (notebook {number(module)}) imports upwards: {imported}"
+
+
+def pins(lines):
+    "name -> version of every pinned requirement."
+    return dict(re.fullmatch(r"([\w.-]+)==(\S+)", l.strip()).groups() for l in lines if re.match(r"\s*[\w.-]+==", l))
+
+
+def test_environment_yml_has_the_pins_of_the_lock():
+    lock = pins((PATHS.root/"requirements.lock").read_text().splitlines())
+    environment = yaml.safe_load((PATHS.root/"environment.yml").read_text())
+    conda = [d for d in environment["dependencies"] if isinstance(d, str)]
+    assert pins(next(d["pip"] for d in environment["dependencies"] if isinstance(d, dict))) == lock and len(lock) > 100
+    assert f"python={SETTINGS['min_python']}" in conda
+    assert lock["torch"] == "2.13.0" and lock["nbdev"].startswith("2.")
+
+
+def test_settings_ini_is_the_one_place_for_name_and_version():
+    project = tomllib.loads((PATHS.root/"pyproject.toml").read_text())["project"]
+    assert project["name"] == SETTINGS["lib_name"] == "biojepa"
+    assert "version" not in project and "version" in project["dynamic"]
+    assert __version__ == SETTINGS["version"]
+
+
+def test_no_code_unpickles():
+    for path in (PATHS.root/"biojepa").rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        names = {n.name for node in ast.walk(tree) if isinstance(node, ast.Import) for n in node.names}
+        assert not names & {"pickle", "dill", "joblib", "cloudpickle"}, f"{path.name} imports a pickle reader"
+        for call in (n for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute) and n.func.attr == "load"):
+            keywords = {k.arg: getattr(k.value, "value", None) for k in call.keywords}
+            owner = getattr(call.func.value, "id", "")
+            assert owner != "torch" or keywords.get("weights_only") is True, f"{path.name}: torch.load without weights_only=True"
+            assert not keywords.get("allow_pickle"), f"{path.name}: allow_pickle"
+
+
+def test_code_parses_as_python_3_11_and_3_12_and_prints_nothing():
+    for path in (PATHS.root/"biojepa").rglob("*.py"):
+        tree = ast.parse(path.read_text(), feature_version=(3, 11))
+        calls = {n.func.id for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
+        assert "print" not in calls, f"{path.name}: library code does not print"
