@@ -1,0 +1,322 @@
+"The model against independent references, and the collapse of equal tokens against the naive form."
+import json, subprocess, sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings, strategies as st
+
+from biojepa.config import preset
+from biojepa.core import n_params
+from biojepa.data.batches import ActionBatch, CellBatch, PairBatch
+from biojepa.model.attention import LinearAttention, phi
+from biojepa.model.biojepa import BioJEPA, from_pretrained, save_pretrained
+from biojepa.model.encoder import CellEncoder
+from biojepa.model.predictor import ActionPredictor
+from biojepa.model.tokens import TokenSet, list_genes, random_gene_mask
+
+G = 40
+SMALL = preset("smoke").model.changed(n_genes=G, n_encoder_layers=2)
+
+
+def make_batch(n, expressed, seed, n_genes=G, n_tokens=1):
+    g = torch.Generator().manual_seed(seed)
+    cells = lambda: torch.rand(n, n_genes, generator=g)*(torch.rand(n, n_genes, generator=g) < expressed)
+    sizes = lambda: 7 + 3*torch.rand(n, generator=g)
+    rows = torch.arange(n)
+    pairs = PairBatch(cells(), cells(), sizes(), sizes(), rows, rows, rows)
+    present = torch.rand(n, n_tokens, generator=g) < .7
+    present[:, 0] = True
+    actions = ActionBatch(torch.randn(n, n_tokens, 320, generator=g), torch.zeros(n, n_tokens).long(), torch.zeros(n, n_tokens).long(), present)
+    return CellBatch(pairs.x_pert, pairs.log_library_size_pert, rows), pairs, actions
+
+
+def gradients(model):
+    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in model.parameters()])
+
+
+# --- attention
+
+@given(seed=st.integers(0, 2**20), n_tokens=st.integers(1, 12), heads=st.sampled_from([1, 2, 4]))
+@settings(max_examples=30, deadline=None)
+def test_attention_is_the_explicit_sum_over_all_pairs(seed, n_tokens, heads):
+    torch.manual_seed(seed)
+    attention, x = LinearAttention(8, heads).double(), torch.randn(2, n_tokens, 8).double()
+    m = torch.randint(0, 4, (2, n_tokens)).double()
+    m[:, 0] = 1
+    q, k, v = attention.qkv(x).view(2, n_tokens, 3, heads, -1).unbind(2)
+    expected = torch.zeros_like(v)
+    for b in range(2):
+        for h in range(heads):
+            for i in range(n_tokens):
+                kernel = torch.stack([m[b, j]*((F.elu(q[b, i, h]) + 1) @ (F.elu(k[b, j, h]) + 1)) for j in range(n_tokens)])
+                expected[b, i, h] = (kernel[:, None]*v[b, :, h]).sum(0)/kernel.sum()
+    torch.testing.assert_close(attention(x, m), attention.out(expected.flatten(2)), atol=1e-9, rtol=1e-9)
+
+
+def test_phi_has_the_derivative_of_elu():
+    x = torch.linspace(-8, 8, 101, requires_grad=True)
+    mine, = torch.autograd.grad(phi(x).sum(), x)
+    theirs, = torch.autograd.grad(F.elu(x).sum(), x)
+    torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-6)
+
+
+def test_encoder_is_permutation_equivariant():
+    torch.manual_seed(0)
+    encoder, order = CellEncoder(SMALL), torch.randperm(G)
+    x, sizes, mask = torch.rand(3, G)*(torch.rand(3, G) < .5), torch.rand(3), random_gene_mask(3, G)
+    z = encoder(x, sizes, mask).genes()
+    with torch.no_grad(): encoder.tokenizer.gene.weight.copy_(encoder.tokenizer.gene.weight[order].clone())
+    torch.testing.assert_close(encoder(x[:, order], sizes, mask[:, order]).genes(), z[:, order], atol=1e-5, rtol=1e-5)
+
+
+# --- collapse
+
+SWITCHES = st.fixed_dictionaries(dict(latent_loss=st.sampled_from(["l1", "mse"]), vicreg_over=st.sampled_from(["tokens", "cells"]),
+                                      mask_keeps_gene=st.booleans(), value_embedding=st.sampled_from(["scale", "offset"]), mask_context=st.booleans()))
+SHARES = st.one_of(st.sampled_from([0., 1.]), st.floats(0, 1))
+
+
+def valid_mask(n, hidden, seed):
+    "A random mask that leaves each cell something to predict and something to predict from; two cells share a hidden gene."
+    mask = random_gene_mask(n, G, hidden, generator=torch.Generator().manual_seed(seed))
+    mask[:, 0], mask[:, 1] = True, False
+    return mask
+
+
+@given(switches=SWITCHES, expressed=SHARES, hidden=SHARES, n=st.integers(2, 5), seed=st.integers(0, 2**20), stage=st.sampled_from(["pretrain", "dynamics"]))
+@settings(max_examples=60, deadline=None)
+def test_collapsed_losses_and_gradients_are_the_naive_ones(switches, expressed, hidden, n, seed, stage):
+    torch.manual_seed(seed)
+    model, (cells, pairs, actions), mask = BioJEPA(SMALL.changed(**switches)), make_batch(n, expressed, seed), valid_mask(n, hidden, seed)
+    results = []
+    for collapse in (False, True):
+        model.zero_grad()
+        loss = model.pretrain_loss(cells, mask, collapse=collapse) if stage == "pretrain" else model.dynamics_loss(pairs, actions, mask, collapse=collapse)
+        loss.total.backward()
+        results.append((torch.stack(list(loss)), gradients(model)))
+    (a, g), (b, h) = results
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    assert (g - h).norm() <= 1e-4*g.norm() + 1e-7
+
+
+@given(expressed=SHARES, hidden=SHARES, n=st.integers(1, 5), seed=st.integers(0, 2**20))
+@settings(max_examples=40, deadline=None)
+def test_collapsed_latents_are_the_naive_ones(expressed, hidden, n, seed):
+    torch.manual_seed(seed)
+    encoder, (cells, *_) = CellEncoder(SMALL), make_batch(n, expressed, seed)
+    mask = random_gene_mask(n, G, hidden, generator=torch.Generator().manual_seed(seed))
+    naive, fast = (encoder(cells.x, cells.log_library_size, mask, c) for c in (False, True))
+    torch.testing.assert_close(fast.genes(), naive.genes(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(fast.weight.sum(1), torch.full((n,), float(G)))
+    visible = (cells.x != 0) & ~mask
+    assert fast.x.shape[1] == max(int(visible.sum(1).max()), 1) + 2
+
+
+@given(padding=st.integers(1, 9), seed=st.integers(0, 2**20))
+@settings(max_examples=20, deadline=None)
+def test_padding_changes_nothing(padding, seed):
+    torch.manual_seed(seed)
+    encoder, (cells, *_) = CellEncoder(SMALL), make_batch(3, .5, seed)
+    tokens = encoder.tokenizer(cells.x, cells.log_library_size)
+    rubbish = 1e3*torch.randn(3, padding, tokens.x.shape[-1])
+    padded = tokens._replace(x=torch.cat([tokens.x, rubbish], 1), weight=torch.cat([tokens.weight, torch.zeros(3, padding)], 1))
+    torch.testing.assert_close(encoder.stack(padded).genes(), encoder.stack(tokens).genes(), atol=1e-5, rtol=1e-5)
+
+
+def test_a_cell_does_not_depend_on_its_batch():
+    torch.manual_seed(0)
+    model, (_, pairs, actions) = BioJEPA(SMALL), make_batch(4, .5, 0)
+    pairs.x_ctrl[0, 5:] = 0  # few tokens, much padding beside the others
+    whole = model.predict_latent(pairs.x_ctrl, pairs.log_library_size_ctrl, actions)
+    alone = model.predict_latent(pairs.x_ctrl[:1], pairs.log_library_size_ctrl[:1], actions.take([0]))
+    torch.testing.assert_close(whole.mean[:1], alone.mean, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(whole.logvar[:1], alone.logvar, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("switches, n_tokens", [({}, 1), ({}, 3), (dict(mask_keeps_gene=True), 1), (dict(value_embedding="offset"), 2)])
+def test_prediction_and_energy_are_the_naive_ones(switches, n_tokens):
+    torch.manual_seed(0)
+    model, (_, pairs, actions) = BioJEPA(SMALL.changed(**switches)), make_batch(4, .4, 1, n_tokens=n_tokens)
+    naive, fast = (model.predict_latent(pairs.x_ctrl, pairs.log_library_size_ctrl, actions, c) for c in (False, True))
+    torch.testing.assert_close(fast.mean, naive.mean, atol=1e-5, rtol=1e-5)
+    e, f = (model.energy(pairs.x_ctrl, actions, pairs.x_pert, pairs.log_library_size_ctrl, pairs.log_library_size_pert, c) for c in (False, True))
+    torch.testing.assert_close(e, f, atol=1e-5, rtol=1e-5)
+    h = model.teacher(pairs.x_pert, pairs.log_library_size_pert).genes()
+    torch.testing.assert_close(e, torch.stack([sum((m - t).abs().mean() for m, t in zip(*c))/G for c in zip(naive.mean, h)]), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "dynamics"])
+def test_recomputed_activations_give_the_same_gradients(stage):
+    torch.manual_seed(0)
+    kept, (cells, pairs, actions), mask = BioJEPA(SMALL), make_batch(3, .4, 1), valid_mask(3, .6, 0)
+    recomputed = BioJEPA(SMALL, checkpoint_activations=True)
+    recomputed.load_state_dict(kept.state_dict())
+    for m in (kept, recomputed):
+        loss = m.pretrain_loss(cells, mask) if stage == "pretrain" else m.dynamics_loss(pairs, actions, mask)
+        loss.total.backward()
+    torch.testing.assert_close(gradients(recomputed), gradients(kept), atol=1e-7, rtol=1e-5)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "dynamics"])
+def test_bf16_autocast_is_near_fp32(stage):
+    torch.manual_seed(0)
+    model, (cells, pairs, actions), mask = BioJEPA(SMALL), make_batch(4, .4, 1), valid_mask(4, .6, 0)
+    step = lambda: model.pretrain_loss(cells, mask) if stage == "pretrain" else model.dynamics_loss(pairs, actions, mask)
+    exact = step().total
+    with torch.autocast("cpu", torch.bfloat16): rounded = step().total
+    assert rounded.dtype == torch.float32
+    torch.testing.assert_close(rounded, exact, rtol=.03, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["pretrain", "dynamics"])
+def test_collapse_is_exact_at_full_size(stage):
+    torch.manual_seed(0)
+    model, (cells, pairs, actions) = BioJEPA(preset("paper").model), make_batch(2, .4, 1, n_genes=5000)
+    mask, results = random_gene_mask(2, 5000), []
+    for collapse in (False, True):
+        model.zero_grad()
+        loss = model.pretrain_loss(cells, mask, collapse=collapse) if stage == "pretrain" else model.dynamics_loss(pairs, actions, mask, collapse=collapse)
+        loss.total.backward()
+        results.append((torch.stack(list(loss)).detach(), gradients(model)))
+    (a, g), (b, h) = results
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    assert (g - h).norm() <= 1e-4*g.norm()
+
+
+# --- faithful
+
+def test_published_parameter_counts():
+    model = BioJEPA(preset("paper").model)
+    assert n_params(model.encoder) == 6_019_840
+    assert n_params(model.predictor) == 7_881_216
+    assert n_params(model.composer) == 882_880
+    assert n_params(model.teacher, trainable=True) == 0
+
+
+def test_a_hidden_value_cannot_change_any_output():
+    torch.manual_seed(0)
+    model, (cells, pairs, actions), mask = BioJEPA(SMALL), make_batch(4, .5, 0), valid_mask(4, .6, 0)
+    other = torch.where(mask, 9*torch.rand(4, G), pairs.x_ctrl)
+    with torch.no_grad():
+        for collapse in (True, False):
+            z, y = (model.encoder(x, pairs.log_library_size_ctrl, mask, collapse) for x in (pairs.x_ctrl, other))
+            assert torch.equal(z.x, y.x)
+            a, b = (model.dynamics_loss(pairs._replace(x_ctrl=x), actions, mask, collapse=collapse).total for x in (pairs.x_ctrl, other))
+            assert torch.equal(a, b)
+
+
+def test_one_action_token_leaves_queries_and_keys_without_gradient():
+    config = SMALL.changed(d_model=16)
+    torch.manual_seed(0)
+    model, (_, pairs, actions), mask = BioJEPA(config), make_batch(4, .5, 0), valid_mask(4, .6, 0)
+    model.dynamics_loss(pairs, actions, mask).total.backward()
+    for block in model.predictor.blocks:
+        assert all(p.grad is None for part in (block.cross.q, block.cross.k, block.cross.norm) for p in part.parameters())
+        assert all(p.grad.any() for part in (block.cross.v, block.cross.out) for p in part.parameters())
+    model.zero_grad()
+    _, pairs, actions = make_batch(4, .5, 0, n_tokens=2)
+    model.dynamics_loss(pairs, actions, mask).total.backward()
+    assert all(block.cross.q.weight.grad.any() and block.cross.k.weight.grad.any() for block in model.predictor.blocks)
+
+
+def test_naive_single_token_gradient_of_queries_and_keys_is_zero():
+    torch.manual_seed(0)
+    model, (_, pairs, actions), mask = BioJEPA(SMALL), make_batch(4, .5, 0), valid_mask(4, .6, 0)
+    model.dynamics_loss(pairs, actions, mask, collapse=False).total.backward()
+    largest = max(p.grad.abs().max().item() for block in model.predictor.blocks for part in (block.cross.q, block.cross.k) for p in part.parameters())
+    reference = min(block.cross.v.weight.grad.abs().max().item() for block in model.predictor.blocks)
+    assert largest < 1e-6*reference
+
+
+def test_several_action_tokens_have_no_order_and_absent_ones_no_voice():
+    torch.manual_seed(0)
+    predictor, context = ActionPredictor(SMALL), TokenSet(torch.randn(2, 5, 16))
+    action, present = torch.randn(2, 3, 320), torch.tensor([[True, True, False]]*2)
+    y = predictor(context, action, present).mean
+    torch.testing.assert_close(predictor(context, action[:, [1, 0, 2]], present[:, [1, 0, 2]]).mean, y, atol=1e-5, rtol=1e-5)
+    action[:, 2] = 100
+    torch.testing.assert_close(predictor(context, action, present).mean, y, atol=1e-5, rtol=1e-5)
+
+
+def test_log_variance_stays_in_its_range():
+    torch.manual_seed(0)
+    predictor = ActionPredictor(SMALL)
+    with torch.no_grad(): predictor.logvar.weight.mul_(1e3)
+    logvar = predictor(TokenSet(torch.randn(2, 5, 16)), torch.randn(2, 1, 320)).logvar
+    assert logvar.min() == -10 and logvar.max() == 2
+
+
+def test_masks_have_the_asked_share():
+    bernoulli = random_gene_mask(200, 500, .6, "bernoulli", torch.Generator().manual_seed(0)).sum(1).double()
+    assert abs(bernoulli.mean() - 300) < 4 and abs(bernoulli.var() - 120) < 40  # binomial: np, np(1-p)
+    for ratio, n in ((0, 0), (.6, 300), (1, 500)):
+        assert (random_gene_mask(5, 500, ratio, "exact").sum(1) == n).all()
+
+
+# --- refused
+
+def test_bad_input_is_refused_by_name():
+    model, (cells, pairs, actions), mask = BioJEPA(SMALL), make_batch(3, .5, 0), valid_mask(3, .6, 0)
+    for call, message in [
+        (lambda: model.dynamics_loss(pairs, actions._replace(features=actions.features[..., :100])), "100"),
+        (lambda: model.predictor(model.encoder(*cells[:2]), model.composer(actions), genes=torch.full((3, 1), G)), f"genes 0 to {G - 1}"),
+        (lambda: model.predictor(model.encoder(*cells[:2]), model.composer(actions), genes=torch.full((3, 1), -1)), "indices from -1"),
+        (lambda: model.pretrain_loss(cells, torch.ones_like(mask)), "all genes are masked"),
+        (lambda: model.pretrain_loss(cells, torch.zeros_like(mask)), "no genes are masked"),
+        (lambda: SMALL.changed(d_model=10), "not divisible by n_heads"),
+        (lambda: BioJEPA(SMALL.changed(vicreg_over="cells")).pretrain_loss(CellBatch(*(t[:1] for t in cells)), mask[:1]), "batch of 1"),
+        (lambda: BioJEPA(SMALL.changed(vicreg_over="cells")).dynamics_loss(PairBatch(*(t[:1] for t in pairs)), actions.take([0]), mask[:1]), "batch of 1"),
+        (lambda: model.pretrain_loss(cells._replace(x=cells.x/0)), "replace NaN"),
+        (lambda: model.dynamics_loss(pairs._replace(log_library_size_pert=torch.full((3,), float("inf"))), actions), "log_library_size: found inf"),
+        (lambda: model.pretrain_loss(cells._replace(x=cells.x[:, :7])), "(3, 7)"),
+    ]:
+        with pytest.raises(ValueError) as error: call()
+        assert message in str(error.value)
+
+
+# --- one folder
+
+@pytest.fixture
+def saved(tmp_path):
+    torch.manual_seed(0)
+    return save_pretrained(BioJEPA(SMALL), tmp_path/"model", [f"g{i}" for i in range(G)], ["A+ctrl"])
+
+
+def edit(path, change):
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(change(content)))
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda f: (f/"model.safetensors").unlink(), "model.safetensors: missing"),
+    (lambda f: (f/"model.safetensors").write_bytes((f/"model.safetensors").read_bytes()[:-100]), "model.safetensors: damaged"),
+    (lambda f: (f/"config.json").write_text("{"), "config.json: not readable"),
+    (lambda f: edit(f/"config.json", lambda c: {**c, "format": 2}), "format 1"),
+    (lambda f: edit(f/"config.json", lambda c: {**c, "model": {**c["model"], "n_encoder_layers": 3}}), "do not fit config.json"),
+    (lambda f: edit(f/"genes.json", lambda g: g[1:]), "found 39 genes"),
+    (lambda f: (f/"actions.json").unlink(), "actions.json: missing"),
+])
+def test_a_broken_folder_is_refused_by_name(saved, damage, message):
+    from_pretrained(saved)
+    damage(saved)
+    with pytest.raises(ValueError, match=message): from_pretrained(saved)
+
+
+def test_saved_model_predicts_the_same(saved):
+    loaded, (_, pairs, actions) = from_pretrained(saved), make_batch(3, .5, 0)
+    torch.manual_seed(0)
+    original = BioJEPA(SMALL)
+    a, b = (m.predict_latent(pairs.x_ctrl, pairs.log_library_size_ctrl, actions) for m in (original, loaded.model))
+    assert torch.equal(a.mean, b.mean) and torch.equal(a.logvar, b.logvar)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_give_the_same_loss():
+    torch.manual_seed(0)
+    model, (cells, pairs, actions), mask = BioJEPA(SMALL), make_batch(3, .5, 0), valid_mask(3, .6, 0)
+    expected = model.pretrain_loss(cells, mask).total, model.dynamics_loss(pairs, actions, mask).total
+    model.compile_blocks()
+    for a, b in zip((model.pretrain_loss(cells, mask).total, model.dynamics_loss(pairs, actions, mask).total), expected):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
