@@ -48,6 +48,7 @@ class ModelConfig(Frozen):
     mask_kind:Literal["bernoulli", "exact"] = "bernoulli"
     mask_keeps_gene:bool = False
     value_embedding:Literal["scale", "offset"] = "scale"
+    library_norm:tuple[float, float] = (0., 1.)  # subtracted from the log library size, and divided by
     mask_context:bool = True
     readout:Literal["shared", "per_gene"] = "shared"
 
@@ -55,6 +56,8 @@ class ModelConfig(Frozen):
     def _check(self):
         if self.d_model % self.n_heads:
             raise ValueError(f"d_model: found {self.d_model}, not divisible by n_heads {self.n_heads}; choose a multiple")
+        if not self.library_norm[1] > 0:
+            raise ValueError(f"library_norm: found {self.library_norm}; the second number divides, give a positive one")
         if self.logvar_min >= self.logvar_max:
             raise ValueError(f"logvar_min: found {self.logvar_min}, not below logvar_max {self.logvar_max}")
         return self

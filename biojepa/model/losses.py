@@ -86,26 +86,27 @@ def _centred(
 
 # %% ../../nbs/37_losses.ipynb #b478a4ea
 def _hinge(
-    x:Tensor,       # (P, N, D) centred rows
-    dof:Tensor,     # (P,) n − 1
-    floor:float,    # standard deviation each dimension should keep
-    eps:float,      # added to the variance
-)->Tensor:          # (P,)
+    variance:Tensor,    # (..., D) variance of each dimension
+    floor:float,        # standard deviation each dimension should keep
+    eps:float,          # added to the variance
+)->Tensor:              # (...)
     "How far the standard deviations fall below `floor`, mean over dimensions."
-    return (floor - (x.square().sum(-2) / dof[:, None] + eps).sqrt()).relu().mean(-1)
+    return (floor - (variance + eps).sqrt()).relu().mean(-1)
 
 # %% ../../nbs/37_losses.ipynb #fe61646e
-def _off_diagonal(
-    x:Tensor,       # (P, N, D) centred rows
-    dof:Tensor,     # (P,) n − 1
-)->Tensor:          # (P,)
-    "Squared off-diagonal covariance, summed and divided by D, through the smaller of the two Gram matrices."
+def _moments(
+    x:Tensor,                   # (P, N, D) centred rows
+    dof:Tensor,                 # (P,) n − 1
+)->tuple[Tensor, Tensor]:       # variances (P, D); squared off-diagonal covariances, summed, over D (P,)
+    "Second moments through the smaller of the two Gram matrices."
     n_rows, d = x.shape[-2:]
     if n_rows < d:
-        total, diagonal = (x @ x.mT).square().sum((-2, -1)), x.square().sum(-2).square().sum(-1)
-        return (total - diagonal) / dof.square() / d
-    gram = (x.mT @ x).masked_fill(torch.eye(d, dtype=torch.bool, device=x.device), 0)
-    return gram.square().sum((-2, -1)) / dof.square() / d
+        variance = x.square().sum(-2) / dof[:, None]
+        off = (x @ x.mT).square().sum((-2, -1)) / dof.square() - variance.square().sum(-1)
+        return variance, off / d
+    covariance = x.mT @ x / dof[:, None, None]
+    off = covariance.masked_fill(torch.eye(d, dtype=torch.bool, device=x.device), 0).square().sum((-2, -1))
+    return covariance.diagonal(dim1=-2, dim2=-1), off / d
 
 # %% ../../nbs/37_losses.ipynb #4e75cb95
 def variance_loss(
@@ -116,7 +117,8 @@ def variance_loss(
 )->Tensor:                      # scalar, 0 when no dimension has collapsed
     "Hinge on the standard deviation of each latent dimension (report §5.1.1)."
     with torch.autocast(z.device.type, enabled=False):
-        return _hinge(*_centred(*_one_problem(z, weight)), floor, eps)[0]
+        x, dof = _centred(*_one_problem(z, weight))
+        return _hinge(x.square().sum(-2) / dof, floor, eps)[0]
 
 # %% ../../nbs/37_losses.ipynb #24770924
 def covariance_loss(
@@ -124,7 +126,7 @@ def covariance_loss(
     weight:Tensor|None=None,    # (...) multiplicity of each latent
 )->Tensor:                      # scalar, 0 when no two dimensions are correlated
     "Squared covariances between different latent dimensions, divided by D (report §5.1.1)."
-    with torch.autocast(z.device.type, enabled=False): return _off_diagonal(*_centred(*_one_problem(z, weight)))[0]
+    with torch.autocast(z.device.type, enabled=False): return _moments(*_centred(*_one_problem(z, weight)))[1][0]
 
 # %% ../../nbs/37_losses.ipynb #d865d3f7
 def _one_problem(
@@ -148,7 +150,8 @@ def _spread_of_genes(
     use = use.mT.to(z.dtype)
     x, dof = _centred(z.transpose(0, 1), use)
     seen = use.sum(-1) > 1
-    return (_hinge(x, dof, floor, eps) * seen).sum(), (_off_diagonal(x, dof) * seen).sum()
+    variance, off = _moments(x, dof)
+    return (_hinge(variance, floor, eps) * seen).sum(), (off * seen).sum()
 
 # %% ../../nbs/37_losses.ipynb #b4ca9610
 def _spread_over_cells(
@@ -193,8 +196,8 @@ def spread(
     if over not in ("tokens", "cells"): raise ValueError(f"over: found {over!r}; choose 'tokens' or 'cells'")
     with torch.autocast(z.device.type, enabled=False):
         if over == "cells": return Spread(*_spread_over_cells(z, index, gene_mask, floor, eps))
-        x, dof = _centred(*_one_problem(z, weight))
-        return Spread(_hinge(x, dof, floor, eps)[0], _off_diagonal(x, dof)[0])
+        variance, off = _moments(*_centred(*_one_problem(z, weight)))
+        return Spread(_hinge(variance, floor, eps)[0], off[0])
 
 # %% ../../nbs/37_losses.ipynb #43e95325
 class VICReg(NamedTuple):

@@ -90,11 +90,12 @@ class GeneTokenizer(nn.Module):
         d_model:int,                     # D
         value_embedding:str="scale",     # "scale": x·e as published; "offset": (1 + x)·e
         mask_keeps_gene:bool=False,      # add the gene's embedding to the mask token
+        library_norm:tuple[float, float]=(0., 1.),  # subtracted from the log library size, and divided by
     ):
         super().__init__()
         if value_embedding not in ("scale", "offset"):
             raise ValueError(f"value_embedding: found {value_embedding!r}; choose 'scale' or 'offset'")
-        self.value_embedding, self.mask_keeps_gene = value_embedding, mask_keeps_gene
+        self.value_embedding, self.mask_keeps_gene, self.library_norm = value_embedding, mask_keeps_gene, library_norm
         self.gene, self.library = init_weights_(nn.Embedding(n_genes, d_model)), init_weights_(nn.Linear(1, d_model))
         self.mask_token = nn.Parameter(init_weights_(nn.Embedding(1, d_model)).weight.detach()[0])
 
@@ -107,7 +108,8 @@ class GeneTokenizer(nn.Module):
         "Tokens of a batch of cells."
         check_cells(x, log_library_size, mask, self.gene.num_embeddings)
         masked = torch.zeros_like(x, dtype=torch.bool) if mask is None else mask
-        library = self.library(log_library_size[:, None].to(self.library.weight.dtype))[:, None]
+        centre, scale = self.library_norm
+        library = self.library((log_library_size[:, None].to(self.library.weight.dtype) - centre)/scale)[:, None]
         own = torch.ones_like(masked)
         if collapse and self.value_embedding == "scale": own &= (x != 0) | masked
         if collapse and not self.mask_keeps_gene: own &= ~masked
