@@ -67,7 +67,7 @@ class LinearAttention(nn.Module):
         q, k = phi(heads[:2])
         if weight is not None: k = k*weight[:, None, :, None].to(k.dtype)
         state = k.transpose(-1, -2) @ heads[2]                            # S: (B, H, d, d)
-        total = k.sum(-2, dtype=torch.float32).to(k.dtype)                # s: (B, H, d)
+        total = k.sum(-2, dtype=torch.promote_types(k.dtype, torch.float32)).to(k.dtype)                # s: (B, H, d)
         y = (q @ state)/(q @ total[..., None]).clamp_min(torch.finfo(torch.float32).tiny)
         return self.out(y.transpose(1, 2).flatten(2))
 
