@@ -497,13 +497,14 @@ def test_a_file_without_perturbations_holds_controls_and_says_so():
 
 
 def test_perturbation_is_the_unique_intervention():
-    adata = screen(); adata.obs["how"] = np.where(adata.obs["lane"] == "a", "CRISPRi", "crispra")
+    adata = screen(); adata.obs["how"] = np.resize(["CRISPRi", "crispra", "crispra"], 40)
     assert set(load(adata).obs["perturbation"]) == {"ctrl", "G1+ctrl", "G1+G2", "G2+ctrl"}
     guided = load(adata, guide="guide").obs
     assert set(guided.loc[guided["condition"] == "G1+ctrl", "perturbation"]) == {"G1+ctrl", "G1+ctrl|g1", "G1+ctrl|g2"}
     assert set(guided.loc[guided["condition"] == "ctrl", "perturbation"]) == {"ctrl"}
     modes = load(adata, guide="guide", mode="how").obs
     assert (modes.groupby("perturbation", observed=True)[["condition", "guide_id", "mode"]].nunique().drop("ctrl") == 1).all(axis=None)
+    assert {"G1+ctrl|g1|crispra", "G1+ctrl|g1|crispri"} < set(modes["perturbation"])
     assert set(modes.loc[modes["condition"] == "ctrl", "mode"]) == {"control"}
     assert modes["mode"].cat.categories.tolist() == ["control", "crispra", "crispri"]
 
