@@ -174,11 +174,11 @@ def attention_cost(
     device:str="cpu",                                           # "cpu" or "cuda"
     repeats:int=3,                                              # the fastest counts
 )->pd.DataFrame:                                                # one row per kind and number of genes
-    "Seconds of one attention layer, forward, for one cell."
+    "Arithmetic and seconds of one attention layer, forward, for one cell."
     torch.manual_seed(0)
     layer, rows = LinearAttention(d_model, n_heads).to(device), []
 
-    def softmax(x):
+    def softmax(x):  # torch does not count the fused kernel's two products: 4 G² D
         q, k, v = layer.qkv(x).unflatten(-1, (3, n_heads, -1)).permute(2, 0, 3, 1, 4)
         return layer.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
@@ -186,16 +186,20 @@ def attention_cost(
         x = torch.randn(1, g, d_model, device=device)
         kinds = {"softmax": lambda: softmax(x), "linear": lambda: layer(x), f"linear, collapsed ({expressed:.0%} expressed)": lambda: layer(x[:, :int(expressed*g) + 2])}
         with torch.no_grad():
-            for kind, run in kinds.items(): rows.append(dict(kind=kind, n_genes=g, seconds=min(timed(run, device) for _ in range(repeats + 1))))
+            for kind, run in kinds.items():
+                with FlopCounterMode(display=False) as counter: run()
+                flop = counter.get_total_flops() + (4*g**2*d_model if kind == "softmax" else 0)
+                rows.append(dict(kind=kind, n_genes=g, gflop=flop/1e9, seconds=min(timed(run, device) for _ in range(repeats))))
     return pd.DataFrame(rows)
 
 # %% ../nbs/72_benchmark.ipynb #e62a3947
 def growth(
-    cost:pd.DataFrame,  # from `attention_cost`
-)->pd.Series:           # kind -> exponent: 1 is linear, 2 is quadratic
-    "Slope of log seconds against log genes over the upper half of the range."
+    cost:pd.DataFrame,      # from `attention_cost`
+    what:str="seconds",     # "seconds" or "gflop"
+)->pd.Series:               # kind -> exponent: 1 is linear, 2 is quadratic
+    "Slope of log cost against log genes over the upper half of the range."
     upper = cost[cost.n_genes >= cost.n_genes.median()]
-    return upper.groupby("kind").apply(lambda t: np.polyfit(np.log(t.n_genes), np.log(t.seconds), 1)[0], include_groups=False).rename("exponent")
+    return upper.groupby("kind").apply(lambda t: np.polyfit(np.log(t.n_genes), np.log(t[what]), 1)[0], include_groups=False).rename(f"exponent ({what})")
 
 # %% ../nbs/72_benchmark.ipynb #08303cfd
 def plot_benchmark(

@@ -46,13 +46,16 @@ def _whole(
 def _check_axes(adata):
     "Names are unique and there is something to read."
     _require(adata.X is not None and adata.n_obs and adata.n_vars,
-             f"AnnData: found {adata.n_obs} cells × {adata.n_vars} genes{'' if adata.X is not None else ' and no X'}; an empty matrix cannot be used")
+             f"AnnData: found {adata.n_obs} cells × {adata.n_vars} genes{'' if adata.X is not None else ' and no X'}; an empty matrix "
+             "cannot be used")
     for axis, names in dict(obs_names=adata.obs_names, var_names=adata.var_names).items():
         twice = names[names.duplicated()].unique()
-        _require(not len(twice), f"{axis}: found {len(twice)} duplicate names ({_some(twice)}); make them unique, e.g. adata.{axis}_make_unique()")
+        _require(not len(twice), f"{axis}: found {len(twice)} duplicate names ({_some(twice)}); make them unique, e.g. "
+                                 f"adata.{axis}_make_unique()")
     _require("gene_name" in adata.var, "var['gene_name']: missing; read the file with load_dataset, or set adata.var['gene_name']")
     names = adata.var["gene_name"].astype(str)
-    _require(names.is_unique, f"var['gene_name']: found duplicates ({_some(names[names.duplicated()].unique())}); keep one column for each gene")
+    _require(names.is_unique, f"var['gene_name']: found duplicates ({_some(names[names.duplicated()].unique())}); keep one column for "
+                              "each gene")
 
 # %% ../../nbs/12_preprocess.ipynb #5075f1bf
 def _check_obs(adata):
@@ -61,11 +64,14 @@ def _check_obs(adata):
     for column in ("condition", "batch", "cell_type", "perturbation"):
         _require(column in obs, f"obs['{column}']: missing, found {_some(obs)}; name the file's own column in load_dataset")
         gaps = int(obs[column].isna().sum())
-        _require(not gaps, f"obs['{column}']: found {gaps} cells without a value, first {_some(adata.obs_names[obs[column].isna()])}; fill or drop them")
+        _require(not gaps, f"obs['{column}']: found {gaps} cells without a value, first {_some(adata.obs_names[obs[column].isna()])}; "
+                           "fill or drop them")
     pairs = obs[["condition", "perturbation"]].astype(str).drop_duplicates()
     odd = [c for c in pairs["condition"].unique() if condition_name(parse_condition(c, "ctrl")) != c]
-    _require(not odd, f"obs['condition']: found {_some(odd)}; expected 'ctrl', 'GENE+ctrl' or 'A+B' in alphabetical order, as load_dataset writes them")
-    _require("ctrl" in set(pairs["condition"]), "obs['condition']: found no control cells; give load_dataset the file's control label (control=...)")
+    _require(not odd, f"obs['condition']: found {_some(odd)}; expected 'ctrl', 'GENE+ctrl' or 'A+B' in alphabetical order, as "
+                      "load_dataset writes them")
+    _require("ctrl" in set(pairs["condition"]), "obs['condition']: found no control cells; give load_dataset the file's control label "
+                                                "(control=...)")
     wrong = [f"{p} in {c}" for c, p in pairs.itertuples(index=False) if p != c and not (c != "ctrl" and p.startswith(c + "|"))]
     _require(not wrong, f"obs['perturbation']: found {_some(wrong)}; expected the condition, or 'condition|guide_id'")
 
@@ -81,12 +87,14 @@ def _check_values(adata):
     _require(np.issubdtype(values.dtype, np.number), f"X: found values of type {values.dtype}; expected numbers")
     low, high = (values.min(), values.max()) if len(values) else (0, 0)
     if not np.isfinite([low, high]).all():
-        raise SchemaError(f"X: found {int((~np.isfinite(values)).sum())} NaN or infinite values; drop those cells or genes, or set the values to 0")
+        raise SchemaError(f"X: found {int((~np.isfinite(values)).sum())} NaN or infinite values; drop those cells or genes, or set "
+                          "the values to 0")
     _require(low >= 0, f"X: found negative values, lowest {low:g}; give raw counts or log1p values, not scaled or centred ones")
     _require(high > 0, "X: found only zeros; there is nothing to normalise")
     whole = _whole(values)
     if space == "counts":
-        _require(whole, f"X: declared as counts but found fractions up to {high:g}; if it is already logged load it with values='log1p', else round it")
+        _require(whole, f"X: declared as counts but found fractions up to {high:g}; if it is already logged load it with "
+                        "values='log1p', else round it")
     else:
         _require(not whole, f"X: declared as {space} but found whole numbers up to {high:g}; load it with values='counts'")
         _require(high < 15, f"X: declared as {space} but found {high:g}, too large for a logarithm; apply log1p to it, or load raw counts")
@@ -95,10 +103,12 @@ def _check_values(adata):
 def _check_prepared(adata):
     "What later notebooks rely on: CSR float32, library sizes, and counts that X is the logarithm of."
     X, about = adata.X, adata.uns["biojepa"]
-    _require(sp.issparse(X) and X.format == "csr" and X.dtype == np.float32, f"X: found {type(X).__name__} of {X.dtype}; expected CSR float32, which prepare makes")
+    _require(sp.issparse(X) and X.format == "csr" and X.dtype == np.float32,
+             f"X: found {type(X).__name__} of {X.dtype}; expected CSR float32, which prepare makes")
     _require(about["expression_space"] != "counts", "uns['biojepa']['expression_space']: found 'counts'; call prepare first")
     _require("log_library_size" in adata.obs, "obs['log_library_size']: missing; call prepare first")
-    _require(np.isfinite(adata.obs["log_library_size"]).all(), "obs['log_library_size']: found NaN or infinite values; check obs['total_counts'] of the file")
+    _require(np.isfinite(adata.obs["log_library_size"]).all(),
+             "obs['log_library_size']: found NaN or infinite values; check obs['total_counts'] of the file")
     if "counts" not in adata.layers: return
     counts = adata.layers["counts"]
     _require(_whole(_stored(counts)), "layers['counts']: found fractions; keep the raw counts there")
@@ -107,7 +117,8 @@ def _check_prepared(adata):
             c, x = counts[row].toarray().ravel(), X[row].toarray().ravel()
             ratio = np.expm1(x[c > 0].astype(float))/c[c > 0]
             _require((x[c == 0] == 0).all() and np.allclose(ratio, ratio[:1], rtol=1e-3),
-                     f"X: cell {adata.obs_names[row]} is not the logarithm of its scaled layers['counts']; was it logged again or changed? Call prepare on the loaded file")
+                     f"X: cell {adata.obs_names[row]} is not the logarithm of its scaled layers['counts']; was it logged again or "
+                     "changed? Call prepare on the loaded file")
 
 # %% ../../nbs/12_preprocess.ipynb #d189d975
 def validate(
@@ -159,9 +170,11 @@ def _totals(
     "Row sums of X, or the totals the file brings along."
     if library_size not in ("genes", "total"): raise ValueError(f"library_size: found {library_size!r}; choose 'genes' or 'total'")
     if library_size == "genes" or adata.uns["biojepa"]["expression_space"] != "counts": return _row_sums(adata.X)
-    _require("total_counts" in adata.obs, "obs['total_counts']: missing, and library_size='total' needs it; name the file's column in load_dataset (library_size=...), or use library_size='genes'")
+    _require("total_counts" in adata.obs, "obs['total_counts']: missing, and library_size='total' needs it; name the file's column in "
+                                          "load_dataset (library_size=...), or use library_size='genes'")
     totals = adata.obs["total_counts"].to_numpy(float)
-    _require(np.isfinite(totals).all() and (totals >= 0).all(), "obs['total_counts']: found negative, NaN or infinite totals; check the file's column")
+    _require(np.isfinite(totals).all() and (totals >= 0).all(),
+             "obs['total_counts']: found negative, NaN or infinite totals; check the file's column")
     return totals
 
 def _steps(
@@ -177,7 +190,8 @@ def _steps(
     if found == space: return []
     _require(found != "log1p_twice", "X: is logged twice; to get log1p values prepare the loaded file again")
     empty = adata.obs_names[totals <= 0]
-    _require(not len(empty), f"X: found {len(empty)} cells without counts ({_some(empty)}); drop them, e.g. prepare(..., zero_counts='drop')")
+    _require(not len(empty), f"X: found {len(empty)} cells without counts ({_some(empty)}); drop them, e.g. prepare(..., "
+                             "zero_counts='drop')")
     steps = [target_sum/totals]
     return [*steps, target_sum/_row_sums(adata.X, steps)] if (found, space) == ("counts", "log1p_twice") else steps
 
@@ -270,10 +284,13 @@ def _seurat_v3(
 )->np.ndarray:              # (G,) True for the chosen ones
     "scanpy's choice on counts."
     import scanpy as sc  # seconds to import, and only needed here
-    small = sp.csr_matrix((counts.data.astype(np.min_scalar_type(int(counts.data.max()))), counts.indices, counts.indptr), shape=counts.shape)[rows]
+    values = counts.data.astype(np.min_scalar_type(int(counts.data.max())))
+    small = sp.csr_matrix((values, counts.indices, counts.indptr), shape=counts.shape)[rows]
+    del values
     try: table = sc.pp.highly_variable_genes(AnnData(small), flavor="seurat_v3", n_top_genes=n_top_genes, check_values=False, inplace=False)
     except ValueError as error:
-        raise SchemaError(f"variable genes: the loess fit failed on {len(rows)} training cells × {counts.shape[1]} genes ({error}); use more cells or genes, or n_top_genes=None") from error
+        raise SchemaError(f"variable genes: the loess fit failed on {len(rows)} training cells × {counts.shape[1]} genes ({error}); "
+                          "use more cells or genes, or n_top_genes=None") from error
     return table["highly_variable"].to_numpy()
 
 # %% ../../nbs/12_preprocess.ipynb #fa780b9c
@@ -313,19 +330,23 @@ def _variable_genes_(
     keep_targets:bool,    # keep perturbed genes beside the chosen ones
 )->np.ndarray:            # (G,) True for genes to keep
     "Choose variable genes on training cells (perturbed and control) and record which cells these were."
-    _require(split is not None, "n_top_genes: needs split=..., because variable genes are chosen on training cells only; make one with make_split(adata) on the loaded data")
-    _require(0 < n_top_genes <= adata.n_vars, f"n_top_genes: found {n_top_genes}, the file has {adata.n_vars} genes; choose fewer, or None for all")
+    _require(split is not None, "n_top_genes: needs split=..., because variable genes are chosen on training cells only; make one "
+                                "with make_split(adata) on the loaded data")
+    _require(0 < n_top_genes <= adata.n_vars, f"n_top_genes: found {n_top_genes}, the file has {adata.n_vars} genes; choose fewer, or "
+                                              "None for all")
     rows = np.sort(np.r_[split.cells(adata, "train"), split.controls(adata, "train")])
     _require(len(rows) > 1, f"split: found {len(rows)} training cells in this file; is it the split of another dataset?")
     record = dict(split=split.hash, n_train_cells=len(rows), train_cells=cells_hash(adata.obs_names[rows]))
     before = adata.uns["biojepa"].get("variable_genes", record)
-    _require(before["train_cells"] == record["train_cells"], f"split: variable genes were already chosen on the cells of split {before['split']}; prepare the loaded file again")
+    _require(before["train_cells"] == record["train_cells"],
+             f"split: variable genes were already chosen on the cells of split {before['split']}; prepare the loaded file again")
     space = adata.uns["biojepa"]["expression_space"]
     counts = adata.X if space == "counts" else adata.layers.get("counts")
     _require(counts is not None or space == "log1p", "X: is logged twice and counts are unknown; choose variable genes on the loaded file")
     chosen = _seurat_v3(counts, rows, n_top_genes) if counts is not None else _seurat(adata.X, rows, n_top_genes)
     if keep_targets: chosen |= adata.var["gene_name"].isin(_targets(adata.obs["condition"].unique())).to_numpy()
-    _note_(adata, f"variable genes: {chosen.sum()} of {adata.n_vars}, on {len(rows)} training cells of split {split.hash}", variable_genes=record)
+    _note_(adata, f"variable genes: {chosen.sum()} of {adata.n_vars}, on {len(rows)} training cells of split {split.hash}",
+           variable_genes=record)
     return chosen
 
 # %% ../../nbs/12_preprocess.ipynb #fdb1ced2
@@ -352,7 +373,8 @@ def _take_genes(
     at = np.flatnonzero(genes)
     var = adata.var.iloc[at].copy()
     if "file_column" not in var: var["file_column"] = at.astype(np.int32)
-    return AnnData(adata.X[:, at], obs=adata.obs, var=var, uns=adata.uns, layers={name: layer[:, at] for name, layer in adata.layers.items()})
+    return AnnData(adata.X[:, at], obs=adata.obs, var=var, uns=adata.uns,
+                   layers={name: layer[:, at] for name, layer in adata.layers.items()})
 
 # %% ../../nbs/12_preprocess.ipynb #103485bd
 def prepare(

@@ -40,7 +40,8 @@ def _column(
     key:str,             # column of obs
 )->pd.Categorical:       # its values as text
     "A column as categories; a missing column is an error."
-    if key not in adata.obs: raise ValueError(f"obs['{key}']: missing, found {_some(adata.obs)}; load the file with load_dataset, which makes it")
+    if key not in adata.obs: raise ValueError(f"obs['{key}']: missing, found {_some(adata.obs)}; load the file with load_dataset, "
+                                              "which makes it")
     return pd.Categorical(adata.obs[key].astype(str))
 
 def _is_control(adata:AnnData)->np.ndarray:  # (N,) bool
@@ -93,9 +94,11 @@ class Split:
         except json.JSONDecodeError as error: raise ValueError(f"{path}: is not JSON ({error}); make the split again") from error
         names, needed = {f.name for f in fields(cls)}, {"hash", "kind", "seed", "key", "dataset_hash", *PARTS}
         if not isinstance(stored, dict) or needed - stored.keys() or stored.keys() - names - {"hash"}:
-            raise ValueError(f"{path}: is not a saved split (expected {_some(needed)}, found {_some(stored)}); for lists of your own use kind='custom'")
+            raise ValueError(f"{path}: is not a saved split (expected {_some(needed)}, found {_some(stored)}); for lists of your own "
+                             "use kind='custom'")
         split = cls(**{n: tuple(v) if n in PARTS else v for n, v in stored.items() if n != "hash"})
-        if split.hash != stored["hash"]: raise ValueError(f"{path}: was changed after it was saved (hash {stored['hash']}, content {split.hash}); make the split again")
+        if split.hash != stored["hash"]: raise ValueError(f"{path}: was changed after it was saved (hash {stored['hash']}, content "
+                                                          f"{split.hash}); make the split again")
         if adata is not None: _require_same_data(split, adata, str(path))
         return split
 
@@ -152,13 +155,15 @@ def _simulation(
     "GEARS' simulation split with its default fractions."
     conditions = _conditions(adata)
     odd = [c for c, targets in conditions.items() if len(targets) > 2 or any("ctrl" in t for t in targets)]
-    if odd: raise ValueError(f"kind='simulation': cell-gears reads one or two targets without 'ctrl' in their name, found {_some(odd)}; use kind='custom'")
+    if odd: raise ValueError(f"kind='simulation': cell-gears reads one or two targets without 'ctrl' in their name, found "
+                             f"{_some(odd)}; use kind='custom'")
     unknown = set(held_out or ()) - {t for targets in conditions.values() for t in targets}
     if unknown: raise ValueError(f"held_out: {_some(unknown)} is no target in obs['condition']; kind='simulation' takes names of targets")
     table = AnnData(obs=pd.DataFrame({"condition": ["ctrl", *conditions]}, index=["ctrl", *conditions]))
     with _undisturbed():
         try: from gears.data_utils import DataSplitter
-        except ImportError as error: raise ImportError(f"kind='simulation' needs cell-gears ({error}); pip install 'biojepa[splits]'") from error
+        except ImportError as error:
+            raise ImportError(f"kind='simulation' needs cell-gears ({error}); pip install 'biojepa[splits]'") from error
         chosen, groups = DataSplitter(table, split_type="simulation").split_data(
             train_gene_set_size=.75, combo_seen2_train_frac=.75, seed=seed, test_perts=held_out, only_test_set_perts=held_out is not None)
     part = chosen.obs["split"].drop("ctrl")
@@ -190,7 +195,8 @@ def _guide(
     cells = pd.DataFrame({"condition": _column(adata, "condition"), "name": _column(adata, "perturbation")})
     guides = cells[cells["condition"] != "ctrl"].drop_duplicates().astype(str).sort_values("name").sample(frac=1, random_state=seed)
     spare = guides[guides.duplicated("condition")]["name"]  # the first of each condition stays
-    if not len(spare): raise ValueError("kind='guide': no target has two guides in obs['perturbation']; name the guide column in load_dataset (guide=...)")
+    if not len(spare): raise ValueError("kind='guide': no target has two guides in obs['perturbation']; name the guide column in "
+                                        "load_dataset (guide=...)")
     test, val = _draw(spare, seed, test_fraction, val_fraction)
     if held_out is not None:
         test = list(held_out)
@@ -222,7 +228,8 @@ def _combination(
     "Combinations held out, by the number of their members in training."
     conditions = _conditions(adata)
     combos = {c: set(t) for c, t in conditions.items() if len(t) > 1}
-    if not combos: raise ValueError("kind='combination': obs['condition'] holds no combination such as 'A+B'; use kind='simulation' for single targets")
+    if not combos: raise ValueError("kind='combination': obs['condition'] holds no combination such as 'A+B'; use kind='simulation' "
+                                    "for single targets")
     fate = {}
     if held_out is not None:
         _require_known(held_out, combos, "condition")
@@ -258,7 +265,8 @@ def _cell_type(
     _require_known(test, lines, "cell_type")
     rest = _shuffled(lines - set(test), seed)
     if len(rest) < 1 + val_lines:
-        raise ValueError(f"kind='cell_type': {len(lines)} lines ({_some(lines)}) are not enough for test, validation and training; give val_lines=0 and allow_empty_val=True")
+        raise ValueError(f"kind='cell_type': {len(lines)} lines ({_some(lines)}) are not enough for test, validation and training; "
+                         "give val_lines=0 and allow_empty_val=True")
     control = _is_control(adata)
     bare = lines - set(_column(adata, "cell_type")[control])
     if bare: raise ValueError(f"kind='cell_type': found no control cells of {_some(bare)}; a line needs its own")
@@ -277,8 +285,10 @@ def _custom(
 ):
     "The caller's own parts; values in none of them are unused."
     if not isinstance(held_out, Mapping) or set(held_out) - set(PARTS) or not {"train", "test"} <= set(held_out):
-        raise ValueError(f"held_out: found {_some(held_out) if isinstance(held_out, Mapping) else held_out!r}; kind='custom' needs lists called train, test and, if wanted, val")
-    if key not in ("condition", "perturbation", "cell_type"): raise ValueError(f"key: found {key!r}; choose 'condition', 'perturbation' or 'cell_type'")
+        raise ValueError(f"held_out: found {_some(held_out) if isinstance(held_out, Mapping) else held_out!r}; kind='custom' needs "
+                         "lists called train, test and, if wanted, val")
+    if key not in ("condition", "perturbation", "cell_type"): 
+        raise ValueError(f"key: found {key!r}; choose 'condition', 'perturbation' or 'cell_type'")
     parts = {p: [v for v in held_out.get(p, []) if v != "ctrl"] for p in PARTS}
     _require_known([v for values in parts.values() for v in values], _column(adata, key), key)
     return parts, {}
@@ -288,8 +298,10 @@ def _read_lists(
 )->dict:
     "Lists of a custom split from a file."
     try: return json.loads(Path(path).read_text())
-    except OSError as error: raise ValueError(f"held_out: cannot read {path} ({error.strerror}); kind='custom' takes a JSON file with lists called train, val and test") from error
-    except json.JSONDecodeError as error: raise ValueError(f"{path}: is not JSON ({error}); expected lists called train, val and test") from error
+    except OSError as error: raise ValueError(f"held_out: cannot read {path} ({error.strerror}); kind='custom' takes a JSON file with "
+                                              "lists called train, val and test") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: is not JSON ({error}); expected lists called train, val and test") from error
 
 # %% ../../nbs/13_splits.ipynb #39a75485
 _KINDS = dict(simulation=(_simulation, "condition"), guide=(_guide, "perturbation"), combination=(_combination, "condition"),
@@ -299,25 +311,29 @@ def make_split(
     adata:AnnData,                 # loaded or prepared; only obs is read
     kind:str="simulation",         # "simulation", "guide", "combination", "cell_type" or "custom"
     seed:int=1,                    # of the draw; the report used 1
-    held_out=None,                 # what to test on: targets, guides, combinations, lines; for "custom" the three lists or a JSON file with them
+    held_out=None,                 # what to test on: targets, guides, combinations, lines; "custom": the lists, or a JSON file
     path:Path|None=None,           # JSON file to reuse if it exists and to write if not
     allow_empty_val:bool=False,    # accept a split without a validation part
-    **options,                     # test_fraction, val_fraction (guide, combination), seen (combination), val_lines (cell_type), key (custom)
+    **options,                     # guide, combination: test_fraction, val_fraction; combination: seen; cell_type: val_lines; custom: key
 )->Split:
     "Hold something out. An empty part is an error."
     if kind not in _KINDS: raise ValueError(f"kind: found {kind!r}; choose one of {', '.join(_KINDS)}")
-    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**32: raise ValueError(f"seed: found {seed!r}; give an integer from 0 to 2**32 - 1")
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed: found {seed!r}; give an integer from 0 to 2**32 - 1")
     make, key = _KINDS[kind]
     known = set(inspect.signature(make).parameters) - {"adata", "seed", "held_out"}
-    if set(options) - known: raise ValueError(f"{_some(set(options) - known)}: not an option of kind='{kind}', which takes {_some(known) or 'none'}")
+    if set(options) - known: raise ValueError(f"{_some(set(options) - known)}: not an option of kind='{kind}', which takes "
+                                              f"{_some(known) or 'none'}")
     if kind == "custom" and isinstance(held_out, (str, Path)): held_out = _read_lists(held_out)
-    if held_out is not None and not isinstance(held_out, Mapping): held_out = sorted({held_out} if isinstance(held_out, str) else set(held_out))
+    if isinstance(held_out, str): held_out = [held_out]
+    if held_out is not None and not isinstance(held_out, Mapping): held_out = sorted(set(held_out))
     settings = json.loads(json.dumps(dict(held_out=object_hash(held_out) if isinstance(held_out, Mapping) else held_out, **options)))
     if path is not None and Path(path).is_file(): return _reused(path, adata, kind, int(seed), settings)
     if _is_control(adata).all(): raise ValueError("obs['condition']: found controls only; there is nothing to hold out")
     parts, groups = make(adata, int(seed), held_out, **options)
     key = options.get("key", key)
-    split = Split(kind, int(seed), key, *(tuple(sorted(str(v) for v in parts[p])) for p in PARTS), _dataset_hash(adata, key), groups, settings)
+    parts = {p: tuple(sorted(str(v) for v in parts[p])) for p in PARTS}
+    split = Split(kind, int(seed), key, **parts, dataset_hash=_dataset_hash(adata, key), subgroups=groups, settings=settings)
     _require_parts(split, allow_empty_val)
     if path is not None: split.save(path)
     return split
@@ -330,10 +346,12 @@ def _require_parts(
     "Every part has values, and no value has two parts."
     sizes = {p: len(getattr(split, p)) for p in PARTS}
     empty = [p for p, n in sizes.items() if not n and not (p == "val" and allow_empty_val)]
-    if empty: raise ValueError(f"kind='{split.kind}': part {_some(empty)} is empty ({sizes['train']} train, {sizes['val']} val, {sizes['test']} test values of obs['{split.key}']); "
+    if empty: raise ValueError(f"kind='{split.kind}': part {_some(empty)} is empty ({sizes['train']} train, {sizes['val']} val, "
+                               f"{sizes['test']} test values of obs['{split.key}']); "
                                "use data with more of them, other fractions or lists, or allow_empty_val=True if only val is empty")
     values = pd.Series([v for p in PARTS for v in getattr(split, p)])
-    if values.duplicated().any(): raise ValueError(f"kind='{split.kind}': {_some(values[values.duplicated()].unique())} is listed twice; give each value one part")
+    if values.duplicated().any(): raise ValueError(f"kind='{split.kind}': {_some(values[values.duplicated()].unique())} is listed "
+                                                   "twice; give each value one part")
 
 def _reused(
     path:Path,            # a saved split
@@ -343,7 +361,8 @@ def _reused(
     "A saved split, if it is the one that is asked for."
     split = Split.load(path, adata)
     asked, found = dict(kind=kind, seed=seed, **settings), dict(kind=split.kind, seed=split.seed, **split.settings)
-    if asked != found: raise ValueError(f"{path}: holds another split ({found}) than is asked for ({asked}); give another path, or delete the file")
+    if asked != found: raise ValueError(f"{path}: holds another split ({found}) than is asked for ({asked}); give another path, or "
+                                        "delete the file")
     return split
 
 # %% ../../nbs/13_splits.ipynb #96b903d3
@@ -377,27 +396,29 @@ def _check_combinations(split, train, val, test):
             if not name.startswith("combo_seen"): continue
             for c in values:
                 known, n = sorted(set(parse_condition(c, "ctrl")) & train["targets"]), n + 1
-                if len(known) > int(name[-1]) or (split.kind == "combination" and len(known) < int(name[-1])): wrong.append(f"{c} ({name}, in training: {', '.join(known) or 'none'})")
+                too_few = split.kind == "combination" and len(known) < int(name[-1])  # cell-gears calls a member in validation seen
+                if too_few or len(known) > int(name[-1]): wrong.append(f"{c} ({name}, in training: {', '.join(known) or 'none'})")
     if n: yield "combinations", wrong, n, "as many members in training as the label says, at most"
 
 def _check_guides(split, train, val, test):
     "Guides by name and by sequence."
     if split.key == "cell_type": return
     held = {k: val[k] | test[k] for k in train}
-    if held["sequences"]: yield "guide sequences", held["sequences"] & train["sequences"], len(held["sequences"]), "held-out guide sequences that no training cell carries"
+    both, missing = {k: held[k] & train[k] for k in held}, held["condition"] - train["condition"]
+    if held["sequences"]: yield "guide sequences", both["sequences"], len(held["sequences"]), "held-out sequences that no training cell carries"
     if split.key != "perturbation": return
-    if held["guide_id"]: yield "guides", held["guide_id"] & train["guide_id"], len(held["guide_id"]), "held-out guides that no training cell carries"
-    yield "known targets", held["condition"] - train["condition"], len(held["condition"]), "conditions of held-out guides that have another guide in training"
+    if held["guide_id"]: yield "guides", both["guide_id"], len(held["guide_id"]), "held-out guides that no training cell carries"
+    yield "known targets", missing, len(held["condition"]), "conditions of held-out guides that have another guide in training"
 
 # %% ../../nbs/13_splits.ipynb #0d3d9cc6
 def _check_statistics(split, adata, rows):
     "Whatever was computed across cells must come from exactly the training cells."
     about, wanted = adata.uns.get("biojepa", {}), cells_hash(adata.obs_names[rows])
     records = {name: record for name, record in about.items() if isinstance(record, Mapping) and "train_cells" in record}
-    for name in sorted({"variable_genes", *records}):
-        record = records.get(name)
-        wrong = [] if record is None or record["train_cells"] == wanted else [f"{name}: {record.get('n_train_cells', '?')} cells of split {record.get('split', '?')}"]
-        yield name.replace("_", " "), wrong, 0 if record is None else len(rows), "not chosen here: all genes of the file" if record is None else "computed on exactly the training cells"
+    if "variable_genes" not in records: yield "variable genes", [], 0, "not chosen here: all genes of the file"
+    for name, record in records.items():
+        from_others = f"{name}: {record.get('n_train_cells', '?')} cells of split {record.get('split', '?')}"
+        yield name.replace("_", " "), [from_others]*(record["train_cells"] != wanted), len(rows), "computed on exactly the training cells"
 
 def _check_pairs(pairs, train, adata):
     "Alignment pairs against the perturbations of training cells."
@@ -416,17 +437,19 @@ def check_leakage(
     "Prove that nothing held out reaches training, or raise a LeakageError that names it."
     rows = {p: np.union1d(split.cells(adata, p), split.controls(adata, p)) for p in PARTS}
     held = {p: split.cells(adata, p) if split.key != "cell_type" else rows[p] for p in ("val", "test")}
-    train, val, test = _seen(adata, rows["train"]), *(_seen(adata, held[p]) for p in ("val", "test"))
+    train, val, test = (_seen(adata, r) for r in (rows["train"], held["val"], held["test"]))
     listed = pd.Series([v for p in PARTS for v in getattr(split, p)], dtype=object)
-    values, out = set(_column(adata, split.key)), np.r_[held["val"], held["test"]]
+    values, out, held_values = set(_column(adata, split.key)), np.r_[held["val"], held["test"]], val[split.key] | test[split.key]
     same = _dataset_hash(adata, split.key) == split.dataset_hash
-    checks = [("data", [] if same else set(listed) ^ (values - {"ctrl"}) or ["values"], len(values), f"values of obs['{split.key}'] the split was made for"),
+    others = [] if same else set(listed) ^ (values - {"ctrl"}) or ["values"]
+    checks = [("data", others, len(values), f"values of obs['{split.key}'] the split was made for"),
               ("parts", set(listed[listed.duplicated()]), len(listed), "values listed in one part only"),
               ("rows", adata.obs_names[np.intersect1d(rows["train"], out)], len(out), "held-out cells that are no training cells"),
-              ("values", (val[split.key] | test[split.key]) & train[split.key], len(val[split.key] | test[split.key]), f"held-out values of obs['{split.key}'] that no training cell has"),
-              *_check_targets(split, train, val, test), *_check_combinations(split, train, val, test), *_check_guides(split, train, val, test),
-              *_check_statistics(split, adata, rows["train"]), *_check_pairs(pairs, train, adata)]
-    report = pd.DataFrame([dict(check=name, passed=not len(wrong), checked=n, offenders=_some(wrong), meaning=meaning) for name, wrong, n, meaning in checks])
+              ("values", held_values & train[split.key], len(held_values), f"held-out {split.key} that no training cell has"),
+              *_check_targets(split, train, val, test), *_check_combinations(split, train, val, test),
+              *_check_guides(split, train, val, test), *_check_statistics(split, adata, rows["train"]), *_check_pairs(pairs, train, adata)]
+    report = pd.DataFrame([dict(check=name, passed=not len(wrong), checked=n, offenders=_some(wrong), meaning=meaning)
+                           for name, wrong, n, meaning in checks])
     failed = report[~report["passed"]]
     if not len(failed): return report
     error = LeakageError("; ".join(f"{r.check}: {r.offenders} (must be: {r.meaning})" for r in failed.itertuples()) +

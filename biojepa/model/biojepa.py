@@ -21,7 +21,7 @@ from ..core import atomic_path, file_hash
 from ..data.batches import ActionBatch, CellBatch, PairBatch
 from .composer import ActionComposer
 from .encoder import CellEncoder
-from .losses import gaussian_nll, latent_distance, spread, vicreg
+from .losses import devices, gaussian_nll, latent_distance, spread, vicreg
 from .predictor import ActionPredictor, LatentGaussian, MaskedPredictor
 from .readout import LinearReadout
 from .teacher import EMATeacher
@@ -96,8 +96,9 @@ class BioJEPA(nn.Module):
         x:Tensor,                             # (B, G)
         generator:torch.Generator|None=None,  # source of randomness, on the device of `x`
     )->Tensor:                                # (B, G) bool
-        "Draw the genes to hide, as the configuration says."
-        return random_gene_mask(*x.shape, self.config.mask_ratio, self.config.mask_kind, generator, x.device)
+        "Draw the genes to hide, as the configuration says; a device that shares a batch draws for all and takes its rows."
+        (rank, n), (n_cells, n_genes) = devices(), x.shape
+        return random_gene_mask(n*n_cells, n_genes, self.config.mask_ratio, self.config.mask_kind, generator, x.device)[rank::n]
 
     def pretrain_loss(self,
         cells:CellBatch,                      # B cells, no labels
