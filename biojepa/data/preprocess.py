@@ -215,7 +215,7 @@ def _note_library_size_(
 def _note_(adata, line, **facts):
     "Add a line of history, and facts, to uns['biojepa']; prepare works on an object of its own."
     about = adata.uns["biojepa"]
-    adata.uns["biojepa"] = {**about, **facts, "history": np.array([*about.get("history", []), line], dtype=object)}
+    adata.uns["biojepa"] = {**about, **facts, "history": np.array([str(h) for h in about.get("history", [])] + [line], dtype=object)}
 
 # %% ../../nbs/12_preprocess.ipynb #70dd091d
 def _logged(
