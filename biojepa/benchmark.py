@@ -99,20 +99,20 @@ def timed(
 # %% ../nbs/72_benchmark.ipynb #673f4473
 def measure(
     case:Case,          # what to run
-    repeats:int=3,      # timed steps after the first, which warms up; the fastest counts
+    repeats:int=2,      # timed steps after the first, which warms up; the fastest counts
 )->dict:                # the case with seconds, GFLOP, loss and memory (MB) of a step
     "Time, arithmetic and memory of one step, in this process."
     step = training_step(case)
-    before, loss = memory_now(case.device), step().item()
+    before = memory_now(case.device)
+    with FlopCounterMode(display=False) as counter: loss = step().item()
     seconds = [timed(step, case.device) for _ in range(repeats)]
     memory = memory_now(case.device) - before
-    with FlopCounterMode(display=False) as counter: step()
     return dict(case._asdict(), seconds=min(seconds), gflop=counter.get_total_flops()/1e9, memory_mb=memory, loss=loss)
 
 # %% ../nbs/72_benchmark.ipynb #911ed3e4
 def measure_alone(
     case:Case,          # what to run
-    repeats:int=3,      # timed steps
+    repeats:int=2,      # timed steps
 )->dict:
     "The same in a new process, so that peak memory is this case's alone."
     call = [sys.executable, "-m", "biojepa.benchmark", "--case", json.dumps([*case, repeats])]

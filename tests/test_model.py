@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 from biojepa.config import preset
 from biojepa.core import n_params
 from biojepa.data.batches import ActionBatch, CellBatch, PairBatch
-from biojepa.model.attention import LinearAttention, phi
+from biojepa.model.attention import LinearAttention
 from biojepa.model.biojepa import BioJEPA, from_pretrained, save_pretrained
 from biojepa.model.encoder import CellEncoder
 from biojepa.model.predictor import ActionPredictor
@@ -54,11 +54,27 @@ def test_attention_is_the_explicit_sum_over_all_pairs(seed, n_tokens, heads):
     torch.testing.assert_close(attention(x, m), attention.out(expected.flatten(2)), atol=1e-9, rtol=1e-9)
 
 
-def test_phi_has_the_derivative_of_elu():
-    x = torch.linspace(-8, 8, 101, requires_grad=True)
-    mine, = torch.autograd.grad(phi(x).sum(), x)
-    theirs, = torch.autograd.grad(F.elu(x).sum(), x)
-    torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-6)
+@given(seed=st.integers(0, 2**20), weighted=st.booleans(), first=st.integers(0, 3))
+@settings(max_examples=30, deadline=None)
+def test_attention_gradients_are_those_of_autograd(seed, weighted, first):
+    torch.manual_seed(seed)
+    attention, x = LinearAttention(8, 2).double(), torch.randn(2, 6, 8).double()
+    m = torch.randint(0, 4, (2, 6)).double() if weighted else torch.ones(2, 6).double()
+    m[:, 0] = 1
+
+    def plain(x):
+        q, k, v = attention.qkv(x).view(2, 6, 3, 2, 4).permute(2, 0, 3, 1, 4)
+        kernel = (F.elu(q) + 1) @ ((F.elu(k) + 1)*m[:, None, :, None]).mT
+        return attention.out(((kernel/kernel.sum(-1, keepdim=True)) @ v).transpose(1, 2).flatten(2))[:, first:]
+
+    results = []
+    for f in (plain, lambda x: attention(x, m if weighted else None, first)):
+        attention.zero_grad()
+        t = x.clone().requires_grad_()
+        y = f(t)
+        (y*torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
+        results.append((y, t.grad, *(p.grad.clone() for p in attention.parameters())))
+    for a, b in zip(*results): torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
 
 
 def test_encoder_is_permutation_equivariant():

@@ -82,10 +82,11 @@ class PredictorBlock(nn.Module):
         action:Tensor,           # (B, A, D) adapted action tokens
         present:Tensor,          # (B, A) bool
         shortcut:bool=True,      # see `CrossAttention`
-    )->Tensor:                   # (B, T, D)
+        first:int=0,             # compute the tokens from this one on; the ones before are only attended to
+    )->Tensor:                   # (B, T - first, D)
         "Inject the action, let tokens update each other, transform each."
         x = x + self.cross(x, action, present, shortcut)
-        x = x + self.attention(self.norm_attention(x), weight)
+        x = x[:, first:] + self.attention(self.norm_attention(x), weight, first)
         return x + self.mlp(self.norm_mlp(x))
 
 # %% ../../nbs/35_predictor.ipynb #3999190d
@@ -127,8 +128,10 @@ class ActionPredictor(nn.Module):
         if context.weight is not None or weight is not None:
             multiplicity = torch.cat([torch.ones_like(t[..., 0]) if w is None else w for t, w in
                                       ((context.x, context.weight), (query, weight))], 1)
-        for block in self.blocks: x = run_block(block, self.checkpoint_activations, x, multiplicity, action, present, shortcut)
-        y = self.norm(x[:, n:])
+        for i, block in enumerate(self.blocks):  # the last block's context is attended to, but nobody reads what it would become
+            first = n if shortcut and i == len(self.blocks) - 1 else 0
+            x = run_block(block, self.checkpoint_activations, x, multiplicity, action, present, shortcut, first)
+        y = self.norm(x[:, -query.shape[1]:])
         return LatentGaussian(self.mean(y), self.logvar(y).clamp(*self.logvar_range), weight)
 
 # %% ../../nbs/35_predictor.ipynb #7dbffd53
