@@ -50,6 +50,7 @@ class ModelConfig(Frozen):
     value_embedding:Literal["scale", "offset"] = "scale"
     library_norm:tuple[float, float] = (0., 1.)  # subtracted from the log library size, and divided by
     mask_context:bool = True
+    predicts:Literal["latent", "change"] = "latent"  # what the action predictor gives
     readout:Literal["shared", "per_gene"] = "shared"
 
     @model_validator(mode="after")
@@ -72,6 +73,9 @@ class StageConfig(Frozen):
     warmup:float = Field(0.05, ge=0, lt=1)   # share of the steps before the peak
     clip_norm:float|None = 1.                # largest gradient norm
     lr_composer:float|None = None            # peak learning rate of the composer, where it differs
+    target:Literal["cell", "mean"] = "cell"  # dynamics: latents of one perturbed cell, or the mean change of its perturbation
+    action_noise:float = Field(0., ge=0)     # dynamics with target "mean": noise on action latents, relative to their size
+    latents:Literal["predicted", "observed"] = "predicted"  # readout: trained on the predictor's latents, or on the perturbed cell's
 
 # %% ../nbs/01_config.ipynb #b0b480bf
 class DataConfig(Frozen):
@@ -86,6 +90,7 @@ class DataConfig(Frozen):
     n_top_genes:PositiveInt|None = None      # variable genes to keep, chosen on training cells; all if None
     split:Literal["simulation", "guide", "combination", "cell_type", "custom"] = "simulation"
     split_seed:int = 1
+    tokens:tuple[Literal["protein", "chemical", "dna"], ...]|None = None  # what an action is described by in dynamics; None: guide DNA where known, as released
 
 # %% ../nbs/01_config.ipynb #6695553a
 class ExperimentConfig(Frozen):
@@ -125,8 +130,11 @@ def preset(
         return ExperimentConfig(name=name, model=ModelConfig(), data=DataConfig(dataset="replogle_k562_essential"),
                                 **_stages((100, 1000, 20, 20), (64, 128, 32, 32)))
     if name == "laptop":
-        return ExperimentConfig(name=name, model=ModelConfig(n_genes=600, d_model=64, **small),
-                                **_stages((10, 100, 10, 10), (64, 128, 64, 64)))
+        switches = dict(library_norm=(7., 15.), mask_context=False, predicts="change", readout="per_gene", ema_momentum=0.99)
+        stages = _stages((2, 100, 4, 3), (32, 128, 32, 32))
+        faster = dict(pretrain=dict(lr=1e-3), align={}, dynamics=dict(lr=3e-3, target="mean", action_noise=1.), readout=dict(lr=1e-2, latents="observed"))
+        return ExperimentConfig(name=name, model=ModelConfig(n_genes=600, d_model=32, **small, **switches), data=DataConfig(tokens=("protein", "dna")),
+                                **{s: c.changed(**faster[s]) for s, c in stages.items()})
     if name == "smoke":
         return ExperimentConfig(name=name, model=ModelConfig(n_genes=600, d_model=16, **small),
                                 **_stages((1, 2, 1, 1), (64, 64, 64, 64)))

@@ -90,6 +90,8 @@ class BioJEPA(nn.Module):
         self.masked_predictor = MaskedPredictor(c, checkpoint_activations)
         self.composer = ActionComposer(c.d_protein, c.d_chemical, c.d_dna, c.d_action, c.d_mode, c.n_modes)
         self.predictor = ActionPredictor(c, checkpoint_activations)
+        if c.predicts == "change":
+            for p in self.predictor.mean.parameters(): nn.init.zeros_(p)
         self.readout = LinearReadout(c.d_model, c.n_genes, c.readout)
 
     def hide(self,
@@ -126,7 +128,7 @@ class BioJEPA(nn.Module):
         with torch.no_grad(): z = self.encoder(pairs.x_ctrl, pairs.log_library_size_ctrl, mask if c.mask_context else None, collapse)
         h = self.teacher(pairs.x_pert, pairs.log_library_size_pert, None, collapse)
         genes, weight = list_genes(mask)
-        predicted = self.predictor(z, self.composer(actions), actions.present, genes, weight, shortcut=collapse)
+        predicted = self.act(z, pairs.x_ctrl, pairs.log_library_size_ctrl, actions, genes, weight, collapse)
         target = tokens_at(h, genes)
         nll = gaussian_nll(predicted.mean, predicted.logvar, target, weight)
         places = (mask.cumsum(1) - 1).clamp(min=0)  # where each hidden gene stands among the queries
@@ -141,7 +143,22 @@ class BioJEPA(nn.Module):
     )->LatentGaussian:              # of all G genes
         "Where an action takes each control cell (report §3.4)."
         z = self.encoder(x_ctrl, log_library_size, None, collapse)
-        return self.predictor(z, self.composer(actions), actions.present, shortcut=collapse)
+        return self.act(z, x_ctrl, log_library_size, actions, collapse=collapse)
+
+    def act(self,
+        z:TokenSet,                 # context: latents of the control cells, masked or not
+        x_ctrl:Tensor,              # (B, G) the whole control cells
+        log_library_size:Tensor,    # (B,)
+        actions:ActionBatch,        # B actions
+        genes:Tensor|None=None,     # (B, M) genes to predict; all if None
+        weight:Tensor|None=None,    # (B, M) 1 for a real gene, 0 for padding
+        collapse:bool=True,         # compute equal tokens once
+    )->LatentGaussian:              # of the perturbed cells' latents
+        "What the predictor says, from latents that are there; with `predicts=\"change\"`, added to the teacher's control latents."
+        predicted = self.predictor(z, self.composer(actions), actions.present, genes, weight, shortcut=collapse)
+        if self.config.predicts == "latent": return predicted
+        h = self.teacher(x_ctrl, log_library_size, None, collapse)
+        return predicted._replace(mean=predicted.mean + (h.genes() if genes is None else tokens_at(h, genes)))
 
     def energy(self,
         x_ctrl:Tensor,                  # (B, G) control cells
