@@ -502,12 +502,13 @@ class _Every(NamedTuple):
 def _run(training:_Training, log:TrainingLog, about:dict, every:_Every, early_stop, writer:Callable, bar:tqdm)->None:
     "Steps until the last one, or until early stopping."
     def due(n): return training.step_number % (n or len(training.loader)) == 0 or training.step_number == training.total
-    def record(validation):
-        row = training.row() | validation
+    def record(validating):
+        row = training.row()
+        if validating: row |= training.validate()
         if len(row) > 2: log.append(row); writer(row)
         bar.set_postfix({k: f"{v:.4g}" for k, v in row.items() if k not in ("step", "epoch", "grad_norm") and not k.startswith("lr")}, refresh=False)
         training.meter.clear()
-    if training.step_number == 0: record(training.validate())
+    if training.step_number == 0: record(True)
     training.model.train()
     for epoch in range(training.loader.epoch, training.stage.config.epochs):
         training.loader.set_epoch(epoch)
@@ -515,7 +516,7 @@ def _run(training:_Training, log:TrainingLog, about:dict, every:_Every, early_st
             training.step(batch)
             bar.update()
             validating, saving = due(every.validate), due(every.checkpoint)
-            if validating or saving or due(every.log): record(training.validate() if validating else {})
+            if validating or saving or due(every.log): record(validating)
             stop = validating and should_stop(log.rows, early_stop)
             if saving or stop: training.save(about, finished=stop or training.step_number == training.total)
             if stop: return
@@ -570,14 +571,14 @@ class CollapseMonitor:
     "Effective rank and spread of latents across fixed cells, at fixed genes; a validation function that warns."
     def __init__(self,
         model:nn.Module,            # as it is at the start of the stage
-        cells:CellBatch,            # B fixed cells, better more than D
+        cells:CellBatch,            # B fixed cells, better more than D; or another batch that `latents` takes
         genes:Tensor,               # (g,) positions of fixed genes
         share:float=.5,             # warn if a rank falls below this share of its start
         rank_floor:float=1.5,       # or below this
         std_floor:float=5e-3,       # or if the mean standard deviation falls below this
         latents:Callable=encoder_latents,   # (model, cells, genes) -> {name: (g, B, D)}
     ):
-        if len(cells.x) < 3: raise ValueError(f"cells: found {len(cells.x)}; spread across cells needs at least 3, better more than the latent width")
+        if (n := _size(cells)) < 3: raise ValueError(f"cells: found {n}; spread across cells needs at least 3, better more than the latent width")
         self.cells, self.genes, self.latents = cells, torch.as_tensor(genes), latents
         self.share, self.rank_floor, self.std_floor, self.warned = share, rank_floor, std_floor, set()
         self.start = {k: v for k, v in self.measure(model).items() if k.startswith("rank_")}
@@ -586,7 +587,9 @@ class CollapseMonitor:
     def measure(self, model:nn.Module)->dict[str, float]:
         "Rank, mean standard deviation and that of the narrowest dimension, for each kind of latent."
         device, values = next(model.parameters()).device, {}
-        for name, z in self.latents(model, self.cells.to(device), self.genes.to(device)).items():
+        found = [self.latents(model, piece.to(device), self.genes.to(device)) for piece, _ in pieces_of(self.cells, -(-_size(self.cells)//64))]
+        for name in found[0]:
+            z = torch.cat([f[name] for f in found], 1)
             std = z.float().std(1).mean(0)
             values |= {f"rank_{name}": effective_rank(z).mean().item(), f"std_{name}": std.mean().item(), f"std_min_{name}": std.min().item()}
         return values
