@@ -131,8 +131,8 @@ def preset(
                                 **_stages((100, 1000, 20, 20), (64, 128, 32, 32)))
     if name == "laptop":
         switches = dict(library_norm=(7., 15.), mask_context=False, predicts="change", readout="per_gene", ema_momentum=0.99)
-        stages = _stages((2, 100, 4, 3), (32, 128, 32, 32))
-        faster = dict(pretrain=dict(lr=1e-3), align={}, dynamics=dict(lr=3e-3, target="mean", action_noise=1.), readout=dict(lr=1e-2, latents="observed"))
+        stages = _stages((2, 100, 3, 1), (32, 128, 32, 32))
+        faster = dict(pretrain=dict(lr=1e-3), align={}, dynamics=dict(lr=3e-3, target="mean", action_noise=2.), readout=dict(lr=1e-4, latents="observed"))
         return ExperimentConfig(name=name, model=ModelConfig(n_genes=600, d_model=32, **small, **switches), data=DataConfig(tokens=("protein", "dna")),
                                 **{s: c.changed(**faster[s]) for s, c in stages.items()})
     if name == "smoke":

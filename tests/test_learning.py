@@ -1,0 +1,64 @@
+"That the model learns, not only runs: the default preset on the simulator, against the train mean, with features shuffled, and as published."
+import numpy as np
+import pytest
+import torch
+
+import learning
+from biojepa.config import ModelConfig, preset
+from biojepa.training.loop import effective_rank
+
+
+def test_interval_of_a_known_mean():
+    difference, low, high = learning.paired_interval(np.random.default_rng(0).normal(.5, 1, 400))
+    assert low < difference < high and abs((high - low) - 2*1.96/20) < .02
+
+
+def test_a_perfect_prediction_beats_the_mean(monkeypatch):
+    screen = learning.Screen()
+    observed = learning.pseudobulk_delta(screen.adata)
+    monkeypatch.setattr(learning, "predicted_delta", lambda model, screen, part: observed.loc[sorted({screen.table.condition[p] for p in screen.test})])
+    result = learning.score(None, screen)
+    assert result["n"] == 15 and result["model"] > .999 and result["low"] > 0
+
+
+def test_shuffling_moves_every_target_and_keeps_guides_together():
+    screen, other = learning.Screen(), learning.Screen(shuffle=0)
+    same = (screen.actions.features == other.actions.features).flatten(1).all(1).numpy() & screen.actions.present.any(1).numpy()
+    assert same.sum() < 8
+    for target in list(dict.fromkeys(screen.table.targets))[1:10]:
+        rows = [i for i, t in enumerate(screen.table.targets) if t == target]
+        assert (other.actions.features[rows, 0] == other.actions.features[rows[0], 0]).all()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    "The default preset, all four stages."
+    screen = learning.Screen()
+    return screen, *learning.run(screen, preset("laptop"), tmp_path_factory.mktemp("default"))
+
+
+@pytest.mark.slow
+def test_pretraining_loss_falls(trained):
+    log = trained[2]["pretrain"].dropna(subset=["val_total"])
+    assert log.val_total.iloc[-1] < .7*log.val_total.iloc[0]
+
+
+@pytest.mark.slow
+def test_held_out_guides_find_their_protein(trained):
+    screen, model = trained[:2]
+    report = learning.retrieval_report(model, screen.anchor, screen.positive, screen.table.target_codes, screen.test, screen.test)
+    assert report["top10"] > report["chance_top10"] + .15
+
+
+@pytest.mark.slow
+def test_held_out_targets_are_predicted_better_than_by_the_train_mean(trained):
+    result = learning.score(trained[1], trained[0])
+    assert result["n"] == 15 and result["low"] > 0, result
+
+
+@pytest.mark.slow
+def test_not_with_shuffled_features(tmp_path):
+    screen = learning.Screen(shuffle=0)
+    model, *_ = learning.run(screen, preset("laptop"), tmp_path)
+    result = learning.score(model, screen)
+    assert result["low"] < 0, result
