@@ -56,15 +56,16 @@ def train_only(
     model:nn.Module,        # whole model
     names:dict[str, float], # parts to train, as in `Stage.trains`
 ):
-    "Only these parts require gradients inside; everything is as before afterwards."
-    parts, before = dict(model.named_children()), [(p, p.requires_grad) for p in model.parameters()]
+    "Training mode inside, and only these parts require gradients; everything is as before afterwards."
+    parts, before, mode = dict(model.named_children()), [(p, p.requires_grad) for p in model.parameters()], model.training
     if unknown := [n for n in names if n not in parts]:
         raise ValueError(f"trains: the model has no part {unknown[0]!r}; choose from {', '.join(parts)}")
     try:
-        model.requires_grad_(False)
+        model.train().requires_grad_(False)
         for name in names: parts[name].requires_grad_(True)
         yield
     finally:
+        model.train(mode)
         for p, required in before: p.requires_grad_(required); p.grad = None
 
 # %% ../../nbs/40_loop.ipynb #307c010d
@@ -300,7 +301,6 @@ def _run(training:_Training, log:TrainingLog, about:dict, every:_Every, early_st
         bar.set_postfix({k: f"{v:.4g}" for k, v in row.items() if k not in ("step", "epoch", "grad_norm") and not k.startswith("lr")}, refresh=False)
         training.meter.clear()
     if training.step_number == 0: record(True)
-    training.model.train()
     for epoch in range(training.loader.epoch, training.stage.config.epochs):
         training.loader.set_epoch(epoch)
         for batch in training.loader:
