@@ -86,6 +86,11 @@ class DataConfig(Frozen):
     batch:str|None = None
     cell_type:str|None = None
     guide:str|None = None
+    guide_seq:tuple[str, ...]|None = None    # columns of guide DNA
+    mode:str|None = None                     # column of the mode of action, or one for all, e.g. "crispri"
+    library_size:str|None = None             # column of total counts, for files without counts
+    proteins:str|None = None                 # csv of genes and their amino acids; None: those in the file
+    relations:str|None = None                # csv or parquet of gene pairs; if given, a target's place in this graph stands for its protein
     expression_space:Literal["log1p", "log1p_twice"] = "log1p"
     n_top_genes:PositiveInt|None = None      # variable genes to keep, chosen on training cells; all if None
     split:Literal["simulation", "guide", "combination", "cell_type", "custom"] = "simulation"
