@@ -1,0 +1,233 @@
+"Prediction sets against the plain way, damaged in every field, on disk; predictions of a model against the model itself."
+from dataclasses import replace
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+import torch
+
+from biojepa.data.batches import pair_loader
+from biojepa.data.splits import make_split
+from biojepa.predict import PredictionSet, group_means, pseudobulk, test_set, train_mean_delta
+
+TRAIN, VAL, TEST = ["A+ctrl", "B+ctrl", "A+B"], ["C+ctrl"], ["D+ctrl", "E+ctrl", "A+D"]
+
+
+def screen(lines=("x", "y"), genes=7, per=5, seed=0):
+    "A prepared AnnData: two guides for each single, two gem groups in each line, log values drawn at random, one zero in three."
+    rng, rows = np.random.default_rng(seed), []
+    for line in lines:
+        for condition in ["ctrl"]*3 + TRAIN + VAL + TEST:
+            guides = [""] if condition == "ctrl" or "ctrl" not in condition else ["1", "2"]
+            rows += [(condition, f"{condition}|{condition[0]}_{g}" if g else condition, f"{condition[0]}_{g}" if g else "", f"{line}{i % 2}", line) for g in guides for i in range(per)]
+    obs = pd.DataFrame(rows, columns=["condition", "perturbation", "guide_id", "batch", "cell_type"]).sample(frac=1, random_state=seed)
+    obs.index = [f"c{i:03d}" for i in range(len(obs))]
+    x = rng.gamma(2, 1, (len(obs), genes))*(rng.random((len(obs), genes)) > 1/3)
+    obs = obs.astype("category").assign(log_library_size=rng.normal(9, .3, len(obs)).astype(np.float32))
+    names = [f"g{i}" for i in range(genes)]
+    about = dict(schema_version=1, source="test", expression_space="log1p", history=np.array([], dtype=object))
+    return ad.AnnData(sp.csr_matrix(x, dtype=np.float32), obs=obs, var=pd.DataFrame({"gene_name": names}, index=names), uns={"biojepa": about})
+
+
+def held_out(adata, **parts):
+    return make_split(adata, kind="custom", held_out=dict(train=TRAIN, val=VAL, test=TEST) | parts)
+
+
+@pytest.fixture(scope="module")
+def case():
+    adata = screen()
+    return adata, held_out(adata)
+
+
+@pytest.fixture(scope="module")
+def template(case): return test_set(*case)
+
+
+@pytest.mark.parametrize("control", ["cell_type", "batch"])
+@pytest.mark.parametrize("by", ["condition", "perturbation"])
+def test_group_means_are_those_of_a_loop(case, control, by):
+    adata, split = case
+    obs, x = adata.obs.astype(str), adata.X.toarray().astype(float)
+    rows, controls = split.cells(adata, "test"), split.controls(adata, "test")
+    means = group_means(adata, rows[::-1], controls[::-1], by, control)
+    for p, group in means.groups.iterrows():
+        mine = [i for i in rows if obs[by].iloc[i] == group[by] and obs.cell_type.iloc[i] == group.cell_type]
+        references = []
+        for i in mine:
+            like = [j for j in controls if obs[control].iloc[j] == obs[control].iloc[i]]
+            references.append(x[like].mean(0))
+        assert group.n_cells == len(mine) and (means.code == p).sum() == len(mine)
+        np.testing.assert_allclose(means.mean[p], x[mine].mean(0), rtol=1e-6)
+        np.testing.assert_allclose(means.control[p], np.mean(references, 0), rtol=1e-6)
+    assert len(means.groups) == len(obs.iloc[rows][[by, "cell_type"]].drop_duplicates())
+
+
+def test_blocks_do_not_matter(case, monkeypatch):
+    import biojepa.predict as module
+    adata, split = case
+    rows, whole = split.cells(adata, "test"), module._group_sums
+    monkeypatch.setattr(module, "_group_sums", lambda *a: whole(*a, block=3))
+    small = group_means(adata, rows, split.controls(adata, "test"))
+    monkeypatch.undo()
+    large = group_means(adata, rows, split.controls(adata, "test"))
+    np.testing.assert_allclose(small.delta, large.delta, atol=1e-12)
+
+
+def test_backed_data_give_the_same_set(case, template, tmp_path):
+    adata, split = case
+    adata.write_h5ad(tmp_path/"a.h5ad")
+    backed = ad.read_h5ad(tmp_path/"a.h5ad", backed="r")
+    other = test_set(backed, split)
+    assert other.provenance == template.provenance
+    np.testing.assert_array_equal(other.observed.toarray(), template.observed.toarray())
+    np.testing.assert_array_equal(other.control.toarray(), template.control.toarray())
+    np.testing.assert_allclose(other.control_mean, template.control_mean)
+
+
+def test_train_mean_is_the_mean_over_conditions_and_lines_not_over_cells():
+    adata = screen()
+    kept = adata[(adata.obs.condition != "A+B") | (np.arange(adata.n_obs) % 3 > 0)].copy()   # unequal numbers of cells
+    split, obs, x = held_out(kept), kept.obs, kept.X.toarray().astype(float)
+    deltas = [x[(obs.condition == c) & (obs.cell_type == l)].mean(0) - x[(obs.condition == "ctrl") & (obs.cell_type == l)].mean(0) for c in TRAIN for l in "xy"]
+    np.testing.assert_allclose(train_mean_delta(kept, split), np.mean(deltas, 0), atol=1e-6)
+
+
+def test_train_mean_never_sees_a_test_cell(case):
+    adata, split = case
+    changed, x = adata.copy(), adata.X.toarray()
+    x[split.cells(adata, "test")], x[split.cells(adata, "val")] = 9, 7
+    changed.X = sp.csr_matrix(x)
+    np.testing.assert_array_equal(train_mean_delta(changed, split), train_mean_delta(adata, split))
+
+
+def test_every_test_cell_once_beside_a_control_of_its_own_gem_group(case, template):
+    adata, split = case
+    assert sorted(template.cells.index) == sorted(adata.obs_names[split.cells(adata, "test")])
+    partner = adata.obs.loc[template.cells["control"]]
+    assert (partner["condition"] == "ctrl").all()
+    assert (partner["batch"].astype(str).to_numpy() == template.cells["batch"].to_numpy()).all()
+    np.testing.assert_array_equal(template.control.toarray(), adata[template.cells["control"]].X.toarray())
+    np.testing.assert_array_equal(template.observed.toarray(), adata[template.cells.index].X.toarray())
+
+
+def test_seed_draws_other_controls_and_nothing_else(case, template):
+    other, again = test_set(*case, seed=1), test_set(*case)
+    assert (other.cells["control"] != template.cells["control"]).any() and (again.cells["control"] == template.cells["control"]).all()
+    np.testing.assert_array_equal(other.control_mean, template.control_mean)
+    assert other.provenance["data"] == template.provenance["data"]
+
+
+def test_pairs_are_those_of_the_evaluation_loader(case):
+    adata, split = case
+    pairs = next(iter(pair_loader(adata, split, "val", batch_size=10**6, seed=3)))
+    ps = test_set(adata, split, "val", seed=3)
+    assert adata.obs_names[pairs.ctrl.numpy()].tolist() == ps.cells["control"].tolist() and adata.obs_names[pairs.pert.numpy()].tolist() == ps.cells.index.tolist()
+
+
+def test_a_held_out_line_is_compared_with_its_own_controls():
+    adata = screen(lines=("x", "y", "z"))
+    split = make_split(adata, kind="cell_type", held_out=["y"])
+    ps = test_set(adata, split)
+    assert set(ps.groups.cell_type) == {"y"} and set(adata.obs.loc[ps.cells["control"], "cell_type"]) == {"y"}
+    own = adata.X.toarray()[(adata.obs.condition == "ctrl") & (adata.obs.cell_type == "y")].mean(0)
+    np.testing.assert_allclose(ps.control_mean, np.tile(own, (len(ps.groups), 1)), rtol=1e-5)
+
+
+def filled(template, seed=0):
+    "A set with an answer in every field."
+    rng, N, P, G = np.random.default_rng(seed), len(template), len(template.groups), len(template.genes)
+    draw = lambda *shape: rng.gamma(1, 1, shape).astype(np.float32)
+    return template.with_prediction("full", rng.normal(size=(P, G)), draw(N, G), draw(N, G), draw(P, G), note=1)
+
+
+def test_conditions_are_the_means_of_their_cells(template):
+    ps = filled(template)
+    bulk, x = pseudobulk(ps), ps.observed.toarray().astype(float)
+    for c, row in bulk.conditions.iterrows():
+        mine = ((ps.cells.condition == row.condition) & (ps.cells.cell_type == row.cell_type)).to_numpy()
+        np.testing.assert_allclose(bulk.observed[c], (x - ps.control_mean[ps.group])[mine].mean(0), atol=1e-5)
+        np.testing.assert_allclose(bulk.predicted[c], ps.delta[ps.group][mine].mean(0), atol=1e-6)
+        np.testing.assert_allclose(np.sqrt(bulk.variance[c]), np.sqrt(ps.delta_variance)[ps.group][mine].mean(0), rtol=1e-5)
+        assert row.n_cells == mine.sum() and row.targets == tuple(sorted(set(row.condition.split("+")) - {"ctrl"}))
+    guides = pseudobulk(ps, "perturbation")
+    np.testing.assert_allclose(guides.observed, ps.observed_mean() - ps.control_mean)
+    assert guides.conditions["perturbation"].tolist() == ps.groups["perturbation"].tolist()
+
+
+def test_cells_without_a_prediction_of_their_own(template):
+    ps = template.with_prediction("constant", np.random.default_rng(0).normal(size=template.delta.shape))
+    g = ps.group
+    np.testing.assert_allclose(ps.cells_predicted(), np.maximum(ps.control_mean[g] + ps.delta[g], 0), rtol=1e-6)
+    np.testing.assert_allclose(ps.shifted(np.array([4, 2])), np.maximum(ps.control.toarray()[[4, 2]] + ps.delta[g[[4, 2]]], 0), rtol=1e-6)
+    np.testing.assert_allclose(ps.shifted(slice(3, 8)), ps.shifted()[3:8])
+    full = filled(template)
+    np.testing.assert_array_equal(full.cells_predicted([1]), full.predicted[[1]])
+    np.testing.assert_array_equal(full.shifted(np.arange(len(full)) < 2), full.predicted[:2])
+
+
+def test_a_saved_set_comes_back_bit_for_bit(template, tmp_path):
+    for ps in (filled(template), template):
+        again = PredictionSet.load(ps.save(tmp_path/"set.h5ad"))
+        for name in ("control_mean", "delta", "train_delta", "predicted", "variance", "delta_variance"):
+            a, b = getattr(ps, name), getattr(again, name)
+            assert (a is None) == (b is None)
+            if a is not None: np.testing.assert_array_equal(a, b); assert a.dtype == b.dtype
+        for name in ("observed", "control"): np.testing.assert_array_equal(getattr(ps, name).toarray(), getattr(again, name).toarray())
+        pd.testing.assert_frame_equal(ps.cells, again.cells)
+        pd.testing.assert_frame_equal(ps.groups, again.groups)
+        assert (ps.name, ps.genes, ps.provenance, ps.expression_space) == (again.name, again.genes, again.provenance, again.expression_space)
+
+
+def test_other_files_are_refused(case, tmp_path):
+    case[0].write_h5ad(tmp_path/"cells.h5ad")
+    with pytest.raises(ValueError, match="cells.h5ad: holds no predictions"): PredictionSet.load(tmp_path/"cells.h5ad")
+    (tmp_path/"text.h5ad").write_text("no")
+    with pytest.raises(ValueError, match="text.h5ad: cannot be read as h5ad"): PredictionSet.load(tmp_path/"text.h5ad")
+
+
+DAMAGE = dict(
+    name=(lambda s: "", "name: found ''"),
+    genes=(lambda s: ("g1", *s.genes[1:]), "genes: 'g1' stands twice"),
+    expression_space=(lambda s: "counts", "expression_space: found 'counts'"),
+    observed=(lambda s: s.observed[:-1], "observed: found shape"),
+    control=(lambda s: s.control.tocsc(), "control: found csc_matrix; give a csr_matrix"),
+    control_mean=(lambda s: s.control_mean[:, :-1], "control_mean: found shape"),
+    delta=(lambda s: s.delta*np.inf, "delta: found .* NaN or infinite"),
+    train_delta=(lambda s: s.train_delta[None], "train_delta: found shape"),
+    predicted=(lambda s: s.predicted.T, "predicted: found shape"),
+    variance=(lambda s: -s.variance, "variance: found .*; a variance is not negative"),
+    delta_variance=(lambda s: s.delta_variance - 1, "delta_variance: found .*; a variance is not negative"),
+    provenance=(lambda s: dict(array=np.ones(2)), "provenance: .*not JSON serializable"))
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_field_is_refused_by_name(template, name):
+    ps = filled(template)
+    damage, message = DAMAGE[name]
+    with pytest.raises(ValueError, match=f"PredictionSet.{message}"): replace(ps, **{name: damage(ps)})
+
+
+def test_a_cell_in_another_group_twice_or_nowhere_is_refused(template):
+    cells, groups = template.cells, template.groups
+    def refused(message, **changes):
+        with pytest.raises(ValueError, match=message): replace(template, **changes)
+    moved = cells.assign(group=np.roll(cells["group"], 1))
+    refused("in a group of another perturbation", cells=moved)
+    refused("cells: 'c.*' stands twice", cells=cells.set_index(cells.index[[0, 0, *range(2, len(cells))]]))
+    refused("found -1 to", cells=cells.assign(group=cells["group"] - 1))
+    refused("cells: lacks batch, control", cells=cells.drop(columns=["batch", "control"]))
+    refused("groups: a perturbation of a cell type stands twice", groups=groups.iloc[[0, 0, *range(2, len(groups))]].reset_index(drop=True))
+    refused("n_cells.*differs", groups=groups.assign(n_cells=groups["n_cells"] + 1))
+    refused("cells: found no row", cells=cells[:0])
+
+
+def test_what_is_not_prepared_or_empty_is_refused(case):
+    adata, split = case
+    counts = adata.copy()
+    counts.uns["biojepa"] = dict(adata.uns["biojepa"], expression_space="counts")
+    with pytest.raises(ValueError, match="found 'counts'; predictions are made from log-normalised values"): test_set(counts, split)
+    with pytest.raises(ValueError, match="part 'test': the split leaves no perturbed cell"): test_set(adata[adata.obs.condition != "nothing"][:0].copy(), split)
+    with pytest.raises(ValueError, match="control: found 'plate'"): test_set(adata, split, control="plate")
+    with pytest.raises(ValueError, match="by: found 'gene'"): pseudobulk(test_set(adata, split), by="gene")
