@@ -8,9 +8,14 @@ import pytest
 import scipy.sparse as sp
 import torch
 
+from biojepa.actions.featurizers import FeatureBank, MissingFeatureError, action_batch
+from biojepa.actions.vocabulary import ActionTable, Modality, Mode
+from biojepa.config import ModelConfig, preset
 from biojepa.data.batches import pair_loader
 from biojepa.data.splits import make_split
-from biojepa.predict import PredictionSet, group_means, pseudobulk, test_set, train_mean_delta
+from biojepa.model.biojepa import BioJEPA, Pretrained, save_pretrained
+from biojepa.predict import PredictionSet, changes, group_means, predict, predictions, pseudobulk, test_set, train_mean_delta
+from biojepa.training.run import Run
 
 TRAIN, VAL, TEST = ["A+ctrl", "B+ctrl", "A+B"], ["C+ctrl"], ["D+ctrl", "E+ctrl", "A+D"]
 
@@ -231,3 +236,172 @@ def test_what_is_not_prepared_or_empty_is_refused(case):
     with pytest.raises(ValueError, match="part 'test': the split leaves no perturbed cell"): test_set(adata[adata.obs.condition != "nothing"][:0].copy(), split)
     with pytest.raises(ValueError, match="control: found 'plate'"): test_set(adata, split, control="plate")
     with pytest.raises(ValueError, match="by: found 'gene'"): pseudobulk(test_set(adata, split), by="gene")
+
+
+# ---- a model's predictions ----
+
+SMALL = dict(n_genes=7, d_model=8, n_heads=2, n_encoder_layers=1, n_masked_predictor_layers=1, n_predictor_layers=1, d_protein=5, d_dna=6)
+
+
+def bank(keys, modality=Modality.PROTEIN, width=5):
+    return FeatureBank(tuple(keys), np.random.default_rng(0).normal(size=(len(keys), width)), modality, dict(featurizer="random"))
+
+
+def made(**switches):
+    "A random model in which every part has something to say."
+    torch.manual_seed(0)
+    model = BioJEPA(ModelConfig(**SMALL, **switches))
+    with torch.no_grad():
+        for p in model.parameters(): p.add_(.2*torch.randn_like(p))
+    return model
+
+
+def described(adata): return (table := ActionTable.from_anndata(adata)), action_batch(table, bank("ABCDE"))
+
+
+@torch.no_grad()
+def plain_change(model, adata, cell, actions, p):
+    "One pair through the model's public interface, without the collapse."
+    x, size = torch.from_numpy(adata[cell].X.toarray()), torch.tensor([float(adata.obs.log_library_size[cell])])
+    predicted, h = model.predict_latent(x, size, actions.take([p]), collapse=False), model.teacher(x, size, None, collapse=False)
+    return model.readout.delta(predicted.mean, h.genes())[0].numpy(), model.readout.variance(predicted.logvar.exp())[0].numpy()
+
+
+@pytest.mark.parametrize("switches", [{}, dict(predicts="change", readout="per_gene", library_norm=(7., 15.)), dict(value_embedding="offset", mask_keeps_gene=True)], ids=["released", "laptop", "naive"])
+def test_predictions_are_the_models_own_pair_by_pair(case, switches):
+    adata, split = case
+    model, (table, actions) = made(**switches), described(adata)
+    ps = predictions(model, adata, split, actions, table, batch_size=7, progress=False)
+    delta, variance = map(np.stack, zip(*(plain_change(model, adata, row.control, actions, table.perturbation.index(row.perturbation)) for row in ps.cells.itertuples())))
+    assert np.abs(delta).mean() > .01 and variance.min() > 0
+    np.testing.assert_allclose(ps.predicted, np.maximum(ps.control.toarray() + delta, 0), atol=2e-5)
+    np.testing.assert_allclose(ps.variance, variance, rtol=1e-4)
+    for p in range(len(ps.groups)):
+        mine = ps.group == p
+        np.testing.assert_allclose(ps.delta[p], delta[mine].mean(0), atol=2e-5)
+        np.testing.assert_allclose(ps.delta_variance[p], variance[mine].mean(0)/mine.sum(), rtol=1e-4)
+    plain = test_set(adata, split)
+    assert (ps.cells == plain.cells).all().all() and ps.provenance["data"] == plain.provenance["data"]
+
+
+def test_batch_size_changes_nothing(case):
+    adata, split = case
+    model, (table, actions) = made(), described(adata)
+    one, many = (predictions(model, adata, split, actions, table, batch_size=n, progress=False) for n in (1, 10**4))
+    np.testing.assert_allclose(one.predicted, many.predicted, atol=2e-5)
+
+
+def test_each_control_is_encoded_once_and_equal_pairs_are_answered_once(case):
+    adata, _ = case
+    model, (table, actions) = made(), described(adata)
+    seen = dict(encoder=0, teacher=0, predictor=0)
+    for name in seen:
+        def count(module, args, output, name=name): seen[name] += len(args[0] if torch.is_tensor(args[0]) else args[1])
+        getattr(model, name).register_forward_hook(count)
+    rng = np.random.default_rng(0)
+    controls, action = rng.choice([3, 50, 7, 20], 40), rng.integers(1, 4, 40)
+    positions = np.concatenate([at for at, _, _ in changes(model, adata, controls, action, actions, 3, progress=False)])
+    assert sorted(positions) == list(range(40))
+    assert seen == dict(encoder=4, teacher=4, predictor=len({*zip(controls, action)}))
+
+
+def test_a_finished_run_holds_everything(case, tmp_path):
+    adata, split = case
+    model, (table, actions) = made(), described(adata)
+    run = Run(model, tmp_path/"abc-0", pd.DataFrame(), adata, split, actions, table, preset("smoke"))
+    ps, by_hand = predictions(run, progress=False), predictions(model, adata, split, actions, table, progress=False)
+    np.testing.assert_array_equal(ps.predicted, by_hand.predicted)
+    assert ps.provenance["run"] == "abc-0" and len(ps.provenance["experiment"]) == 12
+    assert set(predictions(run, part="val", progress=False).groups["condition"]) == set(VAL)
+    with pytest.raises(ValueError, match="split, table: missing; give them, or a finished Run"): predictions(model, adata, actions=actions)
+    with pytest.raises(ValueError, match="make it with ActionTable.from_anndata"): predictions(model, adata, split, actions, table.select(range(3)), progress=False)
+
+
+# ---- AnnData in, AnnData out ----
+
+@pytest.mark.parametrize("level", ["perturbation", "cell"])
+def test_predict_gives_the_models_values_in_named_layers(case, level):
+    adata, _ = case
+    model, controls = made(predicts="change"), adata[adata.obs.condition == "ctrl"].copy()
+    labels = ["E", "A+E", "ctrl"]   # A+E was never made
+    out = predict(Pretrained(model, list(adata.var_names), []), controls, labels, bank("ABCDE"), mode="crispri", n_cells=4, level=level, batch_size=5, progress=False)
+    table = ActionTable.from_conditions(labels, Mode.CRISPRI)
+    actions, whole = action_batch(table, bank("ABCDE")), predict(model, controls, labels, bank("ABCDE"), mode="crispri", n_cells=4, level="cell", progress=False)
+    assert set(out.obs["condition"]) == {"E+ctrl", "A+E", "ctrl"} and set(out.obs["cell_type"]) == {"x", "y"}
+    assert out.obs.loc[out.obs["condition"] != "ctrl", "mode"].eq("crispri").all()
+    for i, row in enumerate(out.obs.itertuples()):
+        cells = [row.control] if level == "cell" else whole.obs.query("condition == @row.condition and cell_type == @row.cell_type")["control"]
+        delta, variance = map(np.stack, zip(*(plain_change(model, adata, c, actions, table.condition.index(row.condition)) for c in cells)))
+        x = adata[cells].X.toarray()
+        for name, value in dict(delta=delta, predicted=np.maximum(x + delta, 0), control=x).items(): np.testing.assert_allclose(out.layers[name][i], value.mean(0), atol=2e-5)
+        np.testing.assert_allclose(out.layers["sd"][i], np.sqrt(variance.mean(0)), rtol=1e-4)
+        assert len(cells) == (1 if level == "cell" else row.n_cells)
+    np.testing.assert_array_equal(out.X, out.layers["predicted"])
+    assert out.shape == ((24 if level == "cell" else 6), 7) and out.obs_names.is_unique
+
+
+def test_the_output_says_what_it_is_and_survives_the_disk(case, tmp_path):
+    out = predict(made(), case[0], ["D"], bank("ABCDE"), progress=False)
+    out.write_h5ad(tmp_path/"out.h5ad")
+    about = ad.read_h5ad(tmp_path/"out.h5ad").uns["biojepa"]
+    assert about["expression_space"] == "log1p" and "not counts" in about["values"] and set(about["layers"]) == {"predicted", "delta", "sd", "control"}
+
+
+def test_number_seed_and_order_of_cells(case):
+    adata, features = case[0], bank("ABCDE")
+    model, n = made(), (case[0].obs.condition == "ctrl").sum()
+    ask = lambda a=adata, **k: predict(model, a, ["D"], features, level="cell", progress=False, **k)
+    assert len(ask(n_cells=None)) == n and len(ask(n_cells=3)) == 6 and len(ask(n_cells=10**6)) == n
+    assert (ask(n_cells=3).obs_names == ask(n_cells=3).obs_names).all() and (ask(n_cells=3).obs_names != ask(n_cells=3, seed=1).obs_names).any()
+
+
+def test_perturbed_cells_in_the_input_change_nothing_but_the_mode(case):
+    adata, model = case[0].copy(), made()
+    adata.obs["mode"] = pd.Categorical(np.where(adata.obs.condition == "ctrl", "control", "knockout"))
+    controls = adata[adata.obs.condition == "ctrl"].copy()
+    a, b, c = predict(model, adata, ["D"], bank("D"), progress=False), predict(model, controls, ["D"], bank("D"), "knockout", progress=False), predict(model, controls, ["D"], bank("D"), progress=False)
+    np.testing.assert_allclose(a.X, b.X, atol=1e-6)
+    assert a.obs["mode"].iloc[0] == "knockout" and c.obs["mode"].iloc[0] == "unknown"
+    assert np.abs(a.layers["delta"] - c.layers["delta"]).max() > 1e-3
+
+
+def test_guides_come_in_a_table(case):
+    adata, guides = case[0], FeatureBank(("ACGT", "GGGT"), np.random.default_rng(1).normal(size=(2, 6)), Modality.DNA, {})
+    table = ActionTable(perturbation=("D|1", "D|2"), condition=("D+ctrl",)*2, targets=(("D",),)*2, guide_id=("1", "2"), guide_seqs=(("ACGT",), ("GGGT",)), mode=(Mode.CRISPRI,)*2, n_cells=(0, 0))
+    out = predict(made(), adata, table, [bank("D"), guides], progress=False)
+    assert out.obs["perturbation"].tolist() == ["D|1", "D|1", "D|2", "D|2"] and np.abs(out.X[0] - out.X[2]).max() > 1e-3
+
+
+def test_genes_are_put_in_order_only_if_all_are_there(case, tmp_path):
+    adata, model = case[0], made()
+    folder = save_pretrained(model, tmp_path/"model", list(adata.var_names), [])
+    wide = ad.concat([adata[:, ::-1], ad.AnnData(np.ones((adata.n_obs, 1), np.float32), obs=adata.obs[[]], var=pd.DataFrame({"gene_name": ["other"]}, index=["other"]))], axis=1, merge="same", uns_merge="first")
+    wide.obs, wide.X = adata.obs, sp.csr_matrix(wide.X, dtype=np.float32)
+    a, b = (predict(folder, x, ["D"], bank("D"), progress=False) for x in (adata, wide))
+    assert list(b.var_names) == list(adata.var_names)
+    np.testing.assert_allclose(a.X, b.X, atol=1e-6)
+    with pytest.raises(ValueError, match="1 of 7 genes are missing: g3"): predict(folder, adata[:, [0, 1, 2, 4, 5, 6]].copy(), ["D"], bank("D"))
+    with pytest.raises(ValueError, match="found 6 genes, the model reads 7"): predict(model, adata[:, :6].copy(), ["D"], bank("D"))
+
+
+def test_bad_input_is_refused_by_name(case, tmp_path):
+    adata, model, features = case[0], made(), bank("ABCDE")
+    def refused(message, a=adata, labels=("D",), f=features, m=model, error=ValueError, **k):
+        with pytest.raises(error, match=message): predict(m, a, labels if isinstance(labels, str) else list(labels), f, progress=False, **k)
+    refused(r"2 of 3 perturbations have no feature .* NEW\+ctrl: NEW \(PROTEIN\), D\+OTHER: OTHER \(PROTEIN\); the model can only", labels=["D", "NEW", "D+OTHER"], error=MissingFeatureError)
+    refused("perturbations: found none", labels=[])
+    refused("found the single label 'D'", labels="D")
+    refused("level: found 'guide'", level="guide")
+    refused("n_cells: found 0", n_cells=0)
+    refused("mode: found 'edited'", mode="edited")
+    refused("has 4 columns, the model reads 5 for protein", f=bank("D", width=4))
+    refused("no such folder", m=tmp_path/"nothing")
+    refused("model: found int", m=3)
+    refused("found no control cells", a=adata[adata.obs.condition != "ctrl"].copy())
+    raw, unknown = adata.copy(), adata.copy()
+    raw.X.data[:] = np.ceil(raw.X.data)
+    refused("declared as log1p but found whole numbers", a=raw)
+    raw.uns["biojepa"] = dict(raw.uns["biojepa"], expression_space="counts")
+    refused("found 'counts'.*prepare", a=raw)
+    del unknown.uns["biojepa"]
+    refused("biojepa", a=unknown)
