@@ -27,7 +27,7 @@ from .data.batches import ActionBatch, CellBatch, PairBatch
 from .model.attention import LinearAttention
 from .model.biojepa import BioJEPA
 from .plots import STYLE
-from .report import save_figure, save_table
+from .report import Report
 
 # %% ../nbs/72_benchmark.ipynb #83a5a921
 def random_batch(
@@ -270,9 +270,11 @@ def main(
         return sys.stdout.write(json.dumps(measure(Case(*case), repeats)) + "\n")
     name = "benchmark" if options.device == "cpu" else f"benchmark_{options.device}"
     table, cost = run_cases(all_cases(options.device)), attention_cost(device=options.device)
-    save_table(table, name, options.out)
+    report = Report("72_benchmark", options.out, dict(machine=machine_name(options.device)))
+    report.table(table, name)
     with atomic_path(options.out/f"{name}.md") as part: part.write_text(as_markdown(table))
-    save_figure(plot_benchmark(table, cost), {"attention": cost}, name, options.out)
+    report.listed(options.out/f"{name}.md")
+    report.figure(plot_benchmark(table, cost), {"attention": cost}, name)
 
 # %% ../nbs/72_benchmark.ipynb #c1ccf64f
 if __name__ == "__main__" and "__file__" in globals(): main()  # as a module, not as a notebook

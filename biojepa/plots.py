@@ -90,7 +90,7 @@ def plot_data_overview(
 
 # %% ../nbs/70_plots.ipynb #bf1ade2e
 WATCHED = {  # stage -> ((column, label) above, (column, label) below, label of the lower axis)
-    "pretrain": ([("loss", "training"), ("val_total", "validation")], [("rank_encoder", "encoder"), ("rank_teacher", "teacher")], "effective rank"),
+    "pretrain": ([("loss", "training"), ("val_total", "validation")], [("rank_tokens", "all tokens"), ("rank_encoder", "cells at a gene"), ("rank_teacher", "same, teacher")], "effective rank"),
     "align":    ([("loss", "training"), ("val_info_nce", "held-out targets")], [("val_top10", "held-out targets"), ("val_chance_top10", "chance")], "top-10 retrieval"),
     "dynamics": ([("loss", "training"), ("val_loss", "validation,\nas published")], [("rank_predicted", "predictor")], "effective rank"),
     "readout":  ([("loss", "training")], [("val_mse_predicted", "predicted latents"), ("val_mse_no_change", "no change"), ("val_mse_observed", "observed latents")], "validation MSE of Δ"),

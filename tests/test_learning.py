@@ -4,8 +4,10 @@ import pytest
 import torch
 
 import learning
-from biojepa.config import ModelConfig, preset
-from biojepa.training.loop import effective_rank
+from biojepa.config import preset
+from biojepa.data.batches import cell_loader
+from biojepa.model.biojepa import BioJEPA
+from biojepa.training.loop import effective_rank, encoder_latents
 
 
 def test_interval_of_a_known_mean():
@@ -41,6 +43,19 @@ def trained(tmp_path_factory):
 def test_pretraining_loss_falls(trained):
     log = trained[2]["pretrain"].dropna(subset=["val_total"])
     assert log.val_total.iloc[-1] < .7*log.val_total.iloc[0]
+
+
+@pytest.mark.slow
+def test_latents_use_more_than_half_of_their_dimensions(trained):
+    "Over all tokens; across cells at one gene, whose value is a single number, fewer are used, and must not become fewer still."
+    screen, model, logs, _ = trained
+    cells = next(iter(cell_loader(screen.adata, screen.split, "val", batch_size=256, seed=0, training=True)))
+    torch.manual_seed(0)
+    start, genes = BioJEPA(model.config), torch.arange(0, screen.adata.n_vars, 40)
+    for part in ("encoder", "teacher"):
+        before, after = (encoder_latents(m, cells, genes)[part] for m in (start, model))
+        assert effective_rank(after.flatten(0, 1)).item() > .5*model.config.d_model
+        assert effective_rank(after).mean() > .9*effective_rank(before).mean()
 
 
 @pytest.mark.slow

@@ -1,4 +1,6 @@
 "The four stages: what each trains, what it must not touch, what it refuses."
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -6,16 +8,17 @@ import torch
 from biojepa.actions.featurizers import action_batch, featurize
 from biojepa.actions.vocabulary import ActionTable, Modality, Mode
 from biojepa.config import ModelConfig, StageConfig, preset
-from biojepa.data.batches import dense_rows, match_controls
+from biojepa.data.batches import cell_loader, dense_rows, match_controls
 from biojepa.data.datasets import load_dataset
 from biojepa.data.preprocess import prepare
 from biojepa.data.splits import make_split
 from biojepa.model.biojepa import BioJEPA
 from biojepa.training.align import align_stage, align_step, hold_out_targets, retrieval_report
 from biojepa.training.dynamics import dynamics_stage, dynamics_step, gene_maps, mean_changes, mean_targets, noisy
-from biojepa.training.loop import fit
-from biojepa.training.pretrain import pretrain_stage, pretrain_step
+from biojepa.training.loop import CollapseMonitor, fit
+from biojepa.training.pretrain import pretrain, pretrain_stage, pretrain_step
 from biojepa.training.readout import readout_stage, readout_step
+from training_cases import small_data
 
 SHORT = StageConfig(epochs=1, batch_size=256, lr=1e-3)
 
@@ -156,3 +159,19 @@ def test_what_is_refused(screen):
     with pytest.raises(ValueError, match="actions: found 3 rows"): dynamics_stage(model, screen.adata, screen.split, screen.actions.take(torch.arange(3)), SHORT)
     with pytest.raises(ValueError, match="every perturbation's mean change is zero"): mean_targets(torch.zeros(3, 2, 4), torch.ones(2, 4))
     with pytest.raises(ValueError, match="held_out: found 1"): hold_out_targets(np.arange(4), np.arange(4), share=1)
+
+
+def test_without_vicreg_the_monitor_fires(tmp_path):
+    "Nothing but VICReg keeps a student that is its own teacher from making all cells alike."
+    data, found = small_data(), {}
+    for name, weights in dict(with_vicreg=(25., 25., 1.), without=(25., 0., 0.)).items():
+        torch.manual_seed(0)
+        model = BioJEPA(ModelConfig(n_genes=40, d_model=16, n_heads=2, n_encoder_layers=1, n_masked_predictor_layers=1, n_predictor_layers=1,
+                                    library_norm=(7., 1.), ema_momentum=0., vicreg_weights=weights))
+        monitor = CollapseMonitor(model, next(iter(cell_loader(data["adata"], data["split"], "train", batch_size=128))), torch.arange(0, 40, 4))
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            log = pretrain(model, data["adata"], data["split"], StageConfig(epochs=80, batch_size=32, lr=2e-2), tmp_path/name, monitor=monitor, progress=False, validate_every=100)
+        found[name] = (log.collapsed.max(), log.std_teacher.min()/monitor.start["std_teacher"], any("std_teacher" in str(w.message) for w in said))
+    assert found["with_vicreg"][0] == 0 and found["with_vicreg"][1] > .9 and not found["with_vicreg"][2]
+    assert found["without"][0] == 1 and found["without"][1] < .5 and found["without"][2], found

@@ -353,9 +353,10 @@ def encoder_latents(
     cells:CellBatch,    # B cells
     genes:Tensor,       # (g,) positions
 )->dict[str, Tensor]:   # name -> (g, B, D)
-    "Latents of whole cells at some genes, by student and by teacher."
+    "Latents of whole cells at some genes, by student and by teacher; and the teacher's at all these genes together, as `tokens` (1, g·B, D)."
     def at_genes(part): return part(cells.x, cells.log_library_size).genes()[:, genes].transpose(0, 1)
-    return dict(encoder=at_genes(model.encoder), teacher=at_genes(model.teacher))
+    teacher = at_genes(model.teacher)
+    return dict(encoder=at_genes(model.encoder), teacher=teacher, tokens=teacher.flatten(0, 1)[None])
 
 # %% ../../nbs/40_loop.ipynb #3c614f0c
 class CollapseMonitor:
@@ -364,7 +365,7 @@ class CollapseMonitor:
         model:nn.Module,            # as it is at the start of the stage
         cells:CellBatch,            # B fixed cells, better more than D; or another batch that `latents` takes
         genes:Tensor,               # (g,) positions of fixed genes
-        share:float=.5,             # warn if a rank falls below this share of its start
+        share:float=.5,             # warn if a rank or a mean standard deviation falls below this share of its start
         rank_floor:float=1.5,       # or below this
         std_floor:float=5e-3,       # or if the mean standard deviation falls below this
         latents:Callable=encoder_latents,   # (model, cells, genes) -> {name: (g, B, D)}
@@ -372,7 +373,7 @@ class CollapseMonitor:
         if (n := _size(cells)) < 3: raise ValueError(f"cells: found {n}; spread across cells needs at least 3, better more than the latent width")
         self.cells, self.genes, self.latents = cells, torch.as_tensor(genes), latents
         self.share, self.rank_floor, self.std_floor, self.warned = share, rank_floor, std_floor, set()
-        self.start = {k: v for k, v in self.measure(model).items() if k.startswith("rank_")}
+        self.start = {k: v for k, v in self.measure(model).items() if not k.startswith("std_min_")}
 
     @torch.no_grad()
     def measure(self, model:nn.Module)->dict[str, float]:
@@ -388,8 +389,8 @@ class CollapseMonitor:
     def __call__(self, model:nn.Module)->dict[str, float]:
         "Columns of the log: what was measured, and `collapsed`, 1 if any of it is too low."
         values = self.measure(model)
-        problems = {k: f"{k} is {v:.3g}, it began at {self.start[k]:.3g}" for k, v in values.items() if k in self.start and v < max(self.share*self.start[k], self.rank_floor)}
-        problems |= {k: f"{k} is {v:.3g}" for k, v in values.items() if k.startswith("std_") and not k.startswith("std_min_") and v < self.std_floor}
+        floor = {k: max(self.share*v, self.rank_floor if k.startswith("rank_") else self.std_floor) for k, v in self.start.items()}
+        problems = {k: f"{k} is {values[k]:.3g}, it began at {self.start[k]:.3g}" for k in floor if values[k] < floor[k]}
         for k in problems.keys() - self.warned: warnings.warn(f"latents collapse: {problems[k]}; cells are hardly told apart", stacklevel=2)
         self.warned |= problems.keys()
         return values | dict(collapsed=int(bool(problems)))
