@@ -1,0 +1,173 @@
+"Intervals against scipy and simulation; differences, seeds, scaled scores and the table."
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from biojepa.evaluate.metrics import METRICS
+from biojepa.evaluate.statistics import bootstrap_ci, bootstrap_panel, hierarchical_bootstrap, paired_bootstrap, scaled_score, summarise
+from biojepa.predict import Pseudobulk
+
+
+def test_interval_is_scipys():
+    values = np.random.default_rng(0).gamma(2, .2, 80)
+    found = bootstrap_ci(values)
+    scipys = stats.bootstrap((values,), np.mean, n_resamples=10_000, method="percentile", random_state=1).confidence_interval
+    assert found.estimate == pytest.approx(values.mean()) and found.n == 80 and np.isnan(found.p)
+    assert found[1:3] == pytest.approx(tuple(scipys), abs=.005)
+
+
+def test_interval_holds_the_truth_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    inside = [i.low <= 2 <= i.high for i in (bootstrap_ci(rng.gamma(2, 1, 60), 500, .9, s) for s in range(400))]
+    assert np.mean(inside) == pytest.approx(.9, abs=.04)
+
+
+def test_draws_in_pieces_are_draws():
+    "Small pieces in memory give the same kind of interval as one."
+    from biojepa.evaluate.statistics import _draw_means
+    values = np.random.default_rng(0).normal(size=50)
+    whole, pieces = _draw_means(values, 4000, np.random.default_rng(1)), _draw_means(values, 4000, np.random.default_rng(1), size=170)
+    assert len(pieces) == 4000 and pieces.mean() == pytest.approx(whole.mean(), abs=.02) and pieces.std() == pytest.approx(whole.std(), rel=.1)
+    assert whole.std() == pytest.approx(values.std()/np.sqrt(50), rel=.05)
+
+
+def test_level_and_seed():
+    values = np.random.default_rng(0).normal(size=100)
+    narrow, wide = bootstrap_ci(values, level=.5), bootstrap_ci(values, level=.99)
+    assert wide.low < narrow.low < narrow.estimate < narrow.high < wide.high
+    assert bootstrap_ci(values, seed=3) == bootstrap_ci(values, seed=3) != bootstrap_ci(values, seed=4)
+
+
+def test_undefined_values():
+    found = bootstrap_ci([np.nan, 1, 2, np.nan])
+    assert (found.estimate, found.n) == (1.5, 2)
+    nothing = bootstrap_ci([np.nan]*3)
+    assert np.isnan(nothing.estimate) and nothing.n == 0
+    assert paired_bootstrap([1, np.nan, 3], [0, 0, np.nan]).n == 1
+    with pytest.raises(ValueError, match="2 infinite values"): bootstrap_ci([np.inf, 1, -np.inf])
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="n: found 10 draws"): bootstrap_ci([1, 2], n=10)
+    with pytest.raises(ValueError, match="level: found 95"): bootstrap_ci([1, 2], level=95)
+    with pytest.raises(ValueError, match="found 2 and 3 values"): paired_bootstrap([1, 2], [1, 2, 3])
+    with pytest.raises(ValueError, match="found 2 for 3 values"): hierarchical_bootstrap([1, 2, 3], [0, 1])
+
+
+def test_p_value():
+    rng = np.random.default_rng(0)
+    d = rng.normal(.15, 1, 200)
+    assert paired_bootstrap(d, np.zeros(200)).p == pytest.approx(stats.ttest_1samp(d, 0).pvalue, abs=.02)
+    assert paired_bootstrap(d + 5, np.zeros(200), n=1000).p == pytest.approx(2/1001)  # never zero
+    assert paired_bootstrap(d, np.zeros(200)).p == pytest.approx(paired_bootstrap(np.zeros(200), d).p)
+    uniform = [paired_bootstrap(rng.normal(size=40), np.zeros(40), 500, seed=s).p for s in range(300)]
+    assert np.mean(np.array(uniform) < .05) == pytest.approx(.05, abs=.035)
+
+
+def test_seeds_written_out():
+    rng = np.random.default_rng(0)
+    values, seeds = rng.normal(np.repeat([0, .5, 1.5], [20, 30, 50]), .3), np.repeat([7, 8, 9], [20, 30, 50])
+    means = []
+    for _ in range(4000):
+        drawn = rng.choice([7, 8, 9], 3)
+        means.append(np.mean([rng.choice(values[seeds == s], (seeds == s).sum()).mean() for s in drawn]))
+    found = hierarchical_bootstrap(values, seeds)
+    assert found.estimate == pytest.approx(np.mean([values[seeds == s].mean() for s in (7, 8, 9)]))  # seeds count alike
+    assert found[1:3] == pytest.approx(np.quantile(means, [.025, .975]), abs=.04) and found.n == 100
+    assert hierarchical_bootstrap(values[50:], seeds[50:])[1:3] == pytest.approx(bootstrap_ci(values[50:])[1:3], abs=.01)  # one seed: perturbations alone
+
+
+@pytest.mark.parametrize("u, mean, ceiling, direction, score", [(.4, .3, .5, "higher", .5), (.3, .3, .5, "higher", 0), (.5, .3, .5, "higher", 1), (.2, .3, .5, "higher", -.5),
+                                                                (2, 3, 1, "lower", .5), (.4, .5, .5, "higher", np.nan), (.4, .5, .4, "higher", np.nan), (2, 1, 3, "lower", np.nan), (.8, .7, .9, "nominal", np.nan)])
+def test_scaled_score(u, mean, ceiling, direction, score):
+    assert scaled_score(u, mean, ceiling, direction) == pytest.approx(score, nan_ok=True)
+
+
+def tidy(seed=0, n=30, **means):
+    rng = np.random.default_rng(seed)
+    easy = rng.normal(0, .1, n)
+    part = lambda method, metric, values: pd.DataFrame(dict(method=method, metric=metric, condition=[f"G{i}+ctrl" for i in range(n)], cell_type="K562", value=values))
+    return pd.concat([part(method, metric, mean + easy + rng.normal(0, .02, n)) for method, by in means.items() for metric, mean in by.items()], ignore_index=True)
+
+
+def test_table():
+    rows = tidy(train_mean=dict(r_delta=.3, mse_delta=3.), model=dict(r_delta=.4, mse_delta=2.), ceiling=dict(r_delta=.5, mse_delta=1.))
+    table = summarise(rows).set_index(["metric", "method"])
+    assert table.loc[("r_delta", "model"), "scaled"] == pytest.approx(.5, abs=.1) and table.loc[("mse_delta", "model"), "scaled"] == pytest.approx(.5, abs=.1)
+    value = lambda method, metric: rows[(rows["method"] == method) & (rows["metric"] == metric)]["value"].to_numpy()
+    for metric in ("r_delta", "mse_delta"):
+        row = table.loc[(metric, "model")]
+        assert tuple(row[["mean", "low", "high"]]) == pytest.approx(bootstrap_ci(value("model", metric))[:3])
+        assert tuple(row[["difference", "difference_low", "difference_high", "p"]]) == pytest.approx(np.take(paired_bootstrap(value("model", metric), value("train_mean", metric)), [0, 1, 2, 4]))
+        assert row["against"] == "train_mean" and row["n"] == 30
+    assert table.loc[("r_delta", "train_mean"), "difference"] == 0
+
+
+def test_pairs_are_found_by_name_not_by_order():
+    rows = tidy(train_mean=dict(r_delta=.3), model=dict(r_delta=.4))
+    shuffled = pd.concat([rows[rows["method"] == "train_mean"], rows[rows["method"] == "model"].sample(frac=1, random_state=0)])
+    a, b = (summarise(r).set_index("method").loc["model"] for r in (rows, shuffled))
+    assert b["difference_high"] - b["difference_low"] == pytest.approx(a["difference_high"] - a["difference_low"], rel=.1)
+    assert a["difference_high"] - a["difference_low"] < .5*(a["high"] - a["low"])
+
+
+def test_an_undefined_reference_stands_at_chance():
+    rows = tidy(train_mean=dict(r_delta_perturbed_mean=0, mse_delta=3.), model=dict(r_delta_perturbed_mean=.2, mse_delta=2.), ceiling=dict(r_delta_perturbed_mean=.4, mse_delta=1.))
+    rows.loc[(rows["method"] == "train_mean") & (rows["metric"] == "r_delta_perturbed_mean"), "value"] = np.nan
+    row = summarise(rows).set_index(["metric", "method"]).loc[("r_delta_perturbed_mean", "model")]
+    assert row["against"] == "chance" and row["difference"] == pytest.approx(row["mean"]) and row["scaled"] == pytest.approx(.5, abs=.1)
+    undefined = summarise(rows).set_index(["metric", "method"]).loc[("r_delta_perturbed_mean", "train_mean")]
+    assert np.isnan(undefined["mean"]) and undefined["n"] == 0 and undefined["n_undefined"] == 30
+
+
+def test_no_reference_and_no_chance_is_no_difference():
+    rows = tidy(train_mean=dict(mse_delta=3.), model=dict(mse_delta=2.))
+    rows.loc[rows["method"] == "train_mean", "value"] = np.nan
+    row = summarise(rows).set_index("method").loc["model"]
+    assert row["against"] == "" and np.isnan(row["difference"]) and np.isnan(row["scaled"])
+
+
+def test_seeds_in_the_table():
+    runs = pd.concat([tidy(s, train_mean=dict(r_delta=.3), model=dict(r_delta=.4 + .1*s)).assign(seed=s) for s in range(3)])
+    row = summarise(runs).set_index("method").loc["model"]
+    value = runs[runs["method"] == "model"]
+    assert row["seeds"] == 3 and row["n"] == 90
+    assert tuple(row[["mean", "low", "high"]]) == pytest.approx(hierarchical_bootstrap(value["value"], value["seed"])[:3])
+    assert row["difference"] == pytest.approx(.2, abs=.02) and row["difference_high"] - row["difference_low"] > .1
+
+
+def test_table_refuses():
+    rows = tidy(train_mean=dict(r_delta=.3), model=dict(r_delta=.4))
+    with pytest.raises(ValueError, match=r"columns \['value'\] are missing"): summarise(rows.drop(columns="value"))
+    with pytest.raises(ValueError, match="train_mean has two values of r_delta for G0"): summarise(pd.concat([rows, rows]))
+    with pytest.raises(ValueError, match="'train_mean' is not among the methods"): summarise(rows[rows["method"] == "model"])
+
+
+@pytest.fixture
+def panel():
+    rng = np.random.default_rng(0)
+    size = rng.gamma(3, .2, 60)
+    delta = rng.normal(size=(60, 40))*size[:, None]
+    conditions = pd.DataFrame(dict(condition=[f"G{i}+ctrl" for i in range(60)], cell_type="K562", targets=[(f"G{i}",) for i in range(60)], n_cells=20))
+    return Pseudobulk("model", tuple(f"G{i}" for i in range(40)), conditions, delta, rng.normal(size=(60, 40))*(size + rng.gamma(3, .1, 60))[:, None], np.ones((60, 40)), None, np.zeros(40))
+
+
+def test_panel_metric_has_an_interval(panel):
+    found = bootstrap_panel(panel, "severity_r", 500)
+    r = METRICS["severity_r"].function(panel)
+    fisher = np.tanh(np.arctanh(r) + np.array([-1.96, 1.96])/np.sqrt(57))
+    assert found.estimate == pytest.approx(r) and found.n == 60
+    assert found[1:3] == pytest.approx(fisher, abs=.12)
+
+
+def test_panel_metric_refusals(panel):
+    with pytest.raises(ValueError, match="choose one of severity_r"): bootstrap_panel(panel, "pds")
+    constant = bootstrap_panel(panel._replace(predicted=np.tile(panel.predicted[:1], (60, 1))), "severity_rho", 100)
+    assert np.isnan(constant[:3]).all()
+
+
+def test_panel_metric_in_the_table(panel):
+    one = lambda method, value: pd.DataFrame([dict(method=method, metric="severity_r", condition="", cell_type="", value=value)])
+    row = summarise(pd.concat([one("train_mean", np.nan), one("model", .6)])).set_index("method").loc["model"]
+    assert row["mean"] == .6 and np.isnan(row["low"]) and np.isnan(row["difference_low"]) and row["against"] == "chance"
