@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'STAGES', 'load_data', 'data_hash', 'default_features', 'read_proteins', 'completed', 'Actions',
            'describe_actions', 'sized_to', 'Run', 'run_folder', 'open_folder', 'build_stage', 'watched',
-           'predicted_latents', 'run_stages', 'parser', 'experiment_of', 'changed_by', 'main']
+           'predicted_latents', 'run_stages', 'changed_by', 'named_experiment', 'read_config', 'parser',
+           'experiment_of', 'main']
 
 # %% ../../nbs/45_run.ipynb #15562a16
 import argparse, json, platform, warnings
@@ -311,6 +312,41 @@ def _data(experiment:ExperimentConfig, adata:AnnData|None, split:Split|None, run
         split = fabric.broadcast(split)
     return adata, split
 
+# %% ../../nbs/45_run.ipynb #9ccfec55
+def changed_by(
+    experiment:ExperimentConfig,
+    fields:dict,                # "part.field" or "field" -> value
+)->ExperimentConfig:
+    "A copy with some fields set, however deep; unknown ones are an error."
+    tree = experiment.model_dump()
+    for field, value in fields.items():
+        *parents, last = field.split(".")
+        node = tree
+        for name in parents: node = node.get(name) if isinstance(node, dict) else None
+        if not isinstance(node, dict) or last not in node: raise ValueError(f"the configuration has no field {field!r}; {'.'.join(parents) or 'it'} has {', '.join(node) if isinstance(node, dict) else 'none'}")
+        node[last] = value
+    return ExperimentConfig(**tree)
+
+# %% ../../nbs/45_run.ipynb #c75893cd
+def named_experiment(
+    preset_name:str="laptop",   # "smoke", "laptop" or "paper"
+    run:str|Path|None=None,     # folder of an earlier run, whose configuration is taken instead
+    seed:int=0,                 # of weights, masks and order
+    **data,                     # fields of `DataConfig`; None: the preset's; `guide_seq` may be names separated by commas
+)->ExperimentConfig:
+    "The experiment that a paper notebook's parameters describe."
+    if run: return ExperimentConfig(**read_config(Path(run)/"config.json"))
+    if isinstance(columns := data.get("guide_seq"), str): data["guide_seq"] = [c.strip() for c in columns.split(",")]
+    return changed_by(preset(preset_name), {f"data.{k}": v for k, v in data.items() if v is not None} | dict(seed=seed))
+
+def read_config(
+    path:Path,  # config.json of a run
+)->dict:
+    "A saved configuration, or an error with its name."
+    if not path.is_file(): raise ValueError(f"{path}: no such file; give the folder of a run, as runs/<hash>-<seed>")
+    try: return json.loads(path.read_text())
+    except ValueError as error: raise ValueError(f"{path}: not readable as JSON ({error})") from error
+
 # %% ../../nbs/45_run.ipynb #612d49b8
 def parser()->argparse.ArgumentParser:
     "Options of the command line."
@@ -353,7 +389,7 @@ def experiment_of(
     args:argparse.Namespace,    # of `parser`
 )->ExperimentConfig:
     "The configuration that the options ask for."
-    experiment = ExperimentConfig(**json.loads(args.config.read_text())) if args.config else preset(args.preset)
+    experiment = ExperimentConfig(**read_config(args.config)) if args.config else preset(args.preset)
     data = {k: getattr(args, k) for k in ("condition", "control", "batch", "cell_type", "guide", "mode", "proteins", "relations", "tokens")} | dict(dataset=args.data)
     fields = {f"data.{k}": v for k, v in data.items() if v is not None} | ({"seed": args.seed} if args.seed is not None else {})
     for text in args.set:
@@ -362,20 +398,6 @@ def experiment_of(
         try: fields[field] = json.loads(value)
         except json.JSONDecodeError: fields[field] = value
     return changed_by(experiment, fields)
-
-def changed_by(
-    experiment:ExperimentConfig,
-    fields:dict,                # "part.field" or "field" -> value
-)->ExperimentConfig:
-    "A copy with some fields set, however deep; unknown ones are an error."
-    tree = experiment.model_dump()
-    for field, value in fields.items():
-        *parents, last = field.split(".")
-        node = tree
-        for name in parents: node = node.get(name) if isinstance(node, dict) else None
-        if not isinstance(node, dict) or last not in node: raise ValueError(f"--set: the configuration has no field {field!r}; {'.'.join(parents) or 'it'} has {', '.join(node) if isinstance(node, dict) else 'none'}")
-        node[last] = value
-    return ExperimentConfig(**tree)
 
 # %% ../../nbs/45_run.ipynb #d99d483d
 def main(
