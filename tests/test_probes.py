@@ -1,0 +1,191 @@
+"Probes against scikit-learn and slow forms; perfect representations get the best value, shuffled ones chance; bad input by name."
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+import torch
+from anndata import AnnData
+from scipy import stats
+from sklearn.decomposition import PCA
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.preprocessing import StandardScaler
+
+from biojepa.config import preset
+from biojepa.data.batches import dense_rows
+from biojepa.evaluate import probes as p
+from biojepa.model.biojepa import BioJEPA
+
+N, G = 400, 30
+
+
+@pytest.fixture(scope="module")
+def adata():
+    "Cells of two lines and four gem groups that shift their own genes; three single targets, a double and controls; planted edges."
+    rng = np.random.default_rng(0)
+    condition = rng.choice(["ctrl", "G1+ctrl", "G2+ctrl", "X+ctrl", "G1+G2"], N, p=[.3, .2, .2, .2, .1])
+    batch, line = rng.integers(4, size=N), rng.choice(["K562", "RPE1"], N)
+    x = np.maximum(0, rng.gamma(2, .6, G) + rng.normal(0, .3, (N, G)) + rng.normal(0, .6, (4, G))[batch])
+    for gene in (1, 2): x[[f"G{gene}" in c for c in condition], gene] = 0
+    x[condition == "G1+ctrl", 5:15] += .5
+    genes = [f"G{i}" for i in range(G)]
+    obs = pd.DataFrame(dict(condition=condition, batch=[f"gem{b}" for b in batch], cell_type=line, log_library_size=rng.normal(9, .3, N).astype("float32")), index=[f"c{i}" for i in range(N)])
+    adata = AnnData(sp.csr_matrix(x.astype("float32")), obs=obs.assign(perturbation=condition).astype({c: "category" for c in ("condition", "batch", "cell_type")}), var=pd.DataFrame(dict(gene_name=genes), index=genes))
+    adata.uns["biojepa"] = dict(schema_version=1, source="test", expression_space="log1p", history=np.array(["made by hand"]))
+    adata.uns["truth"] = dict(edges=dict(source=np.array(["G3", "G3", "G4"]), sink=np.array(["G5", "G6", "G3"]), weight=np.array([[1., -3.], [.5, .5], [-2., 2.]])))
+    return adata
+
+
+@pytest.fixture(scope="module")
+def labels(): return np.random.default_rng(1).integers(4, size=N).astype(str)
+
+
+def test_latents_are_the_mean_over_genes_of_the_naive_form(adata):
+    torch.manual_seed(0)
+    model = BioJEPA(preset("smoke").model.changed(n_genes=G))
+    rows = np.array([7, 3, 200, 3])
+    with torch.inference_mode():
+        naive = model.teacher(dense_rows(adata.X, rows), torch.tensor(adata.obs["log_library_size"].to_numpy()[rows]), None, False).genes().mean(1).numpy()
+    np.testing.assert_allclose(p.cell_latents(model, adata, rows, batch_size=3, progress=False), naive, atol=2e-6)
+    with pytest.raises(ValueError, match="found 29 genes, the model reads 30"): p.cell_latents(model, adata[:, :29].copy(), rows, progress=False)
+    assert p.gene_embeddings(model).shape == (G, model.config.d_model)
+    with torch.no_grad(): model.encoder.tokenizer.gene.weight += 1
+    np.testing.assert_allclose(p.gene_embeddings(model) - p.gene_embeddings(model, "teacher"), 1, atol=1e-6)
+    with pytest.raises(ValueError, match="part: found 'student'"): p.gene_embeddings(model, "student")
+
+
+def test_components_are_scikit_learns_and_see_only_the_cells_they_are_fitted_to(adata):
+    fit, rows = np.arange(0, 200), np.arange(200, 260)
+    got = p.cell_components(adata, rows, fit, 5)
+    want = PCA(5).fit(adata.X[fit].toarray()).transform(adata.X[rows].toarray())
+    np.testing.assert_allclose(np.abs(got), np.abs(want), atol=1e-4)
+    other = adata.copy()
+    other.X[300:] = other.X[300:]*3
+    np.testing.assert_allclose(p.cell_components(other, rows, fit, 5), got, atol=1e-5)
+    loadings = p.gene_loadings(adata, fit, 200)   # all components: scalar products are covariances
+    np.testing.assert_allclose(loadings @ loadings.T, np.cov(adata.X[fit].toarray().T), atol=1e-4)
+    level = p.expression_level(adata, fit)
+    np.testing.assert_allclose(level, np.stack([adata.X[fit].toarray().mean(0), (adata.X[fit].toarray() > 0).mean(0)], 1), atol=1e-5)
+    with pytest.raises(ValueError, match="found 2 cells"): p.cell_components(adata, rows, fit[:2], 5)
+
+
+def test_every_label_is_dealt_to_every_part(labels):
+    parts = p.label_parts(labels, seed=3)
+    counts = pd.crosstab(labels, parts)
+    assert set(counts) == {"train", "val", "test"} and (np.abs(counts.div(counts.sum(1), axis=0) - [.2, .6, .2]) < .02).all(axis=None)
+    assert (parts == p.label_parts(labels, seed=3)).all() and (parts != p.label_parts(labels, seed=4)).any()
+    few = p.label_parts(["a"]*4 + ["b"]*5)
+    assert set(few[:4]) == {""} and sorted(few[4:]) == ["test", "train", "train", "train", "val"]
+
+
+def test_a_probe_is_logistic_regression_with_the_strength_that_validation_prefers(labels):
+    rng = np.random.default_rng(2)
+    x, parts = np.eye(4)[labels.astype(int)]*1.2 + rng.normal(size=(N, 4)), p.label_parts(labels)
+    train, val, test = (parts == k for k in ("train", "val", "test"))
+    scaler, scores = StandardScaler().fit(x[train]), {}
+    for c in p.STRENGTHS:
+        fitted = LogisticRegression(C=c, max_iter=500).fit(scaler.transform(x[train]), labels[train])
+        scores[c] = fitted.score(scaler.transform(x[val]), labels[val]), fitted.predict(scaler.transform(x[test])) == labels[test]
+    best = max(scores, key=lambda c: scores[c][0])
+    found = p.fit_probe(x, labels, parts)
+    assert found.strength == best and (found.correct == scores[best][1]).all()
+    assert .3 < found.correct.mean() < .9
+
+
+def test_perfect_representations_get_1_and_shuffled_ones_chance(labels):
+    perfect, rng = np.eye(4)[labels.astype(int)], np.random.default_rng(3)
+    table = p.probe_table({"PCA": perfect[rng.permutation(N)], "perfect": perfect, "noise": rng.normal(size=(N, 6))}, {"batch": labels, "line": np.full(N, "K562")}, n_shuffles=4, progress=False)
+    assert table["representation"].iloc[:3].tolist() == ["PCA", "perfect", "noise"]
+    of = table.set_index("representation").loc[["PCA", "perfect", "noise"]]
+    assert of.loc["perfect", ["accuracy", "low", "balanced"]].eq(1).all() and of.loc["perfect", "difference_low"] > .5
+    n = int(of.loc["noise", "n_test"])
+    for name in ("PCA", "noise"): assert abs(of.loc[name, "accuracy"] - .25) < 3*np.sqrt(.25*.75/n)    # 99.7 % of probes without information
+    assert (np.abs(of["shuffled"] - .25) < .08).all() and (of["shuffled_high"] >= of["shuffled"]).all()
+    assert (of["balanced_chance"] == .25).all() and (of.loc["PCA", ["difference", "difference_low", "difference_high"]] == 0).all()
+    assert table["note"].iloc[-1] == "left out: 1 label(s), 1 with enough cells" and np.isnan(table["accuracy"].iloc[-1])
+
+
+def test_the_planted_batch_and_perturbation_are_found_in_components(adata):
+    rows = np.arange(N)
+    table = p.probe_table({"PCA": p.cell_components(adata, rows, rows, 20), "depth": p.library_size(adata, rows)}, {k: adata.obs[k].astype(str) for k in ("batch", "condition")}, n_shuffles=1, progress=False)
+    at = table.set_index(["question", "representation"])
+    assert at.loc[("batch", "PCA"), "accuracy"] > .95 and at.loc[("condition", "PCA"), "accuracy"] > at.loc[("condition", "PCA"), "majority"] + .2
+    assert at.loc[("batch", "depth"), "low"] < .3
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(x=np.ones((N - 1, 2))), "one row, label and part per cell"), (dict(x=np.full((N, 2), np.nan)), "NaN or infinite"),
+    (dict(labels=np.full(N, "a")), "found 1 among the training cells"), (dict(parts=np.full(N, "train")), "no validation or no test cell"),
+    (dict(labels=np.where(np.arange(N) == N - 1, "new", np.where(np.arange(N) % 2, "a", "b")), parts=np.repeat(["train", "val", "test"], [200, 100, 100])), "in no training cell")])
+def test_probes_refuse_by_name(labels, change, message):
+    given = dict(x=np.ones((N, 2)), labels=labels, parts=p.label_parts(labels)) | change
+    with pytest.raises(ValueError, match=message): p.fit_probe(**given)
+
+
+def test_scores_from_tables_and_from_data(adata, tmp_path):
+    (tmp_path/"scores.csv").write_text("symbol,chronos\nG1,-1.5\nG2,\nG3,0.25\n")
+    assert p.read_scores(tmp_path/"scores.csv", "symbol", "chronos").to_dict() == {"G1": -1.5, "G3": .25}
+    for table, message in ((dict(gene=["A"], s=[1]), r"columns \['score'\] are missing"), (dict(gene=["A"], score=["high"]), "'high' in column 'score'"),
+                           (dict(gene=["A", "A"], score=[1, 2]), "'A' stands twice"), (dict(gene=["A"], score=[np.inf]), "infinite values")):
+        with pytest.raises(ValueError, match=message): p.read_scores(pd.DataFrame(table))
+    with pytest.raises(ValueError, match="no such file"): p.read_scores(tmp_path/"none.csv")
+    planted = p.planted_scores(adata)
+    assert planted[["G3", "G4", "G5"]].tolist() == [2.5, 2., 0.] and planted.index.tolist() == adata.var_names.tolist()
+    plain = AnnData(adata.X, obs=adata.obs, var=adata.var)
+    with pytest.raises(ValueError, match="no planted network"): p.planted_scores(plain)
+    effects = p.effect_scores(adata)
+    assert sorted(effects.index) == ["G1", "G2"]    # X is not measured, the double is no single
+    rows = lambda c, line: adata.X[((adata.obs.condition == c) & (adata.obs.cell_type == line)).to_numpy()].toarray().mean(0)
+    expected = np.mean([np.sqrt((np.delete(rows("G1+ctrl", l) - rows("ctrl", l), 1)**2).sum()/G) for l in ("K562", "RPE1")])
+    assert effects["G1"] == pytest.approx(expected, rel=1e-5) and effects["G1"] > 2*effects["G2"]
+
+
+def gene_case(n=200, seed=0):
+    rng = np.random.default_rng(seed)
+    score = pd.Series(rng.gamma(2, 1, n), [f"g{i}" for i in range(n)])
+    held = np.stack([score.to_numpy() + .01*rng.normal(size=n), rng.normal(size=n)], 1)
+    return {"held": held, "dealt anew": held[rng.permutation(n)], "expression level": rng.normal(size=(n, 2))}, score
+
+
+def test_gene_probes_find_a_score_and_nothing_in_shuffled_rows():
+    representations, score = gene_case()
+    result = p.gene_probe(representations, score, n_shuffles=6, n_draws=400, progress=False)
+    at = result.table.set_index(["representation", "measure"])
+    for measure, best in (("auroc", 1.), ("r", 1.), ("rho", 1.)):
+        assert at.loc[("held", measure), "value"] > .98*best and at.loc[("held", measure), "difference_low"] > .2
+        chance = at.loc[("dealt anew", measure), "chance"]
+        assert at.loc[("dealt anew", measure), "low"] < chance < at.loc[("dealt anew", measure), "high"]
+        assert abs(at.loc[("held", measure), "shuffled"] - chance) < .12
+    assert (at["n_positive"] == 50).all() and len(result.genes) == 3*200
+    assert result.genes.groupby(["representation", "fold"]).positive.sum().eq(10).all()
+
+
+def test_gene_probe_values_are_scipys_and_scikit_learns_on_held_out_genes():
+    representations, score = gene_case(seed=1)
+    representations["held"] = representations["held"] + np.random.default_rng(5).normal(0, 2, (200, 2))
+    result = p.gene_probe({k: representations[k] for k in ("held", "expression level")}, score, n_shuffles=0, n_draws=200, progress=False)
+    folds = [rows for _, rows in result.genes[result.genes.representation == "held"].groupby("fold")]
+    at = result.table.set_index(["representation", "measure"])["value"]["held"]
+    assert at["auroc"] == pytest.approx(np.mean([roc_auc_score(r.positive, r.probability) for r in folds]))
+    assert at["r"] == pytest.approx(np.mean([stats.pearsonr(r.predicted, r.score)[0] for r in folds]))
+    assert at["rho"] == pytest.approx(np.mean([stats.spearmanr(r.predicted, r.score)[0] for r in folds]))
+    assert np.isnan(result.table["shuffled"]).all()
+
+
+def test_bootstrap_weights_are_repeats():
+    rng = np.random.default_rng(0)
+    s, label, y = np.round(rng.normal(size=20), 1), rng.random(20) < .4, rng.normal(size=20)
+    w = rng.multinomial(20, np.full(20, .05))
+    again = np.repeat(np.arange(20), w)
+    assert p._weighted_auroc(s, label, w[None])[0] == pytest.approx(roc_auc_score(label[again], s[again]))
+    assert p._weighted_pearson(s, y, w[None])[0] == pytest.approx(stats.pearsonr(s[again], y[again])[0])
+    assert np.isnan(p._weighted_auroc(s, label, (w*label)[None])[0])
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(reference="level"), "'level' is not among"), (dict(threshold=99.), "0 of 200 genes are above 99"),
+    (dict(score=gene_case()[1].iloc[:50]), "one row per gene"), (dict(score=gene_case()[1]*np.nan), "score: found NaN"),
+    (dict(score=pd.Series(np.arange(200) < 5, dtype=float)), "5 of 200 genes are above 0.5")])
+def test_gene_probes_refuse_by_name(change, message):
+    representations, score = gene_case()
+    with pytest.raises(ValueError, match=message): p.gene_probe(**(dict(representations=representations, score=score, n_shuffles=0, progress=False) | change))
