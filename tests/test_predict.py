@@ -308,7 +308,8 @@ def test_each_control_is_encoded_once_and_equal_pairs_are_answered_once(case):
 def test_a_finished_run_holds_everything(case, tmp_path):
     adata, split = case
     model, (table, actions) = made(), described(adata)
-    run = Run(model, tmp_path/"abc-0", pd.DataFrame(), adata, split, actions, table, preset("smoke"))
+    held = dict(model=model, folder=tmp_path/"abc-0", log=pd.DataFrame(), adata=adata, split=split, actions=actions, table=table, experiment=preset("smoke"))
+    run = Run(**dict.fromkeys(Run._fields) | held)
     ps, by_hand = predictions(run, progress=False), predictions(model, adata, split, actions, table, progress=False)
     np.testing.assert_array_equal(ps.predicted, by_hand.predicted)
     assert ps.provenance["run"] == "abc-0" and len(ps.provenance["experiment"]) == 12
