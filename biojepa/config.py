@@ -91,10 +91,13 @@ class DataConfig(Frozen):
     library_size:str|None = None             # column of total counts, for files without counts
     proteins:str|None = None                 # csv of genes and their amino acids; None: those in the file
     relations:str|None = None                # csv or parquet of gene pairs; if given, a target's place in this graph stands for its protein
+    relations_db:str|None = None             # only the pairs with this value in a column `db`
     expression_space:Literal["log1p", "log1p_twice"] = "log1p"
     n_top_genes:PositiveInt|None = None      # variable genes to keep, chosen on training cells; all if None
     split:Literal["simulation", "guide", "combination", "cell_type", "custom"] = "simulation"
     split_seed:int = 1
+    held_out:tuple[str, ...]|None = None     # what is held out: targets, combinations, cell lines, by the kind of split; None: drawn
+    keep:tuple[str, ...]|None = None         # further entries of the file's obs or uns to carry along
     tokens:tuple[Literal["protein", "chemical", "dna"], ...]|None = None  # what an action is described by in dynamics; None: guide DNA where known, as released
 
 # %% ../nbs/01_config.ipynb #6695553a

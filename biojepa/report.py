@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'versions', 'commit', 'Report', 'read_manifest', 'check_manifest', 'cell_table', 'gene_table',
-           'condition_table', 'data_summary']
+           'condition_table', 'data_summary', 'configuration_table']
 
 # %% ../nbs/71_report.ipynb #3bb4dfb9
 import json, platform, subprocess
@@ -16,8 +16,10 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 from matplotlib.figure import Figure
+from torch import nn
 
-from .core import PATHS, atomic_path, file_hash
+from .config import ExperimentConfig, config_hash
+from .core import PATHS, atomic_path, file_hash, n_params
 from .data.splits import Split
 
 # %% ../nbs/71_report.ipynb #f127318e
@@ -143,4 +145,18 @@ def data_summary(
     for part in ("train", "val", "test"):
         rows = conditions[conditions.part == part]
         values |= {f"{part} conditions": len(rows), f"{part} perturbed cells": int(rows.n_cells.sum())}
+    return pd.DataFrame(dict(quantity=values.keys(), value=values.values())).astype(str)
+
+# %% ../nbs/71_report.ipynb #4bf0578c
+def configuration_table(
+    experiment:ExperimentConfig,    # as used
+    model:nn.Module,                # whose parts are counted
+)->pd.DataFrame:                    # one row per quantity
+    "Sizes, switches and stages of a run, and how many parameters each part has."
+    c = experiment.model
+    values = {"preset": experiment.name, "configuration": config_hash(experiment), "width D": c.d_model, "heads": c.n_heads,
+              "layers (encoder, masked predictor, action predictor)": f"{c.n_encoder_layers}, {c.n_masked_predictor_layers}, {c.n_predictor_layers}"}
+    values |= {f"parameters: {name}": f"{n_params(part):,}" for name, part in model.named_children() if name != "teacher"}
+    values |= {f"switch: {k}": getattr(c, k) for k in ("latent_loss", "vicreg_over", "mask_kind", "mask_ratio", "mask_keeps_gene", "value_embedding", "library_norm", "mask_context", "predicts", "readout", "ema_momentum")}
+    values |= {f"stage: {s}": f"{o.epochs} epochs, batch {o.batch_size}, learning rate {o.lr:g}" for s in ("pretrain", "align", "dynamics", "readout") for o in (getattr(experiment, s),)}
     return pd.DataFrame(dict(quantity=values.keys(), value=values.values())).astype(str)
