@@ -1,0 +1,190 @@
+"Relations, neighbour shares and their null against slow forms and closed forms; perfect spaces get the best value, shuffled ones chance."
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy import stats
+from sklearn.metrics.pairwise import cosine_similarity
+from sklearn.neighbors import NearestNeighbors
+
+from biojepa.actions.featurizers import action_batch, featurize
+from biojepa.actions.vocabulary import ActionTable, Modality
+from biojepa.config import preset
+from biojepa.data.datasets import load_dataset, read_card
+from biojepa.data.preprocess import prepare
+from biojepa.data.splits import make_split
+from biojepa.evaluate import genesets as g
+from biojepa.model.biojepa import BioJEPA
+from biojepa.predict import group_means
+
+LABELS = pd.Series(np.repeat(np.arange(8), 15), [f"g{i}" for i in range(120)])
+
+
+@pytest.fixture(scope="module")
+def relation(): return g.label_relation(LABELS)
+
+
+def pairs(relation): return {tuple(sorted((relation.items[i], relation.items[j]))) for i, j in zip(*relation.related.nonzero())}
+
+
+def test_relations_from_sets_labels_and_edges_are_the_pairs_one_would_list():
+    sets = dict(one=["A", "B", "C"], two=["C", "D", "E"], small=["A", "E"], large=[f"x{i}" for i in range(9)])
+    assert pairs(g.set_relation(sets, sizes=(3, 5))) == {("A", "B"), ("A", "C"), ("B", "C"), ("C", "D"), ("C", "E"), ("D", "E")}
+    assert pairs(g.label_relation(dict(A=1, B=1, C=2, D=2, E=3))) == {("A", "B"), ("C", "D")}
+    edges = pd.DataFrame(dict(a=["A", "B", "A", "C", "A"], b=["B", "A", "A", "D", "C"], db=["x", "x", "x", "x", "y"]))
+    assert pairs(g.edge_relation(edges, "x")) == {("A", "B"), ("C", "D")}
+    whole = g.edge_relation(edges)
+    assert pairs(whole) == {("A", "B"), ("C", "D"), ("A", "C")} and whole.chance == pytest.approx(3/6) and whole.n_pairs == 3
+    part, rows = whole.at(["Z", "D", "B", "A", "Q", "C"])
+    assert part.items == ("D", "B", "A", "C") and rows.tolist() == [1, 2, 3, 5] and pairs(part) == pairs(whole)
+    alone, rows = whole.at(["A", "B", "C", "Z"])
+    assert alone.items == ("A", "B", "C") and (alone.related != alone.related.T).nnz == 0
+
+
+def test_files_are_read_and_refused_by_name(tmp_path):
+    adata = prepare(load_dataset(read_card("simulated").changed(simulate=dict(n_genes=60, n_cells=200, n_targets=8, n_modules=3, n_batches=2), cells=None, genes=None, targets=None)))
+    planted = g.gene_relation(adata)
+    truth = pd.Series(adata.uns["truth"]["module"], adata.uns["truth"]["gene"])
+    assert all((truth[a] == truth[b]) for a, b in pairs(planted)) and planted.n_pairs == 3*20*19/2
+    (tmp_path/"s.gmt").write_text("one\tsource\tG01\tG02\tG03\n\ntwo\t\tG03\tG04\t\tG05\n")
+    assert g.read_gmt(tmp_path/"s.gmt") == dict(one=["G01", "G02", "G03"], two=["G03", "G04", "G05"]) and g.gene_relation(adata, tmp_path/"s.gmt").n_pairs == 6
+    pd.DataFrame(dict(a=["G01", "G01", "G01"], b=["G02", "G03", "G04"], db=["x", "x", "y"])).to_csv(tmp_path/"e.csv", index=False)
+    assert g.gene_relation(adata, tmp_path/"e.csv").n_pairs == 3 and g.gene_relation(adata, tmp_path/"e.csv", "x").source == "e.csv, x"
+    (tmp_path/"bad.gmt").write_text("one A B\n"); (tmp_path/"twice.gmt").write_text("one\t\tA\none\t\tB\n")
+    bare = adata.copy()
+    del bare.uns["truth"]
+    for call, message in ((lambda: g.gene_relation(bare), "no planted modules; give a GMT file"), (lambda: g.gene_relation(adata, tmp_path/"bad.gmt"), "line 1: found 1 columns"),
+                          (lambda: g.read_gmt(tmp_path/"twice.gmt"), "line 2: set 'one' stands twice"), (lambda: g.read_gmt(tmp_path/"none.gmt"), "no such file"),
+                          (lambda: g.gene_relation(adata, tmp_path/"e.csv", "STRING"), "no edges of db 'STRING'; it has x, y"), (lambda: g.edge_relation(pd.DataFrame(dict(a=["A"]))), r"columns \['b'\] are missing"),
+                          (lambda: g.set_relation(dict(a=["A", "B"])), "none of 1 sets has 3 to 300"), (lambda: planted.at(["X", "Y"]), "0 of 2 items are related"),
+                          (lambda: planted.at(["G01", "G01", "G02"]), "'G01' stands twice")):
+        with pytest.raises(ValueError, match=message): call()
+
+
+def test_neighbours_are_scikit_learns_and_ties_are_shared():
+    x = np.random.default_rng(0).normal(size=(40, 5))
+    unit = x/np.linalg.norm(x, axis=1, keepdims=True)
+    found = NearestNeighbors(n_neighbors=7).fit(unit).kneighbors(return_distance=False)
+    near = g.nearest(g.cosine(x, centre=False), 7)
+    assert all(set(np.flatnonzero(row)) == set(f) for row, f in zip(near, found)) and np.allclose(near.sum(1), 1)
+    np.testing.assert_allclose(g.cosine(x), cosine_similarity(x - x.mean(0)), atol=1e-12)
+    np.testing.assert_allclose(g.nearest(np.zeros((5, 5)), 2), (1 - np.eye(5))/4)
+    ask = np.arange(40) < 10
+    block = g.nearest(g.cosine(x), 3, ask, ~ask)
+    assert block[~ask].sum() == 0 and block[:, ask].sum() == 0 and np.allclose(block[ask].sum(1), 1)
+    for call, message in ((lambda: g.nearest(np.eye(4), 4), "only 3 others"), (lambda: g.cosine(np.full((3, 2), np.nan)), "NaN or infinite")):
+        with pytest.raises(ValueError, match=message): call()
+    assert not g.cosine(np.ones((4, 3))).any()     # nothing is left after centring
+
+
+def test_statistics_are_those_of_a_slow_loop(relation):
+    x = np.random.default_rng(1).normal(size=(120, 4)) + np.eye(8)[LABELS][:, :4] + 1
+    ask = np.arange(120) % 3 == 0
+    for a, b in ((np.ones(120, bool),)*2, (ask, ~ask)):
+        found, s, plain = g.relation_test(x, relation, 5, a, b, n_permutations=3), g.cosine(x), cosine_similarity(x)
+        share, inside, outside, plain_inside, plain_outside = [], [], [], [], []
+        for i in np.flatnonzero(a):
+            others = [j for j in np.flatnonzero(b) if j != i]
+            share.append(np.mean([LABELS.iloc[j] == LABELS.iloc[i] for j in sorted(others, key=lambda j: -s[i, j])[:5]]))
+            for j in others:
+                same = LABELS.iloc[i] == LABELS.iloc[j]
+                (inside if same else outside).append(s[i, j]); (plain_inside if same else plain_outside).append(plain[i, j])
+        assert found["knn"] == pytest.approx(np.mean(share)) and found["difference"] == pytest.approx(np.mean(inside) - np.mean(outside), abs=1e-6)
+        assert found["ratio"] == pytest.approx(np.mean(plain_inside)/np.mean(plain_outside), rel=1e-5) and found["within"] == pytest.approx(np.mean(inside), abs=1e-6)
+        assert found["knn_chance"] == pytest.approx(len(inside)/(len(inside) + len(outside))) and found["n_related"] == len(inside)
+
+
+def test_perfect_spaces_get_the_best_value_and_shuffled_ones_chance(relation):
+    perfect, rng = np.eye(8)[LABELS], np.random.default_rng(2)
+    p_values = []
+    best = g.relation_test(perfect, relation, 10, n_permutations=99)
+    assert best["knn"] == pytest.approx(best["knn_best"]) == 1 and best["knn_p"] == best["difference_p"] == .01
+    for _ in range(40):
+        dealt = g.relation_test(perfect[rng.permutation(120)] + .1*rng.normal(size=(120, 8)), relation, 10, n_permutations=99, seed=int(rng.integers(1000)))
+        p_values.append(dealt["knn_p"])
+        assert abs(dealt["knn_null"] - relation.chance) < .01
+    assert stats.kstest(p_values, "uniform").pvalue > .001     # p is uniform where nothing is to be found
+
+
+def test_small_sets_cannot_fill_all_neighbours():
+    few = g.label_relation(pd.Series(np.arange(60)//3, [f"i{i}" for i in range(60)]))
+    found = g.relation_test(np.eye(20)[np.arange(60)//3], few, 4, n_permutations=10)
+    assert found["knn_best"] == .5 == pytest.approx(found["knn"])     # two of four
+
+
+def test_strata_take_away_what_the_stratum_explains(relation):
+    "Vectors that only say which half of the sets an item is in: above chance, but not within the halves."
+    half = (LABELS >= 4).to_numpy()
+    x = np.stack([half, ~half], 1) + .2*np.random.default_rng(3).normal(size=(120, 2))
+    free, within = (g.relation_test(x, relation, 10, strata=s, n_permutations=200) for s in (None, half))
+    assert free["knn"] == within["knn"] and free["knn_p"] < .01 and within["knn_p"] > .05 and within["knn_null"] > free["knn_null"] + .05
+
+
+def test_tables_and_set_similarity(relation):
+    perfect, rng = np.eye(8)[LABELS], np.random.default_rng(0)
+    names = [*LABELS.index, "unknown"]
+    spaces = {"perfect": np.vstack([perfect, perfect[:1]]), "noise": rng.normal(size=(121, 5))}
+    table = g.relation_table(spaces, names, relation, n_permutations=50, progress=False)
+    assert table["space"].tolist() == ["perfect", "noise"] and (table["n_items"] == 120).all() and table["knn"][0] == pytest.approx(1)
+    assert table["knn"][1] == g.relation_test(spaces["noise"][:120], relation, n_permutations=1)["knn"]
+    s, similarity = g.cosine(perfect), g.set_similarity(perfect, LABELS)
+    assert similarity.loc["0", "0"] == pytest.approx(1) and similarity.loc["0", "3"] == pytest.approx(s[0, 50])
+    with pytest.raises(ValueError, match="found 120 vectors for 121 names"): g.relation_table({"short": perfect}, names, relation, progress=False)
+    with pytest.raises(ValueError, match="found 119 for 120 items"): g.relation_test(perfect[1:], relation)
+
+
+@pytest.fixture(scope="module")
+def screen():
+    "A small screen with doubles, its split, actions of two tokens and an untrained model."
+    spec = dict(n_genes=60, n_cells=600, n_targets=12, n_modules=4, n_batches=2, n_doubles=4, n_cell_types=2, control_fraction=.2)
+    adata = prepare(load_dataset(read_card("simulated").changed(simulate=spec, cells=None, genes=None, targets=None)))
+    singles = sorted(c for c in set(adata.obs.condition.astype(str)) if c.endswith("+ctrl"))
+    rest = sorted(set(adata.obs.condition.astype(str)) - {*singles, "ctrl"})
+    split = make_split(adata, "custom", held_out=dict(train=singles[:7] + rest[:2], val=singles[7:9], test=singles[9:] + rest[2:]))
+    table = ActionTable.from_anndata(adata)
+    banks = [featurize("kmer", adata.uns["protein_sequences"], modality=Modality.PROTEIN, progress=False, cache=False),
+             featurize("kmer", {k: s for k, s in zip(table.guide_id, table.guide_seqs) if s}, modality=Modality.DNA, progress=False, cache=False)]
+    torch.manual_seed(0)
+    config = preset("smoke").model
+    model = BioJEPA(config.changed(n_genes=60, d_protein=banks[0].width, d_dna=banks[1].width))
+    return model, adata, split, action_batch(table, banks), table
+
+
+def test_action_spaces_are_means_of_what_each_guide_has(screen):
+    model, adata, split, actions, table = screen
+    guides, merged = (g.action_spaces(*screen, by=by, n_cells=3, progress=False) for by in ("perturbation", "condition"))
+    assert set(guides.actions["part"]) == {"train", "val", "test"} and not any(c == "ctrl" for c in guides.actions["condition"])
+    two = guides.actions["condition"] == merged.actions["condition"][0]
+    weight = guides.actions["n_cells"][two]
+    assert two.sum() == 2
+    for name in guides.spaces: np.testing.assert_allclose(merged.spaces[name][0], np.average(guides.spaces[name][two], axis=0, weights=weight), atol=1e-6)
+    row = table.perturbation.index(guides.actions["perturbation"][0])
+    with torch.inference_mode(): latent = model.composer(actions.take([row]))[0][actions.present[row]].mean(0)
+    np.testing.assert_allclose(guides.spaces["action latents"][0], latent.numpy(), atol=1e-6)
+    means = group_means(adata, np.flatnonzero(adata.obs.perturbation == guides.actions["perturbation"][0]), np.flatnonzero(adata.obs.condition == "ctrl"), "perturbation")
+    np.testing.assert_allclose(guides.spaces["observed responses"][0], means.delta.mean(0)[~adata.var_names.isin(table.genes)], atol=1e-6)
+    with pytest.raises(ValueError, match="by: found 'guide'"): g.action_spaces(*screen, by="guide")
+    with pytest.raises(ValueError, match="n_cells: found 0"): g.action_spaces(*screen, n_cells=0)
+
+
+def test_predicted_responses_are_those_of_predict_on_the_same_cells(screen):
+    model, adata, split, actions, table = screen
+    p = int(table.rows(adata, split, "test")[0])
+    got = g.predicted_responses(model, adata, actions, table, np.array([p]), n_cells=10**6, progress=False)[0]
+    line = adata.obs.cell_type[adata.obs.perturbation == table.perturbation[p]].unique()
+    controls = np.flatnonzero((adata.obs.condition == "ctrl") & adata.obs.cell_type.isin(line))
+    slow = []
+    with torch.inference_mode():
+        for c in controls:
+            x, size = torch.from_numpy(adata.X[[c]].toarray()), torch.tensor(adata.obs["log_library_size"].to_numpy()[[c]])
+            slow.append(model.readout.delta(model.predict_latent(x, size, actions.take([p])).mean, model.teacher(x, size).genes())[0].numpy())
+    np.testing.assert_allclose(got, np.mean(slow, 0), atol=1e-4)
+
+
+def test_crossed_puts_both_sides_on_one_scale():
+    rng = np.random.default_rng(0)
+    x, ask = rng.normal(size=(20, 4)), np.arange(20) < 6
+    both = g.crossed(100*x + 7, x, ask)
+    np.testing.assert_allclose(both, g.crossed(x, x, ask), atol=1e-9)
+    assert np.allclose([np.sqrt((both[m]**2).sum(1).mean()) for m in (ask, ~ask)], 1)
+    with pytest.raises(ValueError, match="the same items and columns"): g.crossed(x, x[:, :3], ask)
