@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .actions.featurizers import FeatureBank, MissingFeatureError, action_batch
-from .actions.vocabulary import ActionTable, Mode, parse_condition
+from .actions.vocabulary import ActionTable, Modality, Mode, parse_condition
 from .config import config_hash
 from .core import atomic_path
 from .data.batches import ActionBatch, ControlPools, align_genes, counter_uniform, dense_rows, match_controls, row_source
@@ -453,7 +453,7 @@ def predict(
     model,                                          # a folder of save_pretrained, a Pretrained, a finished Run, or a BioJEPA whose genes are those of `adata`
     adata:AnnData,                                  # prepared, with control cells
     perturbations:Sequence[str]|ActionTable,        # labels such as "KLF1" or "KLF1+GATA1"; a table where guides matter
-    features:FeatureBank|Sequence[FeatureBank],     # of every target, by the featurizer the model was trained with
+    features:FeatureBank|Sequence[FeatureBank]|None=None,   # of every target, by the featurizer the model was trained with; those of the run if None
     mode:Mode|str|None=None,                        # how they act; None: as the perturbed cells of `adata` do if they all do the same, else unknown
     n_cells:int|None=64,                            # control cells per cell line, drawn at random; all if None
     level:Literal["perturbation", "cell"]="perturbation",  # one row per perturbation and line, or per control cell as well
@@ -463,6 +463,7 @@ def predict(
 )->AnnData:                                         # X predicted expression; layers predicted, delta, sd, control
     "Predicted expression of control cells under perturbations that may never have been made (report §6)."
     if level not in ("perturbation", "cell"): raise ValueError(f"level: found {level!r}; choose 'perturbation' or 'cell'")
+    if features is None: features = _own_features(model, perturbations)
     model, genes = _model_and_genes(model)
     adata = align_genes(validate(adata, "prepared"), adata.var_names if genes is None else genes)
     _check_model(model, adata, genes)
@@ -478,6 +479,14 @@ def predict(
     return _as_anndata(adata, rows, layers, level, dict(model=config_hash(model.config), n_cells=len(controls), seed=seed, mode=sorted({str(m) for m in table.mode}), features=[dict(b.provenance) for b in banks]))
 
 # %% ../nbs/50_predict.ipynb #9756ebe8
+def _own_features(model, perturbations)->list[FeatureBank]:
+    "The features a run was trained with; labels name no guides, so only a table of actions gets the guides' features."
+    if isinstance(model, (str, Path)): found = [FeatureBank.load(path) for path in sorted(Path(model).glob("features_*.safetensors"))]
+    else: found = list(getattr(model, "features", ()))
+    banks = [b for b in found if b.modality is not Modality.DNA or isinstance(perturbations, ActionTable)]
+    if not banks: raise ValueError(f"features: none given, and {model if isinstance(model, (str, Path)) else type(model).__name__} holds none that fit labels; give the FeatureBank of your targets (notebook 21)")
+    return banks
+
 def _model_and_genes(given)->tuple[BioJEPA, list[str]|None]:
     "The model, and its genes where whatever was given knows them."
     if isinstance(given, (str, Path)): given = from_pretrained(given)

@@ -406,3 +406,19 @@ def test_bad_input_is_refused_by_name(case, tmp_path):
     refused("found 'counts'.*prepare", a=raw)
     del unknown.uns["biojepa"]
     refused("biojepa", a=unknown)
+
+
+def test_a_finished_run_answers_unseen_targets_in_five_lines(tmp_path):
+    "As in the README."
+    from training_cases import OPTIONS, small_data, small_experiment
+    from biojepa.training.run import run_stages
+    data = small_data()
+    run = run_stages(small_experiment(), **data, runs=tmp_path, **OPTIONS)
+    cells, unseen = data["adata"][data["adata"].obs.condition == "ctrl"].copy(), [data["split"].test[0].split("+")[0], data["split"].test[1].split("+")[0]]
+    out = predict(run.folder/"model", cells, [unseen[0], "+".join(unseen)], progress=False)
+    assert list(out.obs.condition) == [f"{unseen[0]}+ctrl", "+".join(sorted(unseen))] and out.shape == (2, 40) and {"predicted", "delta", "sd"} <= set(out.layers)
+    assert out.uns["biojepa"]["expression_space"] == "log1p"
+    same = predict(run, cells, [unseen[0], "+".join(unseen)], progress=False)
+    np.testing.assert_array_equal(out.X, same.X)
+    with pytest.raises(ValueError, match="NOBODY"): predict(run.folder/"model", cells, ["NOBODY"], progress=False)
+    with pytest.raises(ValueError, match="features: none given"): predict(run.model, cells, unseen, progress=False)

@@ -94,7 +94,7 @@ def tidy(seed=0, n=30, **means):
 def test_table():
     rows = tidy(train_mean=dict(r_delta=.3, mse_delta=3.), model=dict(r_delta=.4, mse_delta=2.), ceiling=dict(r_delta=.5, mse_delta=1.))
     table = summarise(rows).set_index(["metric", "method"])
-    assert table.loc[("r_delta", "model"), "scaled"] == pytest.approx(.5, abs=.1) and table.loc[("mse_delta", "model"), "scaled"] == pytest.approx(.5, abs=.1)
+    assert table.loc[("r_delta", "model"), "scaled"] == pytest.approx(.1/((2*.5/1.5)**.5 - .3), abs=.05) and table.loc[("mse_delta", "model"), "scaled"] == pytest.approx(.5, abs=.1)
     value = lambda method, metric: rows[(rows["method"] == method) & (rows["metric"] == metric)]["value"].to_numpy()
     for metric in ("r_delta", "mse_delta"):
         row = table.loc[(metric, "model")]
@@ -116,7 +116,7 @@ def test_an_undefined_reference_stands_at_chance():
     rows = tidy(train_mean=dict(r_delta_perturbed_mean=0, mse_delta=3.), model=dict(r_delta_perturbed_mean=.2, mse_delta=2.), ceiling=dict(r_delta_perturbed_mean=.4, mse_delta=1.))
     rows.loc[(rows["method"] == "train_mean") & (rows["metric"] == "r_delta_perturbed_mean"), "value"] = np.nan
     row = summarise(rows).set_index(["metric", "method"]).loc[("r_delta_perturbed_mean", "model")]
-    assert row["against"] == "chance" and row["difference"] == pytest.approx(row["mean"]) and row["scaled"] == pytest.approx(.5, abs=.1)
+    assert row["against"] == "chance" and row["difference"] == pytest.approx(row["mean"]) and row["scaled"] == pytest.approx(.2/(2*.4/1.4)**.5, abs=.05)
     undefined = summarise(rows).set_index(["metric", "method"]).loc[("r_delta_perturbed_mean", "train_mean")]
     assert np.isnan(undefined["mean"]) and undefined["n"] == 0 and undefined["n_undefined"] == 30
 

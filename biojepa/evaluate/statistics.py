@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from ..baselines import noise_ceiling
 from .metrics import METRICS
 from ..predict import Pseudobulk
 
@@ -180,6 +181,7 @@ def _row(
     apart = _mean_interval(change, True, **draws)
     zero = _mean_interval(base, False, **draws).estimate if against == reference else chance
     top = _mean_interval(parts.get(ceiling, empty), False, **draws).estimate
+    if metric.startswith("r_"): top = float(noise_ceiling(top))
     scaled = scaled_score(own.estimate, zero, top, about.direction) if about and zero is not None else np.nan
     return dict(metric=metric, method=method, mean=own.estimate, low=own.low, high=own.high, difference=apart.estimate, difference_low=apart.low,
                 difference_high=apart.high, p=apart.p, against=against, scaled=scaled, n=own.n, n_undefined=int(rows["value"].isna().sum()), seeds=int(rows["seed"].nunique()))
