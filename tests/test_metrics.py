@@ -310,6 +310,14 @@ def test_coverage_of_cells(guess):
         assert m.cell_coverage(pb, guess, .8)[i] == pytest.approx(inside[rows].mean())
 
 
+def test_coverage_curve_holds_the_registered_levels(ps, guess):
+    curve = m.coverage_curve(guess, [.5, .8, .95]).set_index(["kind", "nominal"])["covered"]
+    values = evaluate(guess, [f"{c}coverage_{n}" for c in ("", "cell_") for n in (50, 80, 95)]).groupby("metric")["value"].mean()
+    for n in (50, 80, 95):
+        assert curve["mean of a perturbation", n/100] == pytest.approx(values[f"coverage_{n}"]) and curve["single cells", n/100] == pytest.approx(values[f"cell_coverage_{n}"])
+    assert m.coverage_curve(ps).empty and (np.diff(m.coverage_curve(guess).query("kind == 'single cells'")["covered"]) > 0).all()
+
+
 # --- best, chance, registry -------------------------------------------------------------------------------------------
 
 def test_perfect_prediction_is_best(ps, de):

@@ -7,7 +7,7 @@ __all__ = ['PUBLISHED', 'REPORT_VALUES', 'MEANING', 'METRICS', 'row_pearson', 'r
            'published_protocol', 'published_table', 'Metric', 'metric', 'r_delta', 'r_delta_perturbed_mean',
            'mse_delta', 'own_targets', 'r_top20', 'pds', 'DETable', 'observed_de', 'top_share', 'de_overlap',
            'de_direction', 'energy_between', 'energy_distance', 'effect_size', 'severity_r', 'severity_rho', 'coverage',
-           'cell_coverage', 'evaluate']
+           'cell_coverage', 'coverage_curve', 'evaluate']
 
 # %% ../../nbs/60_metrics.ipynb #a39a63dd
 import warnings
@@ -435,6 +435,17 @@ def cell_coverage(
     "Share of (cell, gene) values inside the predicted interval around the predicted cell."
     inside = lambda rows: _covered(ps.observed[rows].toarray() - ps.cells_predicted(rows), ps.variance[rows], nominal).mean()
     return np.array([inside(rows) for rows in _cells_of(pb, ps)])
+
+# %% ../../nbs/60_metrics.ipynb #42e54a8c
+def coverage_curve(
+    ps:PredictionSet,
+    nominal:Iterable[float]=tuple(np.linspace(.05, .95, 19).round(2)),  # shares the intervals claim
+)->pd.DataFrame:    # method, kind, nominal, covered (mean over conditions); no rows for a kind without a variance
+    "Coverage at many levels, of single cells and of the mean of a perturbation."
+    pb = pseudobulk(ps)
+    kinds = {"single cells": partial(cell_coverage, pb, ps) if ps.variance is not None else None, "mean of a perturbation": partial(coverage, pb) if pb.variance is not None else None}
+    rows = [dict(method=ps.name, kind=kind, nominal=p, covered=float(function(nominal=p).mean())) for kind, function in kinds.items() if function for p in nominal]
+    return pd.DataFrame(rows, columns=["method", "kind", "nominal", "covered"])
 
 # %% ../../nbs/60_metrics.ipynb #5889b522
 def _chosen(
