@@ -116,8 +116,8 @@ class ExperimentConfig(Frozen):
 def config_hash(
     config:BaseModel,  # any configuration
 )->str:                # 12 hexadecimal digits
-    "Identifies a configuration; equal configurations have equal hashes."
-    return object_hash(config.model_dump(mode="json"))
+    "Identifies a configuration; a switch that stands at its default (as published) does not count, so that new switches leave old hashes as they are."
+    return object_hash([type(config).__name__, config.model_dump(mode="json", exclude_defaults=True)])
 
 # %% ../nbs/01_config.ipynb #d7afcd90
 def _stages(
