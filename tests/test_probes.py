@@ -15,6 +15,7 @@ from biojepa.config import preset
 from biojepa.data.batches import dense_rows
 from biojepa.evaluate import probes as p
 from biojepa.model.biojepa import BioJEPA
+from biojepa.model.tokens import TokenSet
 
 N, G = 400, 30
 
@@ -47,11 +48,43 @@ def test_latents_are_the_mean_over_genes_of_the_naive_form(adata):
     with torch.inference_mode():
         naive = model.teacher(dense_rows(adata.X, rows), torch.tensor(adata.obs["log_library_size"].to_numpy()[rows]), None, False).genes().mean(1).numpy()
     np.testing.assert_allclose(p.cell_latents(model, adata, rows, batch_size=3, progress=False), naive, atol=2e-6)
+    one = p.cell_latents(model, adata, rows[:1], p.gene_sketch, progress=False)
+    np.testing.assert_allclose(p.cell_latents(model, adata, rows, p.gene_sketch, progress=False)[:1], one, atol=1e-4)
     with pytest.raises(ValueError, match="found 29 genes, the model reads 30"): p.cell_latents(model, adata[:, :29].copy(), rows, progress=False)
     assert p.gene_embeddings(model).shape == (G, model.config.d_model)
     with torch.no_grad(): model.encoder.tokenizer.gene.weight += 1
     np.testing.assert_allclose(p.gene_embeddings(model) - p.gene_embeddings(model, "teacher"), 1, atol=1e-6)
     with pytest.raises(ValueError, match="part: found 'student'"): p.gene_embeddings(model, "student")
+
+
+def test_a_sketch_keeps_scalar_products_on_average():
+    torch.manual_seed(0)
+    tokens = TokenSet(torch.randn(2, 20, 8))
+    flat = tokens.x.flatten(1)
+    products = np.array([(lambda s: float(s[0] @ s[1]))(p.gene_sketch(tokens, 64, seed)) for seed in range(400)])
+    error = products - float(flat[0] @ flat[1])
+    assert abs(error.mean()) < 3*error.std()/20
+    assert error.std() < 1.5*float(flat[0].norm()*flat[1].norm())*(2/64)**.5
+
+
+def test_components_of_latents_see_only_the_cells_they_are_fitted_to(adata):
+    torch.manual_seed(0)
+    model, fit, rows = BioJEPA(preset("smoke").model.changed(n_genes=G)), np.arange(100), np.arange(200, 230)
+    got, other = p.latent_components(model, adata, rows, fit, 4, progress=False), adata.copy()
+    other.X[300:] = other.X[300:]*3
+    np.testing.assert_allclose(p.latent_components(model, other, rows, fit, 4, progress=False), got, atol=1e-3)
+    assert got.shape == (30, 4)
+    with pytest.raises(ValueError, match="found 2 cells"): p.latent_components(model, adata, rows, fit[:2], 4, progress=False)
+
+
+def test_the_cells_that_are_probed(adata):
+    class Split:
+        def cells(self, adata, part): return np.flatnonzero(adata.obs.condition == dict(train="G1+ctrl", val="X+ctrl", test="G2+ctrl")[part])
+        def controls(self, adata, part): return np.flatnonzero(adata.obs.condition == "ctrl")[:20]
+    rows, fit = p.probed_cells(adata, Split(), "test", 15)
+    assert len(rows) == 15 and set(adata.obs.condition.iloc[rows]) == {"G2+ctrl"} and (np.diff(rows) > 0).all()
+    assert set(adata.obs.condition.iloc[fit]) == {"G1+ctrl", "ctrl"} and len(p.probed_cells(adata, Split(), "all")[0]) == N
+    with pytest.raises(ValueError, match="part: found 'held_out'"): p.probed_cells(adata, Split(), "held_out")
 
 
 def test_components_are_scikit_learns_and_see_only_the_cells_they_are_fitted_to(adata):
