@@ -2,20 +2,13 @@
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from scipy import stats
 from sklearn.metrics.pairwise import cosine_similarity
 from sklearn.neighbors import NearestNeighbors
 
-from biojepa.actions.featurizers import action_batch, featurize
-from biojepa.actions.vocabulary import ActionTable, Modality
-from biojepa.config import preset
 from biojepa.data.datasets import load_dataset, read_card
 from biojepa.data.preprocess import prepare
-from biojepa.data.splits import make_split
 from biojepa.evaluate import genesets as g
-from biojepa.model.biojepa import BioJEPA
-from biojepa.predict import group_means
 
 LABELS = pd.Series(np.repeat(np.arange(8), 15), [f"g{i}" for i in range(120)])
 
@@ -129,62 +122,9 @@ def test_tables_and_set_similarity(relation):
     assert table["knn"][1] == g.relation_test(spaces["noise"][:120], relation, n_permutations=1)["knn"]
     s, similarity = g.cosine(perfect), g.set_similarity(perfect, LABELS)
     assert similarity.loc["0", "0"] == pytest.approx(1) and similarity.loc["0", "3"] == pytest.approx(s[0, 50])
-    with pytest.raises(ValueError, match="found 120 vectors for 121 names"): g.relation_table({"short": perfect}, names, relation, progress=False)
+    for names, k, more, why in ((names, 10, dict(ask=np.arange(121) == 3), "1 may ask"), (names, 120, {}, "120 are related"), (["x"]*121, 3, {}, "of 121 items 0 are related"),
+                                (names, 2, dict(ask=np.arange(121) < 15, answer=np.arange(121) > 20), "with 0 related pairs")):
+        out = g.relation_table(spaces, names, relation, k, **more, progress=False)
+        assert out["note"].str.startswith("left out").all() and why in out["note"][0]
+    with pytest.raises(ValueError, match="found 120 vectors for 121 names"): g.relation_table({"short": perfect}, [*LABELS.index, "unknown"], relation, progress=False)
     with pytest.raises(ValueError, match="found 119 for 120 items"): g.relation_test(perfect[1:], relation)
-
-
-@pytest.fixture(scope="module")
-def screen():
-    "A small screen with doubles, its split, actions of two tokens and an untrained model."
-    spec = dict(n_genes=60, n_cells=600, n_targets=12, n_modules=4, n_batches=2, n_doubles=4, n_cell_types=2, control_fraction=.2)
-    adata = prepare(load_dataset(read_card("simulated").changed(simulate=spec, cells=None, genes=None, targets=None)))
-    singles = sorted(c for c in set(adata.obs.condition.astype(str)) if c.endswith("+ctrl"))
-    rest = sorted(set(adata.obs.condition.astype(str)) - {*singles, "ctrl"})
-    split = make_split(adata, "custom", held_out=dict(train=singles[:7] + rest[:2], val=singles[7:9], test=singles[9:] + rest[2:]))
-    table = ActionTable.from_anndata(adata)
-    banks = [featurize("kmer", adata.uns["protein_sequences"], modality=Modality.PROTEIN, progress=False, cache=False),
-             featurize("kmer", {k: s for k, s in zip(table.guide_id, table.guide_seqs) if s}, modality=Modality.DNA, progress=False, cache=False)]
-    torch.manual_seed(0)
-    config = preset("smoke").model
-    model = BioJEPA(config.changed(n_genes=60, d_protein=banks[0].width, d_dna=banks[1].width))
-    return model, adata, split, action_batch(table, banks), table
-
-
-def test_action_spaces_are_means_of_what_each_guide_has(screen):
-    model, adata, split, actions, table = screen
-    guides, merged = (g.action_spaces(*screen, by=by, n_cells=3, progress=False) for by in ("perturbation", "condition"))
-    assert set(guides.actions["part"]) == {"train", "val", "test"} and not any(c == "ctrl" for c in guides.actions["condition"])
-    two = guides.actions["condition"] == merged.actions["condition"][0]
-    weight = guides.actions["n_cells"][two]
-    assert two.sum() == 2
-    for name in guides.spaces: np.testing.assert_allclose(merged.spaces[name][0], np.average(guides.spaces[name][two], axis=0, weights=weight), atol=1e-6)
-    row = table.perturbation.index(guides.actions["perturbation"][0])
-    with torch.inference_mode(): latent = model.composer(actions.take([row]))[0][actions.present[row]].mean(0)
-    np.testing.assert_allclose(guides.spaces["action latents"][0], latent.numpy(), atol=1e-6)
-    means = group_means(adata, np.flatnonzero(adata.obs.perturbation == guides.actions["perturbation"][0]), np.flatnonzero(adata.obs.condition == "ctrl"), "perturbation")
-    np.testing.assert_allclose(guides.spaces["observed responses"][0], means.delta.mean(0)[~adata.var_names.isin(table.genes)], atol=1e-6)
-    with pytest.raises(ValueError, match="by: found 'guide'"): g.action_spaces(*screen, by="guide")
-    with pytest.raises(ValueError, match="n_cells: found 0"): g.action_spaces(*screen, n_cells=0)
-
-
-def test_predicted_responses_are_those_of_predict_on_the_same_cells(screen):
-    model, adata, split, actions, table = screen
-    p = int(table.rows(adata, split, "test")[0])
-    got = g.predicted_responses(model, adata, actions, table, np.array([p]), n_cells=10**6, progress=False)[0]
-    line = adata.obs.cell_type[adata.obs.perturbation == table.perturbation[p]].unique()
-    controls = np.flatnonzero((adata.obs.condition == "ctrl") & adata.obs.cell_type.isin(line))
-    slow = []
-    with torch.inference_mode():
-        for c in controls:
-            x, size = torch.from_numpy(adata.X[[c]].toarray()), torch.tensor(adata.obs["log_library_size"].to_numpy()[[c]])
-            slow.append(model.readout.delta(model.predict_latent(x, size, actions.take([p])).mean, model.teacher(x, size).genes())[0].numpy())
-    np.testing.assert_allclose(got, np.mean(slow, 0), atol=1e-4)
-
-
-def test_crossed_puts_both_sides_on_one_scale():
-    rng = np.random.default_rng(0)
-    x, ask = rng.normal(size=(20, 4)), np.arange(20) < 6
-    both = g.crossed(100*x + 7, x, ask)
-    np.testing.assert_allclose(both, g.crossed(x, x, ask), atol=1e-9)
-    assert np.allclose([np.sqrt((both[m]**2).sum(1).mean()) for m in (ask, ~ask)], 1)
-    with pytest.raises(ValueError, match="the same items and columns"): g.crossed(x, x[:, :3], ask)

@@ -4,28 +4,21 @@
 
 # %% auto #0
 __all__ = ['Relation', 'set_relation', 'label_relation', 'edge_relation', 'read_gmt', 'gene_relation', 'cosine', 'nearest',
-           'relation_test', 'relation_table', 'set_similarity', 'ActionSpaces', 'action_spaces', 'action_features',
-           'action_latents', 'predicted_responses', 'crossed']
+           'relation_test', 'relation_table', 'set_similarity']
 
 # %% ../../nbs/66_genesets.ipynb #32723cac
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
-import torch
 from anndata import AnnData
 from tqdm import tqdm
 
 from ..actions.gene_tables import read_table
-from ..actions.vocabulary import ActionTable, Modality
-from ..data.batches import ActionBatch
-from ..model.biojepa import BioJEPA
-from ..model.composer import pooled
-from ..predict import changes, group_means
 
 # %% ../../nbs/66_genesets.ipynb #05142b7d
 @dataclass(frozen=True, eq=False)
@@ -231,14 +224,27 @@ def relation_table(
     n_permutations:int=500,
     seed:int=0,
     progress:bool=True,                 # show a bar
-)->pd.DataFrame:                        # one row per space: knn, difference and ratio, each with _null, _low, _high (central 95 % of the null) and _p; knn_chance, knn_best, within, between, n_items, n_answer, n_related pairs, k
-    "The two questions for each space, over the items that are related to another."
+)->pd.DataFrame:                        # one row per space: knn, difference and ratio, each with _null, _low, _high (central 95 % of the null) and _p; knn_chance, knn_best, within, between, n_items, n_answer, n_related pairs, k, note (why it was left out)
+    "The two questions for each space, over the items that are related to another; too few of them are no error but a note."
+    if why := _too_few(relation, list(names), k, ask, answer): return pd.DataFrame([dict(space=name, source=relation.source, k=k, note=f"left out: {why}") for name in spaces])
     inside, rows = relation.at(list(names))
     part = lambda m: None if m is None else np.asarray(m)[rows]
     given = dict(k=k, ask=part(ask), answer=part(answer), strata=part(strata), n_permutations=n_permutations, seed=seed)
     for name, x in spaces.items():
         if len(x) != len(names): raise ValueError(f"spaces[{name!r}]: found {len(x)} vectors for {len(names)} names; give one per name")
-    return pd.DataFrame([dict(space=name, source=relation.source) | relation_test(x[rows], inside, **given) for name, x in tqdm(spaces.items(), desc="spaces", disable=not progress)])
+    return pd.DataFrame([dict(space=name, source=relation.source) | relation_test(x[rows], inside, **given) | dict(note="") for name, x in tqdm(spaces.items(), desc="spaces", disable=not progress)])
+
+def _too_few(relation:Relation, names:list[str], k:int, ask, answer)->str:
+    "Why a test cannot be made; empty if it can."
+    place = {g: i for i, g in enumerate(relation.items)}
+    known = np.array([g in place for g in names], bool)
+    at = [place[g] for g, here in zip(names, known) if here]
+    related = relation.related[at][:, at]
+    kept, sides = related.getnnz(1) > 0, [np.ones(known.sum(), bool) if m is None else np.asarray(m, bool)[known] for m in (ask, answer)]
+    (n_ask, n_answer), between = ((m & kept).sum() for m in sides), related[sides[0]][:, sides[1]].nnz
+    if n_answer - bool((sides[0] & sides[1]).any()) < k or n_ask < 2 or not between:
+        return f"of {len(names)} items {int(kept.sum())} are related to another, {int(n_ask)} may ask and {int(n_answer)} answer, with {between} related pairs between them; {k} neighbours need more"
+    return ""
 
 def set_similarity(
     vectors:np.ndarray,         # (M, K)
@@ -250,111 +256,3 @@ def set_similarity(
     np.fill_diagonal(s, 0)
     pairs = member.T @ (1 - np.eye(len(code))) @ member
     return pd.DataFrame(np.where(pairs > 0, member.T @ s @ member/np.where(pairs > 0, pairs, 1), np.nan), names, names)
-
-# %% ../../nbs/66_genesets.ipynb #b9137762
-class ActionSpaces(NamedTuple):
-    "The same perturbations in several spaces."
-    actions:pd.DataFrame            # C rows: perturbation, condition, targets (tuple), part, n_cells
-    spaces:dict[str, np.ndarray]    # name -> (C, K)
-
-def action_spaces(
-    model:BioJEPA,
-    adata:AnnData,                  # prepared, genes in the model's order
-    split,                          # Split
-    actions:ActionBatch,            # (P, A, F) row p is perturbation p
-    table:ActionTable,              # P perturbations
-    by:Literal["condition", "perturbation"]="condition",    # guides of a target together, or each guide
-    n_cells:int=8,                  # control cells of each line that responses are predicted for
-    seed:int=0,                     # of drawing them
-    progress:bool=True,             # show a bar
-)->ActionSpaces:
-    "Features, action latents, predicted and observed responses of every perturbation that has cells and features."
-    if by not in ("condition", "perturbation"): raise ValueError(f"by: found {by!r}; choose 'condition' or 'perturbation'")
-    rows = np.flatnonzero(~table.is_control & actions.present.any(1).numpy() & (np.array(table.n_cells) > 0))
-    if len(rows) < 3: raise ValueError(f"table: {len(rows)} perturbations have cells and features; a comparison needs at least 3")
-    genes = ~adata.var_names.isin(table.genes)
-    if genes.sum() < 2: raise ValueError(f"adata: {int(genes.sum())} genes are not targets; responses are compared over genes that nobody targeted")
-    spaces = {"features": action_features(actions.take(rows)), "action latents": action_latents(model, actions.take(rows)),
-              "predicted responses": predicted_responses(model, adata, actions, table, rows, n_cells, seed, progress)[:, genes], "observed responses": _observed(adata, table, rows)[:, genes]}
-    part = pd.Series({table.perturbation[p]: name for name in ("train", "val", "test") for p in table.rows(adata, split, name)})
-    frame = table.frame.iloc[rows][["perturbation", "condition", "targets", "n_cells"]].assign(part=lambda t: t["perturbation"].map(part).fillna("")).reset_index(drop=True)
-    return ActionSpaces(frame, spaces) if by == "perturbation" else _merged(frame, spaces)
-
-# %% ../../nbs/66_genesets.ipynb #02351510
-def _merged(frame:pd.DataFrame, spaces:dict)->ActionSpaces:
-    "Guides of a condition averaged, weighted by their cells."
-    code, names = pd.factorize(frame["condition"], sort=True)
-    weight = sp.csr_matrix((frame["n_cells"].to_numpy(float), (code, np.arange(len(frame)))))
-    weight = sp.diags(1/np.asarray(weight.sum(1)).ravel()) @ weight
-    first = frame.groupby("condition", sort=True)
-    merged = pd.DataFrame(dict(perturbation=names, condition=names, targets=first["targets"].first().to_numpy(), n_cells=first["n_cells"].sum().to_numpy(), part=first["part"].agg(lambda p: p.iloc[0] if p.nunique() == 1 else "mixed").to_numpy()))
-    return ActionSpaces(merged, {k: weight @ v for k, v in spaces.items()})
-
-def action_features(
-    actions:ActionBatch,    # P actions
-)->np.ndarray:              # (P, K) float64
-    "What the model was given: the mean feature of each modality, every modality at the same mean square, side by side."
-    out = []
-    for m in Modality:
-        here = (actions.present & (actions.modality == m)).numpy()
-        if not here.any(): continue
-        x = (actions.features.double().numpy()*here[..., None]).sum(1)/np.maximum(here.sum(1), 1)[:, None]
-        x = np.where(here.any(1)[:, None], x - x[here.any(1)].mean(0), 0)[:, (x != 0).any(0)]
-        out.append(x/max(np.sqrt((x**2).sum(1).mean()), 1e-12))
-    return np.concatenate(out, 1)
-
-@torch.inference_mode()
-def action_latents(
-    model:BioJEPA,
-    actions:ActionBatch,    # P actions, each with a token
-)->np.ndarray:              # (P, d) float32
-    "What the composer makes of each action, mean over its tokens (report §3.3)."
-    device, out = next(model.parameters()).device, []
-    for at in range(0, len(actions.present), 512):
-        some = actions.take(slice(at, at + 512)).to(device)
-        out.append(pooled(model.composer(some), some.present).float().cpu().numpy())
-    return np.concatenate(out)
-
-# %% ../../nbs/66_genesets.ipynb #f3edaf6a
-def predicted_responses(
-    model:BioJEPA,
-    adata:AnnData,          # prepared
-    actions:ActionBatch,    # (P, A, F)
-    table:ActionTable,
-    rows:np.ndarray,        # perturbations to predict
-    n_cells:int=8,          # control cells of each line
-    seed:int=0,             # of drawing them
-    progress:bool=True,     # show a bar
-)->np.ndarray:              # (len(rows), G) mean Δ
-    "Predicted mean Δ of perturbations, on the same few control cells of each line that they were made in."
-    if n_cells < 1: raise ValueError(f"n_cells: found {n_cells}; give at least one control cell")
-    line, code = adata.obs["cell_type"].astype(str).to_numpy(), table.codes(adata)
-    control, rng, of_line = adata.obs["condition"].astype(str).to_numpy() == "ctrl", np.random.default_rng(seed), {}
-    for l in np.unique(line):
-        if len(found := np.flatnonzero(control & (line == l))): of_line[l] = np.sort(rng.permutation(found)[:n_cells])
-    lines = pd.DataFrame(dict(code=code, line=line)).drop_duplicates().groupby("code")["line"].agg(list)
-    cells = [np.concatenate([of_line[l] for l in lines.get(p, []) if l in of_line] or list(of_line.values())) for p in rows]
-    of, out = np.repeat(np.arange(len(rows)), [len(c) for c in cells]), np.zeros((len(rows), adata.n_vars))
-    for at, delta, _ in changes(model, adata, np.concatenate(cells), np.asarray(rows)[of], actions, progress=progress): np.add.at(out, of[at], delta)
-    return out/np.bincount(of)[:, None]
-
-def _observed(adata:AnnData, table:ActionTable, rows:np.ndarray)->np.ndarray:  # (len(rows), G)
-    "Observed mean Δ of perturbations, mean over lines."
-    condition = adata.obs["condition"].astype(str).to_numpy()
-    means = group_means(adata, np.flatnonzero(np.isin(table.codes(adata), rows)), np.flatnonzero(condition == "ctrl"), "perturbation")
-    delta = pd.DataFrame(means.delta).groupby(means.groups["perturbation"].to_numpy()).mean()
-    return delta.loc[[table.perturbation[p] for p in rows]].to_numpy()
-
-# %% ../../nbs/66_genesets.ipynb #5838835c
-def crossed(
-    asking:np.ndarray,      # (C, K) vectors of items as they ask
-    answering:np.ndarray,   # (C, K) vectors of items as they answer
-    ask:np.ndarray,         # (C,) bool, items that ask
-)->np.ndarray:              # (C, K)
-    "Vectors of those that ask beside vectors of those that answer, each centred and scaled on its own side."
-    if np.shape(asking) != np.shape(answering): raise ValueError(f"asking, answering: found {np.shape(asking)} and {np.shape(answering)}; give the same items and columns")
-    ask, out = np.asarray(ask, bool), np.empty(np.shape(asking))
-    for side, x in ((ask, asking), (~ask, answering)):
-        centred = np.asarray(x)[side] - np.asarray(x)[side].mean(0)
-        out[side] = centred/max(np.sqrt((centred**2).sum(1).mean()), 1e-12)
-    return out
