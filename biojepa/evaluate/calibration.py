@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LEVELS', 'Level', 'crps_gaussian', 'Recalibration', 'fit_recalibration', 'Calibration', 'calibrate',
-           'calibration_error', 'coverage_curve', 'calibration_table', 'error_and_variance', 'risk_coverage',
-           'uncertainty_table', 'dealt_variance']
+           'calibration_error', 'coverage_curve', 'calibration_table', 'compare_calibrations', 'error_and_variance',
+           'risk_coverage', 'uncertainty_table', 'dealt_variance']
 
 # %% ../../nbs/64_calibration.ipynb #c310cb7e
 from collections.abc import Iterator, Sequence
@@ -182,6 +182,24 @@ def calibration_table(
             row |= dict(zip((name, f"{name}_low", f"{name}_high"), (statistic(values), *_drawn(values, statistic, n, level, seed))))
         rows.append(row | c.scores[["nll", "mse", "variance"]].mean().to_dict() | dict(n=len(c.covered)))
     return pd.DataFrame(rows)
+
+# %% ../../nbs/64_calibration.ipynb #ab321cce
+def compare_calibrations(
+    tests:Sequence[PredictionSet],      # methods on the test perturbations; those without a variance are left out
+    vals:Sequence[PredictionSet],       # the same methods on validation perturbations
+    levels:Sequence[Level]=("cell", "perturbation"),
+    kinds:Sequence[str]=("scale", "conformal", "constant"),
+    nominal:Sequence[float]=LEVELS,
+)->list[Calibration]:
+    "Every method with variances, as predicted and after each recalibration."
+    known, found = {s.name: s for s in vals}, []
+    for s in tests:
+        for level in levels:
+            if (s.variance if level == "cell" else s.delta_variance) is None: continue
+            if s.name not in known: raise ValueError(f"vals: lacks {s.name!r}; give its predictions for validation perturbations")
+            found += [calibrate(s, level, nominal=nominal), *(calibrate(s, level, fit_recalibration(known[s.name], kind, level, nominal), nominal) for kind in kinds)]
+    if not found: raise ValueError(f"tests: none of {[s.name for s in tests]} predicts a variance; there is nothing to calibrate")
+    return found
 
 # %% ../../nbs/64_calibration.ipynb #cdbb8954
 def error_and_variance(
