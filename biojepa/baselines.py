@@ -7,7 +7,7 @@ __all__ = ['FEATURE_BASELINES', 'control_mean', 'train_mean', 'Training', 'train
            'target_features', 'graph_features', 'shuffle_features', 'sum_features', 'choose', 'learn_from_features',
            'ridge', 'nearest_neighbours', 'components_of', 'random_forest', 'related', 'members', 'graph_neighbours',
            'diffusion_kernel', 'feature_kernel', 'leave_one_out', 'gaussian_process', 'additive', 'split_half_ceiling',
-           'oracle', 'noise_ceiling', 'run_baselines']
+           'oracle', 'noise_ceiling', 'own_changes', 'with_own_gene', 'run_baselines']
 
 # %% ../nbs/51_baselines.ipynb #f75f2e99
 from collections.abc import Callable, Sequence
@@ -454,19 +454,56 @@ def noise_ceiling(
     return np.sqrt(2*r/(1 + r), where=r > 0, out=np.full_like(r, np.nan))
 
 # %% ../nbs/51_baselines.ipynb #6522f142
+def own_changes(
+    template:PredictionSet,     # says what Δ refers to
+    adata:AnnData,
+    split,                      # only its training part is read
+)->pd.DataFrame:                # mode × factor, summand
+    "How a targeted gene itself changes, by mode: Δ = factor · control where targets are lowered, a constant where they are raised."
+    means = group_means(adata, split.cells(adata, "train"), split.controls(adata, "train"), "condition", template.provenance.get("control", "cell_type"))
+    place, mode = {g: i for i, g in enumerate(template.genes)}, _modes(adata)
+    seen = pd.DataFrame([(mode.get(c, "unknown"), means.control[i, place[t]], means.delta[i, place[t]]) for i, c in enumerate(means.groups["condition"]) for t in parse_condition(c) if t in place],
+                        columns=["mode", "control", "delta"])
+    lowered = {m: t.delta.sum() <= 0 for m, t in seen.groupby("mode")}
+    return pd.DataFrame({m: dict(factor=max((t.delta*t.control).sum()/max((t.control**2).sum(), 1e-12), -1.) if lowered[m] else 0., summand=0. if lowered[m] else t.delta.mean())
+                         for m, t in seen.groupby("mode")}, index=["factor", "summand"]).T
+
+def _modes(adata:AnnData)->dict[str, str]:
+    "Mode of each condition."
+    if "mode" not in adata.obs: return {}
+    return adata.obs[["condition", "mode"]].astype(str).drop_duplicates("condition").set_index("condition")["mode"].to_dict()
+
+def with_own_gene(
+    method:PredictionSet,       # any baseline
+    adata:AnnData, split,
+    name:str|None=None,
+)->PredictionSet:
+    "A method that also knows which gene is hit: what training targets lost or gained of their own expression, added to its answer at the target's gene."
+    own, mode, place = own_changes(method, adata, split), _modes(adata), {g: i for i, g in enumerate(method.genes)}
+    delta = method.delta.copy()
+    for i, condition in enumerate(method.groups["condition"]):
+        if (m := mode.get(condition, "unknown")) not in own.index: continue
+        at = [place[t] for t in parse_condition(condition) if t in place]
+        delta[i, at] += own.factor[m]*method.control_mean[i, at] + own.summand[m]
+    return method.with_prediction(name or f"{method.name}, own gene", delta, delta_variance=method.delta_variance, own_gene=own.to_dict("index"))
+
+# %% ../nbs/51_baselines.ipynb #2ddc9751
 FEATURE_BASELINES = dict(ridge=ridge, nearest_neighbours=nearest_neighbours, random_forest=random_forest)
 
 def _feature_plan(given:tuple, kind:str, table:pd.DataFrame, shuffled:bool, seed:int)->dict[str, Callable]:
     "Baselines on one table of features."
     calls = {name: lambda n, make=make: make(*given, table, name=n) for name, make in FEATURE_BASELINES.items()}
+    for best in ("nearest_neighbours", "random_forest"): calls[f"{best}, own gene"] = lambda n, make=FEATURE_BASELINES[best]: with_own_gene(make(*given, table), *given[1:], n)
     calls["gaussian_process"] = lambda n: gaussian_process(*given, feature_kernel(table), name=n)
     if shuffled: calls["shuffled ridge"] = lambda n: ridge(*given, shuffle_features(table, seed), name=n)
-    return {f"{name}, {kind}": partial(call, f"{name}, {kind}") for name, call in calls.items()}
+    names = {name: f"{name.split(', ')[0]}, {kind}" + ", own gene"*name.endswith("own gene") for name in calls}
+    return {names[name]: partial(call, names[name]) for name, call in calls.items()}
 
 def _plan(template, adata, split, features, relations, shuffled, seed)->dict[str, Callable]:
     "Name -> a call that makes the set."
     given = template, adata, split
     plan = dict(control_mean=lambda: control_mean(*given), train_mean=lambda: train_mean(*given))
+    plan["train_mean, own gene"] = lambda: with_own_gene(train_mean(*given), adata, split)
     for kind, table in features.items(): plan |= _feature_plan(given, kind, table, shuffled, seed)
     if relations is not None:
         genes = sorted({g for c in set(adata.obs["condition"].astype(str)) for g in parse_condition(c)})

@@ -51,6 +51,7 @@ class ModelConfig(Frozen):
     library_norm:tuple[float, float] = (0., 1.)  # subtracted from the log library size, and divided by
     mask_context:bool = True
     predicts:Literal["latent", "change"] = "latent"  # what the action predictor gives
+    intervenes:bool = False                  # change the targeted gene's own value first
     readout:Literal["shared", "per_gene"] = "shared"
 
     @model_validator(mode="after")
@@ -59,6 +60,8 @@ class ModelConfig(Frozen):
             raise ValueError(f"d_model: found {self.d_model}, not divisible by n_heads {self.n_heads}; choose a multiple")
         if not self.library_norm[1] > 0:
             raise ValueError(f"library_norm: found {self.library_norm}; the second number divides, give a positive one")
+        if self.intervenes and self.predicts != "change":
+            raise ValueError(f"intervenes: needs predicts='change', found {self.predicts!r}; what follows is added to the changed cell's latents")
         if self.logvar_min >= self.logvar_max:
             raise ValueError(f"logvar_min: found {self.logvar_min}, not below logvar_max {self.logvar_max}")
         return self
@@ -74,6 +77,7 @@ class StageConfig(Frozen):
     clip_norm:float|None = 1.                # largest gradient norm
     lr_composer:float|None = None            # peak learning rate of the composer, where it differs
     target:Literal["cell", "mean"] = "cell"  # dynamics: latents of one perturbed cell, or the mean change of its perturbation
+    feature_noise:float = Field(0., ge=0)    # align: noise on features, relative to their size
     action_noise:float = Field(0., ge=0)     # dynamics with target "mean": noise on action latents, relative to their size
     latents:Literal["predicted", "observed"] = "predicted"  # readout: trained on the predictor's latents, or on the perturbed cell's
 
@@ -138,9 +142,9 @@ def preset(
         return ExperimentConfig(name=name, model=ModelConfig(), data=DataConfig(dataset="replogle_k562_essential"),
                                 **_stages((100, 1000, 20, 20), (64, 128, 32, 32)))
     if name == "laptop":
-        switches = dict(library_norm=(7., 15.), mask_context=False, predicts="change", readout="per_gene", ema_momentum=0.99)
-        stages = _stages((2, 100, 3, 1), (32, 128, 32, 32))
-        faster = dict(pretrain=dict(lr=1e-3), align={}, dynamics=dict(lr=3e-3, target="mean", action_noise=2.), readout=dict(lr=1e-4, latents="observed"))
+        switches = dict(library_norm=(7., 15.), mask_context=False, predicts="change", intervenes=True, readout="per_gene", ema_momentum=0.99)
+        stages = _stages((2, 100, 4, 1), (32, 128, 16, 32))
+        faster = dict(pretrain=dict(lr=1e-3), align=dict(feature_noise=3.), dynamics=dict(lr=3e-3, target="mean", action_noise=2.), readout=dict(lr=1e-4, latents="observed"))
         return ExperimentConfig(name=name, model=ModelConfig(n_genes=600, d_model=32, **small, **switches), data=DataConfig(tokens=("protein", "dna")),
                                 **{s: c.changed(**faster[s]) for s, c in stages.items()})
     if name == "smoke":

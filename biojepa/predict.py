@@ -347,10 +347,11 @@ def change(
     z:TokenSet,             # (b, T, D) encoder's latents of control cells
     h:TokenSet,             # (b, T', D) teacher's latents of the same cells
     actions:ActionBatch,    # b actions
+    origin:TokenSet|None=None,  # from `BioJEPA.origin`, what a predicted change is added to; `h` if None
 )->tuple[Tensor, Tensor]:   # Δ and its variance, (b, G) each
     "Predicted change of expression."
     predicted = model.predictor(z, model.composer(actions), actions.present)
-    mean = predicted.mean + h.genes() if model.config.predicts == "change" else predicted.mean
+    mean = predicted.mean + (h if origin is None else origin).genes() if model.config.predicts == "change" else predicted.mean
     return model.readout.delta(mean, h.x, None, h.index), model.readout.variance(predicted.logvar.exp())
 
 def _tokens_of(tokens:TokenSet, rows:Tensor)->TokenSet:
@@ -388,7 +389,9 @@ def changes(
             for a in range(begin, end, batch_size):
                 b = min(a + batch_size, end)
                 rows = torch.from_numpy(np.searchsorted(some, pairs[a:b, 0])).to(device)
-                delta, variance = change(model, _tokens_of(z, rows), _tokens_of(h, rows), actions.take(torch.from_numpy(pairs[a:b, 1]).to(device)))
+                acts = actions.take(torch.from_numpy(pairs[a:b, 1]).to(device))
+                origin = model.origin(x[rows], log_size[rows], acts) if model.config.intervenes else None
+                delta, variance = change(model, _tokens_of(z, rows), _tokens_of(h, rows), acts, origin)
                 repeat = np.repeat(np.arange(b - a), np.diff(start[a:b + 1]))
                 yield order[start[a]:start[b]], delta.float().cpu().numpy()[repeat], variance.float().cpu().numpy()[repeat]
                 bar.update(len(repeat))
@@ -474,7 +477,7 @@ def predict(
     controls = _draw_controls(adata, n_cells, seed)
     cells, action = np.tile(controls, len(table)), np.repeat(np.arange(len(table)), len(controls))
     rows, code = _output_rows(adata, table, cells, action, level)
-    pieces = changes(model, adata, cells, action, _described(table, banks), batch_size, progress)
+    pieces = changes(model, adata, cells, action, _described(table, banks, adata.var_names), batch_size, progress)
     layers = _layers(row_source(adata), cells, code, len(rows), pieces)
     return _as_anndata(adata, rows, layers, level, dict(model=config_hash(model.config), n_cells=len(controls), seed=seed, mode=sorted({str(m) for m in table.mode}), features=[dict(b.provenance) for b in banks]))
 
@@ -507,9 +510,9 @@ def _check_widths(model:BioJEPA, banks:Sequence[FeatureBank])->None:
         if b.width != (wanted := getattr(model.config, f"d_{b.modality}")):
             raise ValueError(f"features: {b!r} has {b.width} columns, the model reads {wanted} for {b.modality}; make them with the featurizer the model was trained with")
 
-def _described(table:ActionTable, banks:Sequence[FeatureBank])->ActionBatch:
+def _described(table:ActionTable, banks:Sequence[FeatureBank], genes:Sequence[str])->ActionBatch:
     "Action tokens of every row; targets without a feature are named."
-    try: return action_batch(table, banks)
+    try: return action_batch(table, banks, genes=genes)
     except MissingFeatureError as error:
         raise MissingFeatureError(f"{str(error).partition(';')[0]}; the model can only be asked about targets with features: add theirs to `features`, made as in training, or leave these perturbations out") from error
 

@@ -157,6 +157,6 @@ def configuration_table(
     values = {"preset": experiment.name, "configuration": config_hash(experiment), "width D": c.d_model, "heads": c.n_heads,
               "layers (encoder, masked predictor, action predictor)": f"{c.n_encoder_layers}, {c.n_masked_predictor_layers}, {c.n_predictor_layers}"}
     values |= {f"parameters: {name}": f"{n_params(part):,}" for name, part in model.named_children() if name != "teacher"}
-    values |= {f"switch: {k}": getattr(c, k) for k in ("latent_loss", "vicreg_over", "mask_kind", "mask_ratio", "mask_keeps_gene", "value_embedding", "library_norm", "mask_context", "predicts", "readout", "ema_momentum")}
+    values |= {f"switch: {k}": getattr(c, k) for k in ("latent_loss", "vicreg_over", "mask_kind", "mask_ratio", "mask_keeps_gene", "value_embedding", "library_norm", "mask_context", "predicts", "intervenes", "readout", "ema_momentum")}
     values |= {f"stage: {s}": f"{o.epochs} epochs, batch {o.batch_size}, learning rate {o.lr:g}" for s in ("pretrain", "align", "dynamics", "readout") for o in (getattr(experiment, s),)}
     return pd.DataFrame(dict(quantity=values.keys(), value=values.values())).astype(str)

@@ -29,7 +29,7 @@ class Screen:
         bank = dict(protein=featurize("kmer", self.adata.uns["protein_sequences"], modality=Modality.PROTEIN, progress=False, cache=False),
                     dna=featurize("kmer", guides, modality=Modality.DNA, progress=False, cache=False))
         self.anchor, self.positive = action_batch(self.table, bank["protein"], mode=Mode.CONTROL), action_batch(self.table, bank["dna"])
-        self.actions = action_batch(self.table, [bank[b] for b in banks])
+        self.actions = action_batch(self.table, [bank[b] for b in banks], genes=self.adata.var_names)
         if shuffle is not None: self._shuffle(shuffle)
         self.train, self.test = (self.table.rows(self.adata, self.split, part) for part in ("train", "test"))
 

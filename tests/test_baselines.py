@@ -336,7 +336,7 @@ def test_oracle_reads_either_kind_of_truth(case):
 def test_run_baselines_makes_what_the_data_allow(case):
     adata, split, template, features, relations = case
     sets = run_baselines(template, adata, split, dict(random=features), relations, progress=False)
-    assert set(sets) == {"control_mean", "train_mean", "ridge, random", "nearest_neighbours, random", "random_forest, random", "gaussian_process, random", "shuffled ridge, random",
+    assert set(sets) == {"control_mean", "train_mean", "train_mean, own gene", "nearest_neighbours, random, own gene", "random_forest, random, own gene", "ridge, random", "nearest_neighbours, random", "random_forest, random", "gaussian_process, random", "shuffled ridge, random",
                          "graph_neighbours", "gaussian_process, graph", "additive", "ceiling", "oracle"}
     assert all(s.name == name and s.provenance["split"] == split.hash for name, s in sets.items())
     assert list(run_baselines(template, adata, split, only=["ceiling", "train_mean"], progress=False)) == ["ceiling", "train_mean"]

@@ -441,12 +441,22 @@ def _fill_tokens(
             batch.modality[i, j], batch.mode[i, j], batch.present[i, j] = int(bank.modality), int(modes[i]), True
     return batch
 
+
+def _places(
+    targets:Sequence[Sequence[str]],    # of P rows
+    genes:Sequence[str],                # of the model, in order
+)->torch.Tensor:                        # (P, K) int64, -1 where a target is not among the genes
+    "Where targets stand among genes."
+    where, width = {g: i for i, g in enumerate(genes)}, max([1, *map(len, targets)])
+    return torch.tensor([[where.get(t, -1) for t in row] + [-1]*(width - len(row)) for row in targets], dtype=torch.int64).reshape(len(targets), width)
+
 # %% ../../nbs/21_featurizers.ipynb #6d1caccb
 def action_batch(
     table:ActionTable,                         # P perturbations
     banks:FeatureBank|Sequence[FeatureBank],   # one token per target of each
     missing:Literal["error", "drop"]="error",  # what to do with a row that lacks a feature
     mode:Mode|None=None,                       # one mode for all tokens; the table's own if None
+    genes:Sequence[str]|None=None,             # of the model, to say where the targets stand among them; not said if None
 )->ActionBatch|tuple[ActionBatch, np.ndarray]:  # P rows; with "drop" also the rows of the table that were kept
     "What was done, as padded tokens: row p describes perturbation p, controls have no token."
     banks = [banks] if isinstance(banks, FeatureBank) else list(banks)
@@ -464,4 +474,5 @@ def action_batch(
         warnings.warn(f"{message}; dropped", stacklevel=2)
     modes = [table.mode[i] if mode is None else mode for i in kept]
     batch = _fill_tokens([tokens[i] for i in kept], modes, max(b.width for b in banks))
+    if genes is not None: batch = batch._replace(genes=_places([table.targets[i] for i in kept], genes))
     return batch if missing == "error" else (batch, kept)

@@ -53,10 +53,11 @@ class ActionBatch(NamedTuple):
     modality:Tensor  # (B, A) int64, a Modality
     mode:Tensor      # (B, A) int64, a Mode
     present:Tensor   # (B, A) bool, True for a real token
+    genes:Tensor|None = None  # (B, K) int64, places of the targeted genes among the model's, -1: none; only `intervenes` reads it
 
     def take(self, index)->"ActionBatch":
         "Some rows, in the order of `index`: the actions of a PairBatch are `actions.take(batch.perturbation)`."
-        return ActionBatch(*(x[index] for x in self))
+        return ActionBatch(*(x if x is None else x[index] for x in self))
 
     def to(self, device, non_blocking:bool=False)->"ActionBatch":
         "The same batch on another device."
@@ -80,7 +81,7 @@ def _to(
     non_blocking:bool,   # do not wait for the copy
 )->NamedTuple:
     "Every tensor of a batch on `device`."
-    return type(batch)(*(x.to(device, non_blocking=non_blocking) for x in batch))
+    return type(batch)(*(x if x is None else x.to(device, non_blocking=non_blocking) for x in batch))
 
 # %% ../../nbs/14_batches.ipynb #13f1fb7c
 def row_source(

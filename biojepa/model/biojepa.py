@@ -93,6 +93,7 @@ class BioJEPA(nn.Module):
         if c.predicts == "change":
             for p in self.predictor.mean.parameters(): nn.init.zeros_(p)
         self.readout = LinearReadout(c.d_model, c.n_genes, c.readout)
+        if c.intervenes: self.register_buffer("intervention", torch.tensor([1., 0.]).repeat(c.n_modes, 1))  # of a targeted gene's value, by mode: factor and summand
 
     def hide(self,
         x:Tensor,                             # (B, G)
@@ -154,11 +155,31 @@ class BioJEPA(nn.Module):
         weight:Tensor|None=None,    # (B, M) 1 for a real gene, 0 for padding
         collapse:bool=True,         # compute equal tokens once
     )->LatentGaussian:              # of the perturbed cells' latents
-        "What the predictor says, from latents that are there; with `predicts=\"change\"`, added to the teacher's control latents."
+        "What the predictor says, from latents that are there; with `predicts=\"change\"`, added to the latents of `origin`."
         predicted = self.predictor(z, self.composer(actions), actions.present, genes, weight, shortcut=collapse)
         if self.config.predicts == "latent": return predicted
-        h = self.teacher(x_ctrl, log_library_size, None, collapse)
+        h = self.origin(x_ctrl, log_library_size, actions, collapse)
         return predicted._replace(mean=predicted.mean + (h.genes() if genes is None else tokens_at(h, genes)))
+
+    def origin(self,
+        x_ctrl:Tensor,              # (B, G) the whole control cells
+        log_library_size:Tensor,    # (B,)
+        actions:ActionBatch,        # B actions
+        collapse:bool=True,         # compute equal tokens once
+    )->TokenSet:                    # the teacher's latents
+        "What a predicted change is added to: latents of the control cells, with `intervenes` after the intervention itself."
+        return self.teacher(self.intervened(x_ctrl, actions) if self.config.intervenes else x_ctrl, log_library_size, None, collapse)
+
+    def intervened(self,
+        x_ctrl:Tensor,          # (B, G) control cells
+        actions:ActionBatch,    # B actions that know their genes
+    )->Tensor:                  # (B, G)
+        "Cells in which only the targeted genes have changed, by the `intervention` of the action's mode; a gene that is not expressed can only be raised."
+        if actions.genes is None: raise ValueError("actions.genes: missing, but model.intervenes is on; make the actions with action_batch(table, banks, genes=adata.var_names)")
+        row, k = (actions.genes >= 0).nonzero(as_tuple=True)
+        mode = actions.mode.gather(1, actions.present.long().argmax(1, keepdim=True))[row, 0]
+        (factor, summand), at = self.intervention[mode].to(x_ctrl.dtype).unbind(1), (row, actions.genes[row, k])
+        return x_ctrl.index_put(at, (factor*x_ctrl[at] + summand).clamp(min=0))
 
     def energy(self,
         x_ctrl:Tensor,                  # (B, G) control cells

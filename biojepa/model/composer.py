@@ -38,7 +38,7 @@ def check_action_batch(
     n_modes:int,                # number of modes the model knows
 ):
     "Refuse actions that do not fit; a ValueError names the field and the first token at fault."
-    features, modality, mode, present = actions
+    features, modality, mode, present = actions[:4]
     if features.ndim != 3 or any(t.shape != features.shape[:2] for t in (modality, mode, present)) or present.dtype != torch.bool:
         raise ValueError(f"actions: found features {tuple(features.shape)}, modality {tuple(modality.shape)}, mode {tuple(mode.shape)}, "
                          f"present {tuple(present.shape)} of {present.dtype}; need (B, A, F), then (B, A) three times, present as booleans")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['actions_of', 'dynamics_step', 'mean_changes', 'gene_maps', 'MeanTargets', 'mean_targets', 'noisy',
-           'mean_dynamics_step', 'dynamics_stage', 'train_dynamics']
+           'mean_dynamics_step', 'targeted_values', 'learn_interventions_', 'dynamics_stage', 'train_dynamics']
 
 # %% ../../nbs/43_dynamics.ipynb #b2fb4a96
 from functools import partial
@@ -140,16 +140,57 @@ def mean_dynamics_step(
     with torch.no_grad():
         z = model.encoder(batch.x_ctrl, batch.log_library_size_ctrl, mask if model.config.mask_context else None)
         h_ctrl, h_pert = model.teacher(batch.x_ctrl, batch.log_library_size_ctrl), model.teacher(batch.x_pert, batch.log_library_size_pert)
-    genes, weight = list_genes(mask)
+        genes, weight = list_genes(mask)
+        if model.config.intervenes: origin = tokens_at(model.origin(batch.x_ctrl, batch.log_library_size_ctrl, acts), genes)
     action = noisy(model.composer(acts), acts.present, action_noise, generator)
     predicted, h_ctrl = model.predictor(z, action, acts.present, genes, weight), tokens_at(h_ctrl, genes)
     change = predicted.mean if model.config.predicts == "change" else predicted.mean - h_ctrl
+    if model.config.intervenes: change = change + origin - h_ctrl
     target = targets.change[batch.perturbation.to(targets.change.device)[:, None], genes.to(targets.change.device)].to(change)
     decoded = ((change - target)*targets.maps.to(change.device)[genes]).sum(-1, keepdim=True)
     parts = dict(delta=latent_distance(decoded, torch.zeros_like(decoded), weight, "mse")/targets.delta_scale.to(change.device),
                  change=latent_distance(change, target, weight, "mse")/targets.scale.to(change.device),
                  nll=gaussian_nll((h_ctrl + change).detach(), predicted.logvar, tokens_at(h_pert, genes), weight))
     return StepOutput(parts["delta"] + 0.1*(parts["change"] + parts["nll"]), {k: v.detach() for k, v in parts.items()}, len(batch.x_ctrl))
+
+# %% ../../nbs/43_dynamics.ipynb #fd5ce69f
+def _group_controls(adata:AnnData, pools)->dict:    # (start, size) of a pool -> (G,) mean control
+    "Mean expression of each pool of controls."
+    X = row_source(adata)
+    return {(a, n): dense_rows(X, pools.pool[a:a + n]).mean(0) for a, n in set(zip(pools.start.tolist(), pools.size.tolist()))}
+
+def targeted_values(
+    adata:AnnData,              # prepared
+    split,                      # only its training part is read
+    actions:ActionBatch,        # (P, A, F) with genes
+)->pd.DataFrame:                # one row per training perturbation and targeted gene: perturbation, gene, mode, control, perturbed
+    "Mean value of targeted genes in controls of the same gem group and in perturbed cells."
+    if actions.genes is None: raise ValueError("actions.genes: missing; make the actions with action_batch(table, banks, genes=adata.var_names)")
+    pools = match_controls(adata, np.asarray(split.cells(adata, "train")), np.sort(np.asarray(split.controls(adata, "train"))))
+    control, X, rows = _group_controls(adata, pools), row_source(adata), []
+    code = adata.obs["perturbation"].astype("category").cat.codes.to_numpy()[pools.cells]
+    for p in np.unique(code):
+        genes, at = [g for g in actions.genes[p].tolist() if g >= 0], np.flatnonzero(code == p)
+        if not genes: continue
+        before = torch.stack([control[int(pools.start[i]), int(pools.size[i])][genes] for i in at]).mean(0)
+        after = dense_rows(X, pools.cells[at])[:, genes].mean(0)
+        mode = int(actions.mode[p][actions.present[p]][0]) if actions.present[p].any() else -1
+        rows += [dict(perturbation=int(p), gene=g, mode=mode, control=float(b), perturbed=float(a)) for g, b, a in zip(genes, before, after) if mode >= 0]
+    return pd.DataFrame(rows, columns=["perturbation", "gene", "mode", "control", "perturbed"])
+
+# %% ../../nbs/43_dynamics.ipynb #e2ddc5d0
+def learn_interventions_(
+    model:BioJEPA,              # with `intervenes`; its buffer `intervention` is set in place
+    adata:AnnData,              # prepared
+    split,                      # training targets are read
+    actions:ActionBatch,        # (P, A, F) with genes
+)->BioJEPA:                     # itself
+    "What each mode does to a targeted gene itself."
+    for mode, t in targeted_values(adata, split, actions).groupby("mode"):
+        lowers = t.perturbed.sum() <= t.control.sum()
+        factor = (t.perturbed*t.control).sum()/max((t.control**2).sum(), 1e-12) if lowers else 1.
+        model.intervention[mode] = torch.tensor([factor, 0. if lowers else (t.perturbed - t.control).mean()])
+    return model
 
 # %% ../../nbs/43_dynamics.ipynb #a685d512
 def dynamics_stage(
@@ -163,6 +204,7 @@ def dynamics_stage(
     "Everything `fit` needs to train the action predictor, and the composer slowly."
     if (n := adata.obs["perturbation"].astype("category").cat.categories.size) != len(actions.features):
         raise ValueError(f"actions: found {len(actions.features)} rows for {n} perturbations of adata; make them with action_batch(ActionTable.from_anndata(adata), banks)")
+    if model.config.intervenes: learn_interventions_(model, adata, split, actions)
     loader = pair_loader(adata, split, "train", batch_size=config.batch_size, seed=seed)
     step = partial(dynamics_step, actions=actions)
     if config.target == "mean":

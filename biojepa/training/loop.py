@@ -140,7 +140,7 @@ class _Step(nn.Module):
 # %% ../../nbs/40_loop.ipynb #89b5ed3b
 def _rows(batch:NamedTuple, rows:slice)->NamedTuple:
     "Some rows of a batch, whatever it holds."
-    return type(batch)(*(_rows(x, rows) if isinstance(x, tuple) else x[rows] for x in batch))
+    return type(batch)(*(_rows(x, rows) if isinstance(x, tuple) else x if x is None else x[rows] for x in batch))
 
 def _size(batch:NamedTuple)->int: return _size(batch[0]) if isinstance(batch[0], tuple) else len(batch[0])
 

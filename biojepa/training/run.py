@@ -156,7 +156,7 @@ def describe_actions(
         pairs = table.rows(adata, split, "train")
         pairs = pairs[(anchor.present.any(1) & positive.present.any(1)).numpy()[pairs]]
     identity = object_hash([[str(m), list(b.keys), sha256(b.values.tobytes()).hexdigest(), m in tokens] for m, b in sorted(banks.items())])
-    return Actions(table, action_batch(table, [banks[t] for t in tokens]), anchor, positive, pairs, {m: b.width for m, b in banks.items()}, identity, tuple(banks.values()))
+    return Actions(table, action_batch(table, [banks[t] for t in tokens], genes=adata.var_names), anchor, positive, pairs, {m: b.width for m, b in banks.items()}, identity, tuple(banks.values()))
 
 # %% ../../nbs/45_run.ipynb #2555fe6d
 def _all_rows(table:ActionTable, bank:FeatureBank, mode:Mode|None=None)->ActionBatch:  # P rows
@@ -165,6 +165,7 @@ def _all_rows(table:ActionTable, bank:FeatureBank, mode:Mode|None=None)->ActionB
         warnings.filterwarnings("ignore", message=".*have no feature for a target or guide")
         batch, kept = action_batch(table, bank, missing="drop", mode=mode)
     def spread(x):
+        if x is None: return None
         out = x.new_zeros(len(table), *x.shape[1:])
         out[kept] = x
         return out
