@@ -277,7 +277,8 @@ def _resume(training:_Training, about:dict, folder:Path)->tuple[TrainingLog, boo
     if fabric.is_global_zero and (found := training.checkpoints.latest()): rows = read_log(folder/"log.csv", found.step)
     found, rows = fabric.broadcast((found, rows))
     if found:
-        if differs := [f"{k} was {v!r}, is {about.get(k)!r}" for k, v in found.state["about"].items() if about.get(k) != v]:
+        before = found.state["about"] | dict(config=type(training.stage.config)(**found.state["about"]["config"]).model_dump(mode="json"))  # switches that are newer stand at their defaults
+        if differs := [f"{k} was {v!r}, is {about.get(k)!r}" for k, v in json.loads(json.dumps(before)).items() if about.get(k) != v]:
             raise ValueError(f"{folder}: holds another run of stage {training.stage.name!r}: {'; '.join(differs)}; choose another folder, or call with what it was begun with "
                              "(weights: the model as it was before the stage)")
         restore_(found, training.model, training.optimizer, training.scheduler, training.loader)
