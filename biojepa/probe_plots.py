@@ -6,6 +6,8 @@
 __all__ = ['space_style', 'plot_probes', 'plot_relations', 'relation_reading', 'plot_set_similarity', 'plot_gene_probe']
 
 # %% ../nbs/76_probe_plots.ipynb #91e1d098
+from textwrap import fill
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -132,6 +134,6 @@ def plot_gene_probe(
             _row_of_values(ax, _rows(part, "representation", value="value", low="low", high="high", null_low="shuffled_low", null_high="shuffled_high"), part["chance"].iloc[0], label)
         axes[1].set_yticklabels([]); part = genes[genes["representation"] == show]
         for positive, rows in part.groupby("positive"): axes[2].plot(rows["score"], rows["predicted"], "^" if positive else "o", ms=2.6, mew=0, alpha=.55, color="#de8f05" if positive else "0.45", label="positive" if positive else "negative", rasterized=True)
-        axes[2].set(xlabel=score, ylabel=f"predicted by the {show}"); axes[2].legend(); fig.suptitle(title)
+        axes[2].set(xlabel=fill(score, 40), ylabel=f"predicted by the {show}"); axes[2].legend(); fig.suptitle(title)
     plt.close(fig)
     return fig

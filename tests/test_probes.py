@@ -173,6 +173,30 @@ def test_scores_from_tables_and_from_data(adata, tmp_path):
     assert effects["G1"] == pytest.approx(expected, rel=1e-5) and effects["G1"] > 2*effects["G2"]
 
 
+def test_scores_of_the_genes_that_are_measured(adata, tmp_path):
+    (tmp_path/"s.csv").write_text("gene,score\nG3,1\nG1,2\nTP53,5\n")
+    score, meaning = p.gene_scores(adata, tmp_path/"s.csv", negate=True)
+    assert score.to_dict() == {"G1": -2., "G3": -1.} and meaning == "− score (s.csv)"
+    assert p.gene_scores(adata)[1].startswith("planted") and len(p.gene_scores(adata)[0]) == G
+    plain = AnnData(adata.X, obs=adata.obs, var=adata.var, uns=dict(biojepa=adata.uns["biojepa"]))
+    assert p.gene_scores(plain)[0].to_dict() == p.effect_scores(adata)[["G1", "G2"]].to_dict()
+    (tmp_path/"s.csv").write_text("gene,score\nTP53,5\n")
+    with pytest.raises(ValueError, match="none of 1 genes is among the 30 measured"): p.gene_scores(adata, tmp_path/"s.csv")
+
+
+def test_representations_of_genes_are_rows_of_training_cells(adata):
+    class Split:
+        def cells(self, adata, part): return np.arange(50)
+        def controls(self, adata, part): return np.arange(50, 80)
+    model, other = BioJEPA(preset("smoke").model.changed(n_genes=G)), adata.copy()
+    other.X[200:] = other.X[200:]*3
+    got, same = (p.gene_representations(model, a, Split(), ["G5", "G0"]) for a in (adata, other))
+    for name in got: np.testing.assert_allclose(got[name], same[name], atol=1e-5)
+    np.testing.assert_allclose(got["gene embedding"], p.gene_embeddings(model)[[5, 0]])
+    np.testing.assert_allclose(got["embedding and level"], np.concatenate([got["gene embedding"], p.expression_level(adata, np.arange(80))[[5, 0]]], 1))
+    with pytest.raises(ValueError, match="'TP53' is not measured"): p.gene_representations(model, adata, Split(), ["G1", "TP53"])
+
+
 def gene_case(n=200, seed=0):
     rng = np.random.default_rng(seed)
     score = pd.Series(rng.gamma(2, 1, n), [f"g{i}" for i in range(n)])

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STRENGTHS', 'PROBE_COLUMNS', 'probed_cells', 'mean_token', 'gene_sketch', 'cell_latents', 'cell_components',
            'latent_components', 'library_size', 'label_parts', 'Probe', 'fit_probe', 'probe_table', 'gene_embeddings',
-           'gene_loadings', 'expression_level', 'read_scores', 'planted_scores', 'effect_scores', 'GeneProbe',
-           'gene_probe']
+           'gene_loadings', 'expression_level', 'read_scores', 'planted_scores', 'effect_scores', 'gene_scores',
+           'gene_representations', 'GeneProbe', 'gene_probe']
 
 # %% ../../nbs/65_probes.ipynb #7542ce01
 import warnings
@@ -295,6 +295,36 @@ def effect_scores(
     at = adata.var_names.get_indexer(target)
     delta[np.flatnonzero(at >= 0), at[at >= 0]] = 0
     return pd.Series(np.sqrt((delta**2).mean(1)), target)[at >= 0].groupby(level=0).mean()
+
+# %% ../../nbs/65_probes.ipynb #67c544fd
+def gene_scores(
+    adata:AnnData,                      # prepared
+    source:str|Path|None=None,          # table of scores; None: planted scores where there are any, else observed effects
+    gene:str="gene",                    # column of names
+    score:str="score",                  # column of numbers
+    negate:bool=False,                  # low scores are the interesting ones
+)->tuple[pd.Series, str]:               # score of genes that are measured, in their order; what it is
+    "Scores of the genes of these data, from a table or a stand-in."
+    if source is not None: found, meaning = read_scores(source, gene, score), f"{score} ({Path(source).name})" if isinstance(source, (str, Path)) else score
+    elif "edges" in adata.uns.get("truth", {}): found, meaning = planted_scores(adata), "planted score: how strongly it regulates others (summed |weight| of its edges)"
+    else: found, meaning = effect_scores(adata), "observed effect of perturbing it (root mean square Δ)"
+    known = [g for g in map(str, adata.var_names) if g in found.index]
+    if not known: raise ValueError(f"scores: none of {len(found)} genes is among the {adata.n_vars} measured ones; both must use the same names, e.g. {found.index[0]!r} and {adata.var_names[0]!r}")
+    return (-found[known] if negate else found[known]), f"− {meaning}" if negate else meaning
+
+def gene_representations(
+    model:BioJEPA,
+    adata:AnnData,          # prepared, genes in the model's order
+    split,                  # Split: only training cells and their controls are read
+    genes:Sequence[str],    # (N,) genes to describe
+    seed:int=0,
+)->dict[str, np.ndarray]:   # name -> (N, K)
+    "Gene embeddings and what they stand beside."
+    if model.config.n_genes != adata.n_vars: raise ValueError(f"adata: found {adata.n_vars} genes, the model reads {model.config.n_genes}; give the genes it was trained on")
+    at, fit = adata.var_names.get_indexer(list(genes)), np.union1d(split.cells(adata, "train"), split.controls(adata, "train"))
+    if (at < 0).any(): raise ValueError(f"genes: {str(np.asarray(genes)[at < 0][0])!r} is not measured; choose among adata.var_names")
+    e, level = gene_embeddings(model)[at], expression_level(adata, fit)[at]
+    return {"gene embedding": e, "embedding and level": np.concatenate([e, level], 1), "PCA loadings": gene_loadings(adata, fit, model.config.d_model, seed=seed)[at], "expression level": level}
 
 # %% ../../nbs/65_probes.ipynb #db7a2a40
 class GeneProbe(NamedTuple):
