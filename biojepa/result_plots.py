@@ -57,7 +57,7 @@ def _strips(ax, scores, summary, methods):
     "One panel."
     for y, method in enumerate(methods):
         values, color = scores.value[scores.method == method].dropna().to_numpy(), method_color(method)
-        ax.plot(values, y + np.random.default_rng(y).uniform(-.28, .28, len(values)), ".", ms=2.5, alpha=.45, mew=0, color=color, rasterized=True)
+        ax.plot(values, y + np.random.default_rng(y).uniform(-.28, .28, len(values)), ".", ms=3.5, alpha=.6, mew=0, color=color, rasterized=True)
         for row in summary[summary.method == method].itertuples():
             ax.plot([row.low, row.high], [y, y], color="k", lw=1.2); ax.plot(row.mean, y, "D", ms=3.5, mfc=color, mec="k", mew=.7)
 
