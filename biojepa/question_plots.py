@@ -78,7 +78,7 @@ def _directions(ax, table, styles, threshold):
     names = [f"{a:.2g}–{b:.2g}" for a, b in zip(edges, edges[1:])] + [f"> {edges[-1]:.2g}"]
     ax.axvline(np.searchsorted(edges, threshold - 1e-12) - .5, color="0.6", lw=.7, ls="--")
     ax.set_xticks(range(len(edges)), names, rotation=40, ha="right")
-    ax.set(xlabel="observed |Δ| (log1p CP10K)", ylabel="share of genes with the right direction", ylim=(0, 1.02), title="Up, down or unchanged")
+    ax.set(xlabel="observed |Δ| (log1p CP10K)", ylabel="genes with the right direction (share)", ylim=(0, 1.02), title="Up, down or unchanged")
 
 def _ranking(ax, table, styles, label):
     "A score against the length of the list."
@@ -86,7 +86,7 @@ def _ranking(ax, table, styles, label):
         rows = table[table.method == method].sort_values("k")
         ax.errorbar(rows.k, rows["mean"], [rows["mean"] - rows.low, rows.high - rows["mean"]], capsize=0, elinewidth=.7, **style)
     chance = table.groupby("k").chance.mean()
-    ax.plot(chance.index, chance, ls=(0, (1, 2)), lw=1, color="k"); ax.annotate("chance", (chance.index[0], chance.iloc[0]), (0, 3), textcoords="offset points", fontsize=7)
+    ax.plot(chance.index, chance, ls=(0, (1, 2)), lw=1, color="k"); ax.annotate("chance", (chance.index[-1], chance.iloc[-1]), (0, -10), textcoords="offset points", fontsize=7, ha="right")
     ax.set(xscale="log", xlabel="genes in the list, k", ylabel=label, ylim=(0, 1.02), title="Genes that change most" if label.startswith("overlap") else "Order of genes"); ax.set_xticks(chance.index, chance.index); ax.minorticks_off()
 
 # %% ../nbs/75_question_plots.ipynb #ce803edc
@@ -167,9 +167,12 @@ def _error_by_variance(ax, table):
     few = len(table) < 500
     ax.plot(table.variance, table.error, ".", ms=5 if few else 2, alpha=.7 if few else .25, mew=0, color=COLORS["biojepa"], rasterized=True)
     ends = np.array([table[["variance", "error"]].min().min(), table[["variance", "error"]].max().max()])
-    ax.plot(ends, ends, color="0.6", lw=.8, ls="--"); ax.annotate("honest", (ends[1], ends[1]), (-3, -2), textcoords="offset points", fontsize=6.5, ha="right", va="top", color="0.4")
+    for column, axis, scale, limits in (("variance", ax.xaxis, ax.set_xscale, ax.set_xlim), ("error", ax.yaxis, ax.set_yscale, ax.set_ylim)):
+        low, high = table[column].min(), table[column].max()
+        if low > 0 and high > 8*low: scale("log"); _plain_ticks(axis); limits(low/1.1, high*1.1)
+        else: limits(low - .1*(high - low) - 1e-12, high + .1*(high - low) + 1e-12)
+    ax.plot(line := np.geomspace(*ends.clip(1e-12), 200), line, color="0.6", lw=.8, ls="--", label="equal"); ax.legend(fontsize=6, loc="upper left")
     ax.set(xlabel="predicted variance, mean over genes", ylabel="squared error, mean over genes")
-    if ends[0] > 0 and ends[1] > 8*ends[0]: ax.set(xscale="log", yscale="log"); _plain_ticks(ax.xaxis); _plain_ticks(ax.yaxis)
 
 def _risk(ax, table):
     "Mean error of what is kept, by predicted variance, true error and chance."

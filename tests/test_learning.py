@@ -4,9 +4,13 @@ import pytest
 import torch
 
 import learning
+from biojepa.actions.featurizers import featurize
+from biojepa.actions.vocabulary import Modality
+from biojepa.baselines import nearest_neighbours, ridge, target_features, train_mean, with_own_gene
 from biojepa.config import preset
 from biojepa.data.batches import cell_loader
 from biojepa.model.biojepa import BioJEPA
+from biojepa.predict import predictions, pseudobulk, test_set
 from biojepa.training.loop import effective_rank, encoder_latents
 
 
@@ -69,6 +73,20 @@ def test_held_out_guides_find_their_protein(trained):
 def test_held_out_targets_are_predicted_better_than_by_the_train_mean(trained):
     result = learning.score(trained[1], trained[0])
     assert result["n"] == 15 and result["low"] > 0, result
+
+
+@pytest.mark.slow
+def test_better_than_baselines_on_features_and_than_a_mean_that_knows_the_target(trained):
+    screen, model = trained[:2]
+    banks = [featurize("kmer", x, modality=m, progress=False, cache=False) for x, m in
+             ((screen.adata.uns["protein_sequences"], Modality.PROTEIN), ({g: s for g, s, t in zip(screen.table.guide_id, screen.table.guide_seqs, screen.table.targets) if t}, Modality.DNA))]
+    given, features = (test_set(screen.adata, screen.split), screen.adata, screen.split), target_features(banks, screen.table)
+    others = [with_own_gene(train_mean(*given), *given[1:]), nearest_neighbours(*given, features), ridge(*given, features)]
+    def r(s): return np.array([np.corrcoef(a, b)[0, 1] for a, b in zip((bulk := pseudobulk(s)).predicted, bulk.observed)])
+    own = r(predictions(model, screen.adata, screen.split, screen.actions, screen.table, progress=False))
+    for other in others:
+        difference, low, high = learning.paired_interval(own - r(other))
+        assert low > 0, (other.name, difference, low, high)
 
 
 @pytest.mark.slow

@@ -118,6 +118,18 @@ def test_mechanisms_are_found_where_they_are():
     assert members["knn"] == pytest.approx(1) and members["n_items"] == 2 and members["n_answer"] == 4 and members["knn_chance"] == .5
 
 
+def test_each_mode_of_a_target_is_a_perturbation_of_its_own():
+    frame = pd.DataFrame(dict(perturbation=["A|1", "A|2", "A|3", "B"], condition=["A+ctrl"]*3 + ["B+ctrl"], targets=[("A",)]*3 + [("B",)], mode=["crispri", "crispri", "crispra", "crispri"], n_cells=[1, 3, 5, 2], part="test"))
+    merged = g._merged(frame, {"x": np.array([[0.], [4], [7], [1]])})
+    assert merged.actions["perturbation"].tolist() == ["A+ctrl|crispra", "A+ctrl|crispri", "B+ctrl"] and merged.spaces["x"].ravel().tolist() == [7, 3, 1]
+    single, targets = merged.singles()
+    assert targets == ["A", "B"] and single.actions["mode"].unique().tolist() == ["crispri"] and single.spaces["x"].ravel().tolist() == [3, 1]
+    with pytest.raises(ValueError, match="'A' is targeted by several perturbations of one mode"): g.ActionSpaces(frame, {"x": np.zeros((4, 1))}).singles()
+    modes = g.ActionSpaces(pd.DataFrame(dict(perturbation=list("abcdef"), condition=["A", "A", "B", "B", "C", "C"], targets=[("A",)]*6, mode=["x", "y"]*3, n_cells=1, part="test")), {"x": np.eye(3)[[0, 0, 1, 1, 2, 2]]})
+    found = g.mechanism_table(modes, modes, n_permutations=20).set_index("question")["note"]
+    assert found["guides of one target"].startswith("left out: none of 6") and found["one target in several modes"] == ""
+
+
 def test_module_similarity_is_empty_without_planted_modules(screen):
     _, adata, *_ = screen
     spaces = g.action_spaces(*screen, n_cells=2, progress=False)

@@ -88,6 +88,7 @@ def test_choosing_variable_genes_leaves_the_number_of_threads_alone():
     finally: torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["unseen targets", "unseen guides of known targets", "an unseen cell line"])
 def test_seen_elsewhere_against_the_slow_form(name):
     adata, split = data(name)
@@ -112,6 +113,7 @@ def scored(name, answers, reference=None, case=None):
     return score_case(case or CASES[name], [ps.with_prediction("biojepa", answers(ps)), mean], split, reference)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["unseen targets", "unseen combinations", "an unseen cell line"])
 def test_perfect_answers_score_the_best_value_and_shuffled_ones_chance(name):
     best = transfer_table(scored(name, observed_delta))
@@ -193,6 +195,7 @@ def test_lists_can_be_shortened_and_wrong_parameters_are_named():
     with pytest.raises(ValueError, match="no baseline beside biojepa"): transfer_table(scored("unseen targets", observed_delta).query("method == 'biojepa'"))
 
 
+@pytest.mark.slow
 def test_a_list_that_is_run_again_only_reads(tmp_path):
     cases, _ = transfer_cases(preset("smoke"), only=["width 8"])
     first = run_cases(cases, tmp_path, progress=False)

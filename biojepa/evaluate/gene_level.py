@@ -243,10 +243,11 @@ def strongest(
     n:int=2,                # other methods to keep
     always:Sequence[str]=("biojepa", "biojepa, actions exchanged", "train_mean", "ceiling"),   # kept where they are there
 )->list[str]:               # in the order of the table
-    "Methods worth a place in a crowded figure: some always, and the best of the others."
+    "Methods worth a place in a crowded figure: some always, and the best of the others; of those with equal values the first."
     mean = tidy[tidy.metric == metric].groupby("method", sort=False)["value"].mean()
     if not len(mean): raise ValueError(f"metric: {metric!r} is not among {sorted(set(tidy.metric))}")
     others = mean.drop([m for m in (*always, "oracle") if m in mean.index]).dropna().sort_values(ascending=False, kind="stable")
+    others = others[~others.round(12).duplicated()]
     return [m for m in mean.index if m in always or m in others.index[:n]]
 
 def with_chance(

@@ -242,7 +242,7 @@ def _too_few(relation:Relation, names:list[str], k:int, ask, answer)->str:
     related = relation.related[at][:, at]
     kept, sides = related.getnnz(1) > 0, [np.ones(known.sum(), bool) if m is None else np.asarray(m, bool)[known] for m in (ask, answer)]
     (n_ask, n_answer), between = ((m & kept).sum() for m in sides), related[sides[0]][:, sides[1]].nnz
-    if n_answer - bool((sides[0] & sides[1]).any()) < k or n_ask < 2 or not between:
+    if n_answer - bool((sides[0] & sides[1]).any()) <= k or n_ask < 2 or not between:
         return f"of {len(names)} items {int(kept.sum())} are related to another, {int(n_ask)} may ask and {int(n_answer)} answer, with {between} related pairs between them; {k} neighbours need more"
     return ""
 
