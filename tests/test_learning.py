@@ -82,7 +82,9 @@ def test_better_than_baselines_on_features_and_than_a_mean_that_knows_the_target
              ((screen.adata.uns["protein_sequences"], Modality.PROTEIN), ({g: s for g, s, t in zip(screen.table.guide_id, screen.table.guide_seqs, screen.table.targets) if t}, Modality.DNA))]
     given, features = (test_set(screen.adata, screen.split), screen.adata, screen.split), target_features(banks, screen.table)
     others = [with_own_gene(train_mean(*given), *given[1:]), nearest_neighbours(*given, features), ridge(*given, features)]
-    def r(s): return np.array([np.corrcoef(a, b)[0, 1] for a, b in zip((bulk := pseudobulk(s)).predicted, bulk.observed)])
+    def r(s):
+        bulk = pseudobulk(s)
+        return np.array([np.corrcoef(a, b)[0, 1] for a, b in zip(bulk.predicted, bulk.observed)])
     own = r(predictions(model, screen.adata, screen.split, screen.actions, screen.table, progress=False))
     for other in others:
         difference, low, high = learning.paired_interval(own - r(other))
