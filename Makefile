@@ -10,8 +10,8 @@ eval: $(READY)          # the main job: the evaluation notebook on the embedded 
 
 test: $(READY)          # export in step and notebooks clean, then the notebooks' own checks, then the rest
 	$(BIN)/pytest -q tests/test_repo.py
-	$(BIN)/nbdev_test --n_workers 0
-	$(BIN)/pytest -q --ignore tests/test_repo.py
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q --ignore tests/test_repo.py
 
 notebooks: $(READY)     # re-execute the library notebooks in place; paper notebooks (80-99) run by papermill
 	for nb in nbs/index.ipynb nbs/[0-7]*.ipynb; do $(BIN)/jupyter execute --inplace $$nb || exit 1; done

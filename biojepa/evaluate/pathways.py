@@ -34,9 +34,13 @@ class ActionSpaces(NamedTuple):
         return ActionSpaces(self.actions[rows].reset_index(drop=True), {k: v[np.asarray(rows)] for k, v in self.spaces.items()})
 
     def singles(self)->tuple["ActionSpaces", list[str]]:
-        "Perturbations of one target each, and their targets."
+        "Perturbations of one target each, and their targets; where a target is hit in several modes, those of the commonest mode only."
         single = self.where(self.actions["targets"].map(len) == 1)
-        return single, [t[0] for t in single.actions["targets"]]
+        targets = [t[0] for t in single.actions["targets"]]
+        if len(set(targets)) == len(targets): return single, targets
+        single = single.where(single.actions["mode"] == single.actions["mode"].mode()[0])
+        if (twice := (names := single.actions["targets"].map(lambda t: t[0])).duplicated()).any(): raise ValueError(f"actions: {names[twice].iloc[0]!r} is targeted by several perturbations of one mode; use action_spaces(by='condition')")
+        return single, names.tolist()
 
 def action_spaces(
     model:BioJEPA,
@@ -63,12 +67,14 @@ def action_spaces(
 
 # %% ../../nbs/69_pathways.ipynb #ced8b147
 def _merged(frame:pd.DataFrame, spaces:dict)->ActionSpaces:
-    "Guides of a condition averaged, weighted by their cells."
-    code, names = pd.factorize(frame["condition"], sort=True)
+    "Guides of a condition averaged, weighted by their cells; each mode of a target is a perturbation of its own."
+    grouped = frame.groupby(["condition", "mode"], sort=True)
+    code = grouped.ngroup().to_numpy()
     weight = sp.csr_matrix((frame["n_cells"].to_numpy(float), (code, np.arange(len(frame)))))
     weight = sp.diags(1/np.asarray(weight.sum(1)).ravel()) @ weight
-    first = frame.groupby("condition", sort=True)
-    merged = pd.DataFrame(dict(perturbation=names, condition=names, targets=first["targets"].first().to_numpy(), mode=first["mode"].first().to_numpy(), n_cells=first["n_cells"].sum().to_numpy(), part=first["part"].agg(lambda p: p.iloc[0] if p.nunique() == 1 else "mixed").to_numpy()))
+    merged = grouped.agg(targets=("targets", "first"), n_cells=("n_cells", "sum"), part=("part", lambda p: p.iloc[0] if p.nunique() == 1 else "mixed")).reset_index()
+    several = merged["condition"].duplicated(keep=False)
+    merged.insert(0, "perturbation", merged["condition"].where(~several, merged["condition"] + "|" + merged["mode"]))
     return ActionSpaces(merged, {k: weight @ v for k, v in spaces.items()})
 
 def action_features(
@@ -193,9 +199,10 @@ def mechanism_table(
     "Do perturbations of one mechanism lie together?"
     given, of_guides, of_conditions = dict(n_permutations=n_permutations, seed=seed, progress=False), guides.actions, spaces.actions
     combined = (of_conditions["targets"].map(len) > 1).to_numpy()
-    questions = {"guides of one target": (guides, of_guides["perturbation"], _sets(of_guides, lambda a: [a.condition]), 1, None, None),
-                 "one mode of action": (spaces, of_conditions["condition"], _sets(of_conditions, lambda a: [a.mode]), k, None, None),
-                 "a combination and its members": (spaces, of_conditions["condition"], _sets(of_conditions, lambda a: a.targets), k, combined, ~combined)}
+    questions = {"guides of one target": (guides, of_guides["perturbation"], _sets(of_guides, lambda a: [f"{a.condition}|{a.mode}"]), 1, None, None),
+                 "one target in several modes": (spaces, of_conditions["perturbation"], _sets(of_conditions, lambda a: [a.condition]), 1, None, None),
+                 "one mode of action": (spaces, of_conditions["perturbation"], _sets(of_conditions, lambda a: [a.mode]), k, None, None),
+                 "a combination and its members": (spaces, of_conditions["perturbation"], _sets(of_conditions, lambda a: a.targets), k, combined, ~combined)}
     tables = {}
     for question, (of, names, sets, near, ask, answer) in questions.items():
         if why := _nothing_shared(sets, len(names)): tables[question] = pd.DataFrame([dict(space=name, note=f"left out: {why}") for name in of.spaces])
