@@ -3,7 +3,7 @@ BIN := .venv/bin
 READY := .venv/.installed
 export MPLBACKEND := Agg
 
-.PHONY: eval test figures notebooks bench clean
+.PHONY: eval test docs figures notebooks bench clean
 
 eval: $(READY)          # the main job: the evaluation notebook on the embedded default
 	$(BIN)/papermill nbs/90_eval.ipynb runs/90_eval.ipynb --progress-bar
@@ -16,6 +16,10 @@ test: $(READY)          # export in step and notebooks clean, then the notebooks
 notebooks: $(READY)     # re-execute the library notebooks in place; paper notebooks (80-99) run by papermill
 	for nb in nbs/index.ipynb nbs/[0-7]*.ipynb; do $(BIN)/jupyter execute --inplace $$nb || exit 1; done
 	$(BIN)/nbdev_clean && $(BIN)/nbdev_export
+
+docs: $(READY)          # the notebooks as a searchable site in _docs: python -m http.server -d _docs
+	$(BIN)/python -m biojepa.site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -f _proc/mkdocs.yml
 
 figures: $(READY)       # every paper notebook on the default run; figures/ and its MANIFEST.json
 	for nb in nbs/8*.ipynb nbs/9*.ipynb; do $(BIN)/papermill $$nb runs/$$(basename $$nb) --progress-bar || exit 1; done
