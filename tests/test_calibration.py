@@ -124,6 +124,14 @@ def test_shuffled_variances_are_chance_within_its_interval(honest, level):
     assert (np.abs(np.mean(means, 0)) < 4*stats.sem(means, 0)).all()
 
 
+def test_shuffling_once_computed_is_shuffling_each_time():
+    rng = np.random.default_rng(0)
+    error, variance = rng.gamma(2., size=80), rng.gamma(2., size=80).round(1)     # with ties
+    again = np.random.default_rng(1)
+    each = np.array([c._knows(error, again.permutation(variance)) for _ in range(20)])
+    np.testing.assert_allclose(c._shuffled(error, variance, 20, np.random.default_rng(1)), each, atol=1e-12)
+
+
 def test_equal_variances_know_nothing_and_say_so(honest):
     table = c.error_and_variance(replace(honest, variance=np.ones_like(honest.variance)))
     assert c.uncertainty_table(table, n=20)[["mean", "low", "chance_high"]].isna().all(None)

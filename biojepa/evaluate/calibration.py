@@ -235,6 +235,16 @@ def _knows(error:np.ndarray, variance:np.ndarray)->np.ndarray:     # Pearson, Sp
     areas = [_risks(by, error).mean() for by in (variance, error)]
     return np.array([np.corrcoef(error, variance)[0, 1], np.corrcoef(rankdata(error), rankdata(variance))[0, 1], (error.mean() - areas[0])/(error.mean() - areas[1])])
 
+def _shuffled(error:np.ndarray, variance:np.ndarray, n:int, rng)->np.ndarray:      # (n, 3)
+    "What shuffled variances would know; all that shuffling leaves as it is, is computed once."
+    unit = lambda x: (x - x.mean())/x.std()/np.sqrt(len(x))
+    pairs, best = [(unit(error), unit(variance)), (unit(rankdata(error)), unit(rankdata(variance)))], _risks(error, error).mean()
+    out = np.empty((n, 3))
+    for row in out:
+        p = rng.permutation(len(error))
+        row[:] = *(e @ v[p] for e, v in pairs), (error.mean() - _risks(variance[p], error).mean())/(error.mean() - best)
+    return out
+
 def uncertainty_table(
     table:pd.DataFrame,     # of `error_and_variance`, one method and level
     n:int=300,              # draws of conditions, and of shuffles
@@ -243,11 +253,12 @@ def uncertainty_table(
     "Correlation and gain of error and variance, with a bootstrap over conditions, and what shuffled variances give; NaN where all variances are equal."
     error, variance = table["error"].to_numpy(), table["variance"].to_numpy()
     rng, ends, rows = np.random.default_rng(seed), [(1 - level)/2, (1 + level)/2], list(table.groupby(["condition", "cell_type"]).indices.values())
-    own, defined = _knows(error, variance), np.isfinite(_knows(error, variance)).all()
+    own, none = _knows(error, variance), np.full((1, 3), np.nan)
+    defined = np.isfinite(own).all()
     take = lambda: np.concatenate([rows[i] for i in rng.integers(len(rows), size=len(rows))])
-    drawn = np.array([_knows(error[i], variance[i]) for i in (take() for _ in range(n))] if defined and len(rows) > 2 else [[np.nan]*3])
-    dealt = np.array([_knows(error, rng.permutation(variance)) for _ in range(n)] if defined else [[np.nan]*3])
-    drawn = drawn[np.isfinite(drawn).all(1)] if np.isfinite(drawn).any() else drawn
+    drawn = np.array([_knows(error[i], variance[i]) for i in (take() for _ in range(n))]) if defined and len(rows) > 2 else none
+    drawn = kept if len(kept := drawn[np.isfinite(drawn).all(1)]) else none     # a draw of one condition over and over is undefined
+    dealt = _shuffled(error, variance, n, rng) if defined else none
     low, high, chance_low, chance_high = (np.quantile(x, q, axis=0) for x in (drawn, dealt) for q in ends)
     return pd.DataFrame(dict(method=table["method"].iloc[0], level=table["level"].iloc[0], metric=["Pearson r", "Spearman ρ", "risk–coverage gain"], mean=own, low=low, high=high,
                              chance_low=chance_low, chance_high=chance_high, n=len(table), n_conditions=len(rows)))
