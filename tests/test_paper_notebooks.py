@@ -15,7 +15,7 @@ def folder(tmp_path_factory): return tmp_path_factory.mktemp("paper")
 
 def run(name, folder, **parameters):
     "A paper notebook in a process of its own, as a user starts it."
-    parameters = dict(preset_name="smoke", runs=str(folder/"runs"), out_folder=str(folder/name)) | parameters
+    parameters = dict(preset="smoke", runs=str(folder/"runs"), out_folder=str(folder/name)) | parameters
     options = [word for k, v in parameters.items() for word in ("-p", k, str(v))]
     done = subprocess.run([sys.executable, "-m", "papermill", str(PATHS.nbs/f"{name}.ipynb"), str(folder/f"{name}.ipynb"), "--no-progress-bar", *options],
                           capture_output=True, text=True, cwd=PATHS.root, env={**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}, timeout=900)
@@ -49,5 +49,5 @@ def test_a_run_folder_stands_for_its_parameters(folder):
     made = sorted((folder/"runs").glob("*-0"))
     if not made: run("80_train", folder, cost_steps=0)
     before = sorted((folder/"runs").glob("*-0"))
-    run("90_eval", folder, preset_name="paper", run=str(before[0]), out_folder=str(folder/"again"), baselines="train_mean; control_mean")
+    run("90_eval", folder, preset="paper", run=str(before[0]), out_folder=str(folder/"again"), baselines="train_mean; control_mean")
     assert sorted((folder/"runs").glob("*-0")) == before and (folder/"again"/"table1_published_protocol.csv").is_file()
