@@ -14,7 +14,7 @@ from biojepa.config import ModelConfig
 from biojepa.data.batches import ActionBatch, dense_rows, row_source
 from biojepa.evaluate import search
 from biojepa.evaluate.retrieval import retrieval_table
-from biojepa.evaluate.search import TargetState, optimise_action, pair_actions, rank_actions, ranking, recovered, screen_energies, state_energy, target_state, wanted_states
+from biojepa.evaluate.search import Measure, TargetState, measure_of, optimise_action, pair_actions, rank_actions, ranking, recovered, screen_energies, state_energy, target_state, wanted_states
 from biojepa.many_actions import encode_context, predict_many, predict_naively, time_forms
 from biojepa.model.biojepa import BioJEPA, Pretrained, save_pretrained
 from training_cases import in_child, small_data
@@ -126,10 +126,49 @@ def test_only_the_named_genes_count(data, model):
     state = target_state(model, adata[adata.obs.condition == table.condition[3]], controls(adata))
     some = torch.tensor([1, 5, 8])
     moved = predict_many(model, encode_context(model, x, library), actions, relative=True)[:, :, some]
-    energy = screen_energies(model, x, library, actions, [state], genes=some, progress=False)
+    energy = screen_energies(model, x, library, actions, [state], Measure(genes=some), progress=False)
     np.testing.assert_allclose(energy[1:, :, 0], (moved - state.latent[0, some]).abs().mean((2, 3)), rtol=1e-4)
     options = dict(n_cells=5, progress=False)
     assert not rank_actions(model, controls(adata), state, actions, table, genes=list(adata.var_names[[1, 5, 8]]), **options).energy.equals(rank_actions(model, controls(adata), state, actions, table, **options).energy)
+
+
+@pytest.mark.parametrize("switches", [dict(), dict(readout="per_gene", latent_loss="mse"), dict(intervenes=False), dict(predicts="latent", intervenes=False)])
+@pytest.mark.parametrize("space", ["latent", "expression"])
+@pytest.mark.parametrize("relative", [True, False])
+@torch.inference_mode()
+def test_the_ranking_is_that_of_a_naive_loop(data, switches, space, relative):
+    "Each action, and each pair, encodes the cells again, token by token, from where its own intervention leaves them."
+    adata, _, table, actions = data
+    model, cells = small(**switches), controls(adata)[:6]
+    state = target_state(model, adata[adata.obs.condition == table.condition[3]], controls(adata) if relative else None)
+    found = rank_actions(model, cells, state, actions, table, pairs=3, space=space, n_cells=None, progress=False).set_index("perturbation")
+    rows = np.flatnonzero(~table.is_control)
+    best = found[~found.index.str.contains(" & ")].drop_duplicates("condition").index[:3]
+    pairs, names = pair_actions(actions, table, np.sort(pd.Index(table.perturbation).get_indexer(best)))
+    x, library = source(cells, 6)
+    h = model.teacher(x, library, None, False).genes()
+    seen = (lambda t: t) if space == "latent" else (lambda t: model.readout(t) - model.readout.linear.bias)
+    apart = (lambda t: t.abs()) if model.config.latent_loss == "l1" else (lambda t: t.square())
+    far = lambda end: apart(seen(end - h if relative else end) - seen(state.latent)).flatten(1).mean(1).numpy()
+    naive = {t.perturbation[r]: far(end) for of, t, some in ((actions, table, rows), (pairs, names, range(len(names)))) for r, end in zip(some, predict_naively(model, x, library, of.take(torch.tensor(some))))}
+    assert set(naive) == set(found.index) and len(naive) > len(rows)
+    by_hand = pd.DataFrame(naive).T.loc[found.index]
+    np.testing.assert_allclose(found.energy, by_hand.mean(axis=1), rtol=2e-4)
+    np.testing.assert_allclose(found.nothing, far(h).mean(), rtol=2e-4)
+    np.testing.assert_allclose(found.gain, 1 - by_hand.mean(axis=1)/far(h).mean(), atol=2e-4)
+    np.testing.assert_allclose(found.nearer, (by_hand < far(h)).mean(axis=1), atol=.2)
+
+
+@torch.inference_mode()
+def test_expression_is_what_the_readout_says(data, model):
+    adata, _, table, actions = data
+    x, library = source(adata)
+    outcome = adata[adata.obs.condition == table.condition[3]][:4]
+    state, some = target_state(model, outcome, each=True), torch.tensor([1, 5, 8])
+    energy = screen_energies(model, x, library, actions, [state], measure_of(model, "expression", some), progress=False)
+    ends, wanted = model.readout(predict_many(model, encode_context(model, x, library), actions).flatten(0, 1)), model.readout(state.latent)
+    by_hand = (ends[:, None, some] - wanted[None, :, some]).abs().mean((1, 2)).unflatten(0, (-1, 5))
+    np.testing.assert_allclose(energy[1:, :, 0], by_hand, rtol=1e-3)
 
 
 def test_ranking_by_hand():
@@ -220,7 +259,7 @@ def test_a_killed_screen_goes_on(data, model, tmp_path):
     times = {p: p.stat().st_mtime_ns for p in done}
     pd.testing.assert_frame_equal(rank_actions(model, controls(adata), state, actions, table, pairs=3, folder=tmp_path/"kept", **options), whole)
     assert {p: p.stat().st_mtime_ns for p in done} == times and (tmp_path/"kept"/"pairs").is_dir()
-    for what, other in dict(source=dict(seed=1), genes=dict(genes=list(adata.var_names[:3])), block=dict(block=5)).items():
+    for what, other in dict(source=dict(seed=1), genes=dict(genes=list(adata.var_names[:3])), space=dict(space="expression"), block=dict(block=5)).items():
         with pytest.raises(ValueError, match=f"differs in .*{what}"): rank_actions(model, controls(adata), state, actions, table, folder=tmp_path/"kept", **(options | other))
     with pytest.raises(ValueError, match="differs in model"): rank_actions(small(std=.2), controls(adata), state, actions, table, folder=tmp_path/"kept", **options)
     (tmp_path/"kept"/"screen.json").write_text("{")
@@ -242,18 +281,19 @@ def test_wanted_states_are_changes_against_the_controls_of_their_batches(data, m
     with pytest.raises(ValueError, match="no control cell of 'liver'"): wanted_states(model, adata, split, cell_type="liver")
 
 
+@pytest.mark.parametrize("space", ["latent", "expression"])
 @pytest.mark.parametrize("switches", [dict(intervenes=False), dict(predicts="latent", intervenes=False, latent_loss="mse")])
-def test_gradient_finds_a_planted_action(data, switches):
+def test_gradient_finds_a_planted_action(data, switches, space):
     adata, _, table, actions = data
     model, row = small(**switches), int(np.flatnonzero(~data[2].is_control)[4])
     name = table.perturbation[row]
     state = planted(model, adata, table, actions, [row])[name]
     before = [p.detach().clone() for p in model.parameters()]
-    searched = optimise_action(model, controls(adata), state, actions, table, steps=150, pull=0., n_cells=12, progress=False)
+    searched = optimise_action(model, controls(adata), state, actions, table, space=space, steps=150, pull=0., n_cells=12, progress=False)
     assert searched.nearest.condition[0] == table.condition[row] and searched.nearest.cosine[0] > .7
     assert searched.history.gain.iloc[-1] > searched.history.gain.iloc[0] and searched.history.gain.max() > .8
     assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, model.parameters()))
-    at_once = optimise_action(model, controls(adata), state, actions, table, start=name, steps=0, n_cells=None, progress=False)
+    at_once = optimise_action(model, controls(adata), state, actions, table, space=space, start=name, steps=0, n_cells=None, progress=False)
     assert at_once.nearest.perturbation[0] == name and abs(at_once.nearest.distance[0]) < 1e-4
     assert abs(at_once.nearest.gain[0] - at_once.nearest.gain.iloc[-1]) < 1e-4
 
@@ -273,7 +313,7 @@ def test_what_is_refused(data, model):
                "found no cell": lambda: rank_actions(model, cells, adata[:0], actions, table), "found 39 genes": lambda: rank_actions(model, cells[:, 1:], state, actions, table),
                "no column 'log_library_size'": lambda: target_state(model, _without(cells)), "n_cells: found 0": lambda: rank_actions(model, cells, state, actions, table, n_cells=0),
                "target_state: found str": lambda: rank_actions(model, cells, "KLF1", actions, table), "empty dict": lambda: rank_actions(model, cells, {}, actions, table),
-               "only controls": lambda: rank_actions(model, cells, state, actions.take(torch.from_numpy(np.flatnonzero(table.is_control))), table.select(np.flatnonzero(table.is_control))),
+               "space: found 'genes'": lambda: rank_actions(model, cells, state, actions, table, space="genes"), "only controls": lambda: rank_actions(model, cells, state, actions.take(torch.from_numpy(np.flatnonzero(table.is_control))), table.select(np.flatnonzero(table.is_control))),
                "make no pair": lambda: pair_actions(actions, table, [1]), "already are": lambda: rank_actions(model, cells, state._replace(latent=state.latent*0), actions, table, progress=False),
                "of which NOBODY unknown": lambda: rank_actions(model, cells, state, actions, table, genes=["NOBODY"]), "by: found 'guide'": lambda: recovered(pd.DataFrame(), by="guide"),
                "call prepare": lambda: target_state(model, _raw(cells)), "is a wanted state but no candidate": lambda: recovered(rank_actions(model, cells, state, actions, table, progress=False))}
