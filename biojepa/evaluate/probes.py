@@ -306,7 +306,7 @@ def gene_scores(
 )->tuple[pd.Series, str]:               # score of genes that are measured, in their order; what it is
     "Scores of the genes of these data, from a table or a stand-in."
     if source is not None: found, meaning = read_scores(source, gene, score), f"{score} ({Path(source).name})" if isinstance(source, (str, Path)) else score
-    elif "edges" in adata.uns.get("truth", {}): found, meaning = planted_scores(adata), "planted score: how strongly it regulates others (summed |weight| of its edges)"
+    elif "edges" in adata.uns.get("truth", {}): found, meaning = planted_scores(adata), "planted score: summed |weight| of its edges"
     else: found, meaning = effect_scores(adata), "observed effect of perturbing it (root mean square Δ)"
     known = [g for g in map(str, adata.var_names) if g in found.index]
     if not known: raise ValueError(f"scores: none of {len(found)} genes is among the {adata.n_vars} measured ones; both must use the same names, e.g. {found.index[0]!r} and {adata.var_names[0]!r}")
