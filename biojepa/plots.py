@@ -122,7 +122,7 @@ def plot_training(
         for (top, bottom), stage in zip(axes.T, stages):
             above, below, label = WATCHED[stage]
             _curves(top, log[log.stage == stage], above); _curves(bottom, log[log.stage == stage], below)
-            top.set(title=stage, ylabel="loss"); bottom.set(xlabel="step", ylabel=label, ylim=(0, 1.35*bottom.dataLim.ymax)); _log_if_wide(top)
+            top.set(title=stage, ylabel="loss"); bottom.set(xlabel="step", ylabel=label, ylim=(0, 1.7*bottom.dataLim.ymax)); _log_if_wide(top)
         fig.suptitle(title)
     plt.close(fig)
     return fig
