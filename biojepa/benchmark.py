@@ -44,7 +44,7 @@ def random_batch(
     sizes, rows = torch.full((n_cells,), 9.), torch.arange(n_cells)
     pairs = PairBatch(cells(), cells(), sizes, sizes, rows, rows, rows)
     zero = torch.zeros(n_cells, 1, dtype=torch.long)
-    actions = ActionBatch(torch.randn(n_cells, 1, config.d_protein, generator=g), zero, zero, zero == 0)
+    actions = ActionBatch(torch.randn(n_cells, 1, config.d_protein, generator=g), zero, zero, zero == 0, rows[:, None])
     return CellBatch(pairs.x_pert, sizes, rows).to(device), pairs.to(device), actions.to(device)
 
 # %% ../nbs/72_benchmark.ipynb #226ae02e
