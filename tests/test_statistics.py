@@ -52,7 +52,6 @@ def test_refusals():
     with pytest.raises(ValueError, match="n: found 10 draws"): bootstrap_ci([1, 2], n=10)
     with pytest.raises(ValueError, match="level: found 95"): bootstrap_ci([1, 2], level=95)
     with pytest.raises(ValueError, match="found 2 and 3 values"): paired_bootstrap([1, 2], [1, 2, 3])
-    with pytest.raises(ValueError, match="found 2 for 3 values"): hierarchical_bootstrap([1, 2, 3], [0, 1])
 
 
 def test_p_value():
@@ -67,15 +66,27 @@ def test_p_value():
 
 def test_seeds_written_out():
     rng = np.random.default_rng(0)
-    values, seeds = rng.normal(np.repeat([0, .5, 1.5], [20, 30, 50]), .3), np.repeat([7, 8, 9], [20, 30, 50])
+    effect = rng.normal(0, .5, 30)
+    values = {(s, p): effect[p] + shift + rng.normal(0, .1) for s, shift in zip((7, 8, 9), (0, .2, .6)) for p in range(30) if not (s == 9 and p < 10)}  # one seed lacks a third
     means = []
     for _ in range(4000):
-        drawn = rng.choice([7, 8, 9], 3)
-        means.append(np.mean([rng.choice(values[seeds == s], (seeds == s).sum()).mean() for s in drawn]))
-    found = hierarchical_bootstrap(values, seeds)
-    assert found.estimate == pytest.approx(np.mean([values[seeds == s].mean() for s in (7, 8, 9)]))  # seeds count alike
-    assert found[1:3] == pytest.approx(np.quantile(means, [.025, .975]), abs=.04) and found.n == 100
-    assert hierarchical_bootstrap(values[50:], seeds[50:])[1:3] == pytest.approx(bootstrap_ci(values[50:])[1:3], abs=.01)  # one seed: perturbations alone
+        seeds, units = rng.choice([7, 8, 9], 3), rng.integers(30, size=30)
+        means.append(np.mean([np.mean([values[s, p] for p in units if (s, p) in values]) for s in seeds]))
+    found = hierarchical_bootstrap(list(values.values()), [s for s, _ in values], [p for _, p in values])
+    assert found.estimate == pytest.approx(np.mean([np.mean([v for (t, _), v in values.items() if t == s]) for s in (7, 8, 9)]))  # seeds count alike
+    assert found[1:3] == pytest.approx(np.quantile(means, [.025, .975]), abs=.04) and found.n == 30
+
+
+def test_seeds_do_not_multiply_perturbations():
+    values = np.random.default_rng(1).normal(.4, .2, 40)
+    one = bootstrap_ci(values)
+    for k in (1, 5): assert hierarchical_bootstrap(np.tile(values, k), np.repeat(range(k), 40), np.tile(range(40), k))[:4] == pytest.approx(one[:4], abs=.01)
+
+
+def test_seeds_refuse():
+    with pytest.raises(ValueError, match="seeds: found 2 for 3 values"): hierarchical_bootstrap([1, 2, 3], [0, 1], [0, 1, 2])
+    with pytest.raises(ValueError, match="perturbations: found 1 for 3 values"): hierarchical_bootstrap([1, 2, 3], [0, 1, 1], [0])
+    assert np.isnan(hierarchical_bootstrap([np.nan], [0], [0]).estimate)
 
 
 @pytest.mark.parametrize("u, mean, ceiling, direction, score", [(.4, .3, .5, "higher", .5), (.3, .3, .5, "higher", 0), (.5, .3, .5, "higher", 1), (.2, .3, .5, "higher", -.5),
@@ -132,8 +143,8 @@ def test_seeds_in_the_table():
     runs = pd.concat([tidy(s, train_mean=dict(r_delta=.3), model=dict(r_delta=.4 + .1*s)).assign(seed=s) for s in range(3)])
     row = summarise(runs).set_index("method").loc["model"]
     value = runs[runs["method"] == "model"]
-    assert row["seeds"] == 3 and row["n"] == 90
-    assert tuple(row[["mean", "low", "high"]]) == pytest.approx(hierarchical_bootstrap(value["value"], value["seed"])[:3])
+    assert row["seeds"] == 3 and row["n"] == 30
+    assert tuple(row[["mean", "low", "high"]]) == pytest.approx(hierarchical_bootstrap(value["value"], value["seed"], value["condition"])[:3])
     assert row["difference"] == pytest.approx(.2, abs=.02) and row["difference_high"] - row["difference_low"] > .1
 
 

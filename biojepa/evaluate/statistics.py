@@ -96,27 +96,36 @@ def paired_bootstrap(
 
 # %% ../../nbs/61_statistics.ipynb #8aa0e2d9
 def hierarchical_bootstrap(
-    values,             # (n,) a metric, or a difference, of each perturbation of each seed
+    values,             # (n,) a metric, or a difference, of each perturbation in each seed
     seeds,              # (n,) seed of each value
+    perturbations,      # (n,) perturbation of each value
     n:int=10_000,       # draws
-    level:float=.95,    # share of the draws inside the interval
+    level:float=.95,    # share of the draws inside an interval
     seed:int=0,         # of the draws
     paired:bool=False,  # values are differences: give p
 )->Interval:
-    "Mean over seeds of the mean over perturbations; draws seeds, then perturbations within them."
+    "Mean over seeds of the mean over perturbations; each draw takes seeds, and perturbations that are the same in all of them."
     _check_draws(n, level)
-    values, seeds = np.asarray(values, float).ravel(), np.asarray(seeds).ravel()
-    if len(values) != len(seeds): raise ValueError(f"seeds: found {len(seeds)} for {len(values)} values; give one seed per value")
-    kept = ~np.isnan(values)
-    groups = [_finite(values[kept & (seeds == s)], "values") for s in np.unique(seeds[kept])]
-    if not groups: return Interval(np.nan, np.nan, np.nan, 0)
-    rng = np.random.default_rng(seed)
-    drawn = rng.integers(len(groups), size=(n, len(groups)))
-    means = np.zeros(n)
-    for place in drawn.T:  # one draw of a seed, and of its perturbations
-        for g, group in enumerate(groups): means[place == g] += _draw_means(group, int((place == g).sum()), rng)/len(groups) if (place == g).any() else 0
-    result = _interval(np.array([g.mean() for g in groups]), means, level, paired)
-    return result._replace(n=sum(map(len, groups)))
+    table = pd.DataFrame(dict(value=np.asarray(values, float).ravel(), seed=_same_length(seeds, values, "seeds"), unit=_same_length(perturbations, values, "perturbations")))
+    _finite(table["value"], "values")
+    table = table.dropna(subset="value").pivot(index="seed", columns="unit", values="value").to_numpy()
+    if not table.size: return Interval(np.nan, np.nan, np.nan, 0)
+    (n_seeds, n_units), known, rng = table.shape, ~np.isnan(table), np.random.default_rng(seed)
+    units = rng.multinomial(n_units, np.full(n_units, 1/n_units), size=n)  # (n, perturbations): how often each is drawn
+    sums, counts = units @ np.where(known, table, 0).T, units @ known.T.astype(float)  # (n, seeds)
+    weights = rng.multinomial(n_seeds, np.full(n_seeds, 1/n_seeds), size=n)*(counts > 0)
+    some = weights.sum(1) > 0  # a draw may miss all perturbations of its seeds
+    means = (weights*sums/np.maximum(counts, 1))[some].sum(1)/weights[some].sum(1)
+    return _interval(np.nanmean(table, axis=1), means, level, paired)._replace(n=n_units)
+
+def _same_length(
+    names,      # of each value
+    values,
+    name:str,   # for the error
+)->np.ndarray:
+    "As many names as values."
+    if len(names := np.asarray(names).ravel()) != np.size(values): raise ValueError(f"{name}: found {len(names)} for {np.size(values)} values; give one per value")
+    return names
 
 # %% ../../nbs/61_statistics.ipynb #72895a58
 def scaled_score(
@@ -145,12 +154,12 @@ def _checked(
     return tidy
 
 def _mean_interval(
-    rows:pd.DataFrame,  # value and seed
+    rows:pd.DataFrame,  # value, seed, condition and cell_type
     paired:bool,        # values are differences
     **draws,            # n, level, seed
 )->Interval:
     "Plain or hierarchical, by the number of seeds."
-    if rows["seed"].nunique() > 1: return hierarchical_bootstrap(rows["value"], rows["seed"], paired=paired, **draws)
+    if rows["seed"].nunique() > 1: return hierarchical_bootstrap(rows["value"], rows["seed"], rows["condition"].astype(str) + "|" + rows["cell_type"].astype(str), paired=paired, **draws)
     return paired_bootstrap(rows["value"], np.zeros(len(rows)), **draws) if paired else bootstrap_ci(rows["value"], **draws)
 
 # %% ../../nbs/61_statistics.ipynb #8c78e093
