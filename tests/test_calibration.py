@@ -236,3 +236,12 @@ def no_variance(ps): return ps.with_prediction("train_mean", ps.delta)
 ])
 def test_bad_input_is_named(honest, call, message):
     with pytest.raises(ValueError, match=message): call(honest)
+
+
+def test_a_variance_of_zero_leaves_out_what_cannot_repair_it(honest):
+    variance = np.array(honest.variance, float)
+    variance[0, 0] = 0
+    stuck = replace(honest, variance=variance)
+    with pytest.raises(c.ZeroVarianceError, match="1 predicted variances are 0"): c.fit_recalibration(stuck, "scale", "cell")
+    with pytest.warns(UserWarning, match="'scale' left out"): cals = c.compare_calibrations([stuck], [stuck], levels=("cell",))
+    assert len(cals) == 2  # as predicted, and constant
