@@ -41,9 +41,10 @@ def api(source: str,  # of one exported cell
     for node in ast.parse(source).body:
         if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) or node.name.startswith("_") or not hasattr(module, node.name): continue
         shown.append(_signature(module, node.name, level))
-        methods = node.body if isinstance(node, ast.ClassDef) else ()
-        shown += [_signature(getattr(module, node.name), m.name, level + 1) for m in methods
-                  if isinstance(m, ast.FunctionDef) and not m.name.startswith("_") and ast.get_docstring(m) and callable(getattr(getattr(module, node.name), m.name))]
+        if isinstance(node, ast.FunctionDef): continue
+        owner = getattr(module, node.name)
+        shown += [_signature(owner, m.name, level + 1) for m in node.body
+                  if isinstance(m, ast.FunctionDef) and not m.name.startswith("_") and ast.get_docstring(m) and callable(getattr(owner, m.name))]
     return "\n\n".join(shown)
 
 # %% ../nbs/78_site.ipynb #656e2e40

@@ -8,6 +8,7 @@ __all__ = ['FEATURIZERS', 'MissingFeatureError', 'FeatureBank', 'concatenate', '
 
 # %% ../../nbs/21_featurizers.ipynb #2ed0d383
 import hashlib, json, warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -198,7 +199,7 @@ def default_width(
     sizes = ModelConfig()
     return {Modality.PROTEIN: sizes.d_protein, Modality.CHEMICAL: sizes.d_chemical, Modality.DNA: sizes.d_dna}[Modality(modality)]
 
-class SequenceFeaturizer:
+class SequenceFeaturizer(ABC):
     "Sequences to rows: a subclass gives `config` and `embed`."
     modality:Modality
     width:int
@@ -207,8 +208,10 @@ class SequenceFeaturizer:
     pad_multiple:int = 1             # lengths are padded to a multiple of this
     packages:tuple[str, ...] = ("numpy",)
 
-    def config(self)->dict: raise NotImplementedError
-    def embed(self, sequences:list[str])->np.ndarray: raise NotImplementedError  # (len(sequences), width)
+    @abstractmethod
+    def config(self)->dict: "What the rows depend on, for the cache and the provenance."
+    @abstractmethod
+    def embed(self, sequences:list[str])->np.ndarray: "One batch: (len(sequences), width)."
     def clean(self, text:str, name:str)->str: return clean_sequence(text, self.modality, name)
 
 # %% ../../nbs/21_featurizers.ipynb #5f144f7f
