@@ -103,17 +103,21 @@ def valid_mask(n, hidden, seed):
 @given(switches=SWITCHES, expressed=SHARES, hidden=SHARES, n=st.integers(2, 5), seed=st.integers(0, 2**20), stage=st.sampled_from(["pretrain", "dynamics"]))
 @settings(max_examples=60, deadline=None)
 def test_collapsed_losses_and_gradients_are_the_naive_ones(switches, expressed, hidden, n, seed, stage):
-    torch.manual_seed(seed)
-    model, (cells, pairs, actions), mask = BioJEPA(SMALL.changed(**switches)), make_batch(n, expressed, seed), valid_mask(n, hidden, seed)
-    results = []
-    for collapse in (False, True):
-        model.zero_grad()
-        loss = model.pretrain_loss(cells, mask, collapse=collapse) if stage == "pretrain" else model.dynamics_loss(pairs, actions, mask, collapse=collapse)
-        loss.total.backward()
-        results.append((torch.stack(list(loss)), gradients(model)))
-    (a, g), (b, h) = results
+    def losses_and_gradients(dtype):
+        torch.manual_seed(seed)
+        model, batch, mask = BioJEPA(SMALL.changed(**switches)).to(dtype), make_batch(n, expressed, seed), valid_mask(n, hidden, seed)
+        cells, pairs, actions = (type(part)(*(t.to(dtype) if torch.is_tensor(t) and t.is_floating_point() else t for t in part)) for part in batch)
+        for collapse in (False, True):
+            model.zero_grad()
+            loss = model.pretrain_loss(cells, mask, collapse=collapse) if stage == "pretrain" else model.dynamics_loss(pairs, actions, mask, collapse=collapse)
+            loss.total.backward()
+            yield torch.stack(list(loss)), gradients(model)
+    (a, g), (b, h) = losses_and_gradients(torch.float32)
     torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
-    assert (g - h).norm() <= 1e-4*g.norm() + 1e-7
+    if (g - h).norm() > 1e-4*g.norm() + 1e-7:  # a difference within rounding of zero has either sign in an absolute distance: double precision must agree
+        assert switches["latent_loss"] == "l1"
+        (a, g), (b, h) = losses_and_gradients(torch.float64)
+        assert (g - h).norm() <= 1e-9*g.norm()
 
 
 @given(expressed=SHARES, hidden=SHARES, n=st.integers(1, 5), seed=st.integers(0, 2**20))

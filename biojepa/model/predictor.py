@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import torch.nn.functional as F
 
 from ..config import ModelConfig
-from .attention import MLP, LinearAttention, init_weights_
+from .attention import MLP, Linear, LinearAttention, init_weights_
 from .encoder import EncoderStack, run_block
 from .tokens import TokenSet
 
@@ -27,7 +27,7 @@ class MaskedPredictor(nn.Module):
         super().__init__()
         c = config
         self.stack = EncoderStack(c.d_model, c.n_heads, c.n_masked_predictor_layers, c.mlp_ratio, checkpoint_activations)
-        self.head = init_weights_(nn.Linear(c.d_model, c.d_model))
+        self.head = init_weights_(Linear(c.d_model, c.d_model))
 
     def forward(self,
         z:TokenSet,     # student latents
@@ -45,7 +45,7 @@ class CrossAttention(nn.Module):
     ):
         super().__init__()
         self.n_heads = n_heads
-        self.q, self.k, self.v, self.out = (init_weights_(nn.Linear(d_model, d_model)) for _ in range(4))
+        self.q, self.k, self.v, self.out = (init_weights_(Linear(d_model, d_model)) for _ in range(4))
         self.norm = nn.LayerNorm(d_model)
 
     def forward(self,
@@ -106,10 +106,10 @@ class ActionPredictor(nn.Module):
         super().__init__()
         c, d = config, config.d_model
         self.logvar_range, self.checkpoint_activations = (c.logvar_min, c.logvar_max), checkpoint_activations
-        self.adapter = init_weights_(nn.Sequential(nn.Linear(c.d_action, d), nn.LayerNorm(d), nn.GELU(approximate="tanh"), nn.Linear(d, d)))
+        self.adapter = init_weights_(nn.Sequential(Linear(c.d_action, d), nn.LayerNorm(d), nn.GELU(approximate="tanh"), Linear(d, d)))
         self.query = init_weights_(nn.Embedding(c.n_genes, d))
         self.blocks = nn.ModuleList(PredictorBlock(d, c.n_heads, c.mlp_ratio) for _ in range(c.n_predictor_layers))
-        self.norm, self.mean, self.logvar = nn.LayerNorm(d), init_weights_(nn.Linear(d, d)), init_weights_(nn.Linear(d, d))
+        self.norm, self.mean, self.logvar = nn.LayerNorm(d), init_weights_(Linear(d, d)), init_weights_(Linear(d, d))
 
     def forward(self,
         context:TokenSet,           # z: latents of the control cell

@@ -24,6 +24,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from tqdm import tqdm
 
 from ..config import StageConfig, config_hash
+from ..core import keep_freed_memory
 from ..data.batches import BatchLoader, CellBatch
 from ..model.losses import shared_batch
 from .state import Checkpointer, TrainingLog, own_randomness, read_log, restore_, snapshot, step_seed, weights_hash
@@ -120,12 +121,14 @@ def make_fabric(
     nodes:int=1,
     precision:str|None=None,        # "bf16-mixed" or "32-true"; chosen if None
 )->Fabric:
-    "One process, or DDP over several; under torchrun its processes are taken, else they are started."
+    "One process, or DDP over several; under torchrun its processes are taken, else they are started. On a CPU freed memory is kept."
     if precision is None:
         gpu = accelerator in ("cuda", "gpu") or accelerator == "auto" and torch.cuda.is_available()
         precision = choose_precision(d_model, torch.device("cuda" if gpu else "mps" if accelerator == "mps" else "cpu"))
     strategy = DDPStrategy(find_unused_parameters=True) if devices*nodes > 1 else "auto"  # one action token leaves queries and keys without gradient
-    return Fabric(accelerator=accelerator, devices=devices, num_nodes=nodes, precision=precision, strategy=strategy)
+    fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=nodes, precision=precision, strategy=strategy)
+    if fabric.device.type == "cpu": keep_freed_memory()
+    return fabric
 
 # %% ../../nbs/40_loop.ipynb #20f4c25c
 class _Step(nn.Module):
