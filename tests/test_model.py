@@ -9,7 +9,8 @@ from hypothesis import given, settings, strategies as st
 from biojepa.config import preset
 from biojepa.core import n_params
 from biojepa.data.batches import ActionBatch, CellBatch, PairBatch
-from biojepa.model.attention import LinearAttention
+from biojepa.model import attention as attention_module
+from biojepa.model.attention import MLP, Linear, LinearAttention
 from biojepa.model.biojepa import BioJEPA, from_pretrained, save_pretrained
 from biojepa.model.encoder import CellEncoder
 from biojepa.model.predictor import ActionPredictor
@@ -84,6 +85,63 @@ def test_encoder_is_permutation_equivariant():
     z = encoder(x, sizes, mask).genes()
     with torch.no_grad(): encoder.tokenizer.gene.weight.copy_(encoder.tokenizer.gene.weight[order].clone())
     torch.testing.assert_close(encoder(x[:, order], sizes, mask[:, order]).genes(), z[:, order], atol=1e-5, rtol=1e-5)
+
+
+# --- linear maps
+
+def pair_of_layers(kind, dtype):
+    "A layer of ours and torch's own with the same weights."
+    torch.manual_seed(0)
+    ours = Linear(24, 40, dtype=dtype) if kind == "linear" else MLP(24).to(dtype)
+    theirs = torch.nn.Linear(24, 40, dtype=dtype) if kind == "linear" else torch.nn.Sequential(torch.nn.Linear(24, 96), torch.nn.GELU(approximate="tanh"), torch.nn.Linear(96, 24)).to(dtype)
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+@pytest.mark.parametrize("dtype, eps", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("shape", [(5, 24), (2, 7, 24), (0, 24)])
+def test_linear_maps_are_those_of_torch(kind, dtype, eps, shape):
+    ours, theirs = pair_of_layers(kind, dtype)
+    x = torch.randn(shape).to(dtype)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad): torch.testing.assert_close(ours(x), theirs(x), atol=eps, rtol=eps)
+    for frozen in (False, True):
+        results = []
+        for layer in (ours, theirs):
+            layer.requires_grad_(not frozen).zero_grad()
+            t = x.mT.contiguous().mT.requires_grad_()  # not contiguous
+            (y := layer(t)).backward(torch.linspace(-1, 1, y.numel(), dtype=dtype).view_as(y).mT.contiguous().mT)
+            results.append((t.grad, *(p.grad for p in layer.parameters() if not frozen)))
+            assert not frozen or all(p.grad is None or not p.grad.any() for p in layer.parameters())
+        for a, b in zip(*results): torch.testing.assert_close(a, b, atol=10*eps, rtol=10*eps)
+
+
+def test_linear_maps_without_onednn_give_the_same_step(monkeypatch):
+    losses = []
+    for there in (True, False):
+        if not there: monkeypatch.setattr(attention_module, "_ONEDNN", None)
+        torch.manual_seed(0)
+        model, (cells, *_), mask = BioJEPA(SMALL), make_batch(3, .5, 0), valid_mask(3, .6, 0)
+        loss = model.pretrain_loss(cells, mask).total
+        loss.backward()
+        losses.append((loss, gradients(model)))
+    (a, g), (b, h) = losses
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    assert (g - h).norm() <= 1e-4*g.norm()
+
+
+def test_autocast_rounds_linear_maps_as_it_does_torchs():
+    ours, theirs = pair_of_layers("mlp", torch.float32)
+    x = torch.randn(3, 24)
+    with torch.autocast("cpu", torch.bfloat16):
+        a, b = ours(x), theirs(x)
+        assert a.dtype == b.dtype == torch.bfloat16
+        torch.testing.assert_close(a, b, atol=2e-2, rtol=2e-2)
+    a.sum().backward(); b.sum().backward()
+    for p, q in zip(ours.parameters(), theirs.parameters()):
+        assert p.grad.dtype == torch.float32
+        torch.testing.assert_close(p.grad, q.grad, atol=5e-2, rtol=5e-2)
 
 
 # --- collapse
