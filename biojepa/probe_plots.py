@@ -73,9 +73,10 @@ def plot_relations(
     title:str="",
 )->Figure:
     "Share of related neighbours and excess similarity of each space, a row of panels per question; grey: the central 95 % of the permutation null; dashed: chance; the tick: the best value that set sizes allow."
+    if "note" in table and ("knn" not in table or table["knn"].isna().all()):
+        raise ValueError(f"table: no question was answered ({'; '.join(sorted(set(table['note'].dropna())))})")
     require_columns(table, ["space", "k", "knn", "knn_low", "knn_high", "knn_chance", "knn_best", "difference", "difference_low", "difference_high"])
     table = (table if "question" in table else table.assign(question=""))[table["knn"].notna()]
-    if not len(table): raise ValueError("table: no question was answered; its column 'note' says why")
     parts = [(q, part) for q, part in table.groupby("question", sort=False)]
     with plt.rc_context(STYLE):
         fig, axes = plt.subplots(len(parts), 2, figsize=(6.8, .35 + sum(.75 + .2*len(part) for _, part in parts)), sharey="row", squeeze=False, height_ratios=[1.6 + len(part) for _, part in parts])
