@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .data.batches import ActionBatch
-from .model.attention import LinearAttention, _phi
+from .model.attention import LinearAttention, _phi_
 from .model.biojepa import BioJEPA
 from .model.predictor import ActionPredictor, CrossAttention, PredictorBlock
 from .model.tokens import TokenSet
@@ -90,7 +90,7 @@ def project(
     qkv, D = block.attention.qkv, x.shape[-1]
     first = 0 if asks else D
     y = F.linear(block.norm_attention(x), qkv.weight[first:], qkv.bias[first:])
-    return _phi(y[..., :D]) if asks else None, _phi(y[..., -2*D:-D]), y[..., -D:]
+    return _phi_(y[..., :D]) if asks else None, _phi_(y[..., -2*D:-D]), y[..., -D:]
 
 def summed(
     k:Tensor,                   # (B, T, D) φ(k)

@@ -175,3 +175,16 @@ def test_without_vicreg_the_monitor_fires(tmp_path):
         found[name] = (log.collapsed.max(), log.std_teacher.min()/monitor.start["std_teacher"], any("std_teacher" in str(w.message) for w in said))
     assert found["with_vicreg"][0] == 0 and found["with_vicreg"][1] > .9 and not found["with_vicreg"][2]
     assert found["without"][0] == 1 and found["without"][1] < .5 and found["without"][2], found
+
+
+def test_a_finished_readout_is_read_on_a_machine_that_rounds_otherwise(screen, tmp_path, monkeypatch):
+    "Where the readout begins is computed from latents; a finished stage must not depend on computing it again to the last bit."
+    begun, weights = [], []
+    monkeypatch.setattr("biojepa.training.readout.gene_maps", lambda model, *_: begun.append(1) or torch.full((60, model.config.d_model), .5 + 1e-3*len(begun)))
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = small(readout="per_gene")
+        stage = readout_stage(model, screen.adata, screen.split, screen.actions, SHORT.changed(latents="observed"))
+        fit(model, stage, tmp_path, progress=False)
+        weights.append(model.readout.linear.weight.detach().clone())
+    assert len(begun) == 1 and torch.equal(*weights)

@@ -47,6 +47,7 @@ class Stage:
     loader:BatchLoader                                     # training batches
     after_step:Callable[[nn.Module, int, int], None]|None = None  # after each optimiser step: (model, step, total steps)
     validate:Callable[[nn.Module], dict[str, float]]|None = None  # columns of the log
+    begin:Callable[[nn.Module], object]|None = None        # before the first step, in place; not again where a checkpoint is found
 
     def __post_init__(self):
         if not self.trains: raise ValueError(f"stage {self.name!r}: trains nothing; name a part of the model and its learning rate")
@@ -260,6 +261,7 @@ def fit(
     with train_only(model, stage.trains), own_randomness(seed):
         training = _Training(model, stage, folder, seed, fabric, accumulate, progress)
         log, finished = _resume(training, about, folder)
+        if stage.begin and not training.step_number: stage.begin(model)
         if not finished:
             writer = _event_writer(folder, tensorboard and fabric.is_global_zero)
             with _watched(training) as bar: _run(training, log, about, _Every(log_every, validate_every, checkpoint_every), early_stop, writer, bar)

@@ -57,7 +57,7 @@ def start_at_least_squares_(
 
 # %% ../../nbs/44_readout.ipynb #68986a10
 def readout_stage(
-    model:BioJEPA,              # with `latents="observed"` its readout is set to least squares, here
+    model:BioJEPA,              # with `latents="observed"` its readout begins at least squares
     adata:AnnData,              # prepared
     split,                      # pairs of its training part are used
     actions:ActionBatch,        # (P, A, F) row p describes category p of adata.obs["perturbation"]
@@ -65,7 +65,7 @@ def readout_stage(
     seed:int=0,                 # of the order and the pairing
 )->Stage:
     "Everything `fit` needs to train the readout."
-    if config.latents == "observed": start_at_least_squares_(model, adata, split, seed)
+    begin = partial(start_at_least_squares_, adata=adata, split=split, seed=seed) if config.latents == "observed" else None
     step = partial(readout_step, actions=actions, latents=config.latents)
     loader = pair_loader(adata, split, "train", batch_size=config.batch_size, seed=seed)
     def validate(model):
@@ -73,7 +73,7 @@ def readout_stage(
         pairs = next(iter(pair_loader(adata, split, "val", batch_size=128, seed=seed, training=True))).to(next(model.parameters()).device)
         zero = (pairs.x_pert - pairs.x_ctrl).square().mean().item()
         return {f"val_mse_{k}": readout_step(model, pairs, actions=actions, latents=k).loss.item() for k in ("predicted", "observed")} | dict(val_mse_no_change=zero)
-    return Stage("readout", config, step, {"readout": config.lr}, loader, validate=validate)
+    return Stage("readout", config, step, {"readout": config.lr}, loader, validate=validate, begin=begin)
 
 # %% ../../nbs/44_readout.ipynb #e33aa438
 def fit_readout(
