@@ -6,6 +6,7 @@ export MPLBACKEND := Agg
 .PHONY: eval test docs figures notebooks bench clean
 
 eval: $(READY)          # the main job: the evaluation notebook on the embedded default
+	@mkdir -p runs
 	$(BIN)/papermill nbs/90_eval.ipynb runs/90_eval.ipynb --progress-bar
 
 test: $(READY)          # export in step and notebooks clean, then the notebooks' own checks, then the rest
@@ -22,6 +23,7 @@ docs: $(READY)          # the notebooks as a searchable site in _docs: python -m
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -f _proc/mkdocs.yml
 
 figures: $(READY)       # every paper notebook on the default run; figures/ and its MANIFEST.json
+	@mkdir -p runs
 	for nb in nbs/8*.ipynb nbs/9*.ipynb; do $(BIN)/papermill $$nb runs/$$(basename $$nb) --progress-bar || exit 1; done
 
 bench: $(READY)         # collapsed against naive: figures/benchmark.csv, .md and .png
