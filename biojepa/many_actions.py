@@ -7,17 +7,16 @@ __all__ = ['Context', 'encode_context', 'Heard', 'hear', 'answer', 'project', 's
            'own_changes_', 'predict_many', 'predict_naively', 'time_forms']
 
 # %% ../nbs/53_many_actions.ipynb #65559af1
-import math, time
+import copy, math, time
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .data.batches import ActionBatch
-from .model.attention import LinearAttention, _phi_
+from .model.attention import LinearAttention, _linear, _phi_, flop_counter
 from .model.biojepa import BioJEPA
 from .model.predictor import ActionPredictor, CrossAttention, PredictorBlock
 from .model.tokens import TokenSet
@@ -87,10 +86,9 @@ def project(
     asks:bool=True,     # False: only keys and values, for tokens that nobody reads afterwards
 )->tuple[Tensor|None, Tensor, Tensor]:  # φ(q), φ(k), v: (B, T, D) each
     "Queries, keys and values of a block's self-attention."
-    qkv, D = block.attention.qkv, x.shape[-1]
-    first = 0 if asks else D
-    y = F.linear(block.norm_attention(x), qkv.weight[first:], qkv.bias[first:])
-    return _phi_(y[..., :D]) if asks else None, _phi_(y[..., -2*D:-D]), y[..., -D:]
+    qkv, x, D = block.attention.qkv, block.norm_attention(x), x.shape[-1]
+    q, k, v = (_linear(x, w, b) if asks or i else None for i, (w, b) in enumerate(zip(qkv.weight.split(D), qkv.bias.split(D))))
+    return _phi_(q) if asks else None, _phi_(k), v
 
 def summed(
     k:Tensor,                   # (B, T, D) φ(k)
@@ -121,10 +119,8 @@ def transform_(
     block:PredictorBlock,
     rows:int=2048,              # tokens at once: their wide layer then fits a processor's cache
 )->Tensor:                      # x
-    "Add the MLP's answer, without a copy of the tokens."
-    widen, gelu, narrow = block.mlp
-    for part in x.view(-1, x.shape[-1]).split(rows if x.device.type == "cpu" else x.numel()):
-        part.addmm_(gelu(widen(block.norm_mlp(part))), narrow.weight.T).add_(narrow.bias)
+    "Add the MLP's answer."
+    for part in x.view(-1, x.shape[-1]).split(rows if x.device.type == "cpu" else x.numel()): part += block.mlp(block.norm_mlp(part))
     return x
 
 # %% ../nbs/53_many_actions.ipynb #bc670794
@@ -209,8 +205,9 @@ def time_forms(
     repeats:int=3,
     at_once:int=2,          # actions in a batch
     seed:int=0,             # of the random cells
-)->pd.DataFrame:            # form, milliseconds (clock) and processor_milliseconds per pair of cell and action, speedup, thousand_actions (seconds)
+)->pd.DataFrame:            # form; per pair of cell and action milliseconds (clock), processor_milliseconds and mflop; speedup, thousand_actions (seconds)
     "How long a pair takes in the naive form and in this one."
+    model = copy.deepcopy(model).requires_grad_(False)  # the counter cannot follow parameters that want gradients into inference mode
     c, generator, device = model.config, torch.Generator().manual_seed(seed), next(model.parameters()).device
     random = lambda *shape: torch.rand(*shape, generator=generator)
     x, library = (random(n_cells, c.n_genes)*(random(n_cells, c.n_genes) < expressed)).to(device), torch.full((n_cells,), 9., device=device)
@@ -222,8 +219,11 @@ def time_forms(
         for rows in torch.arange(n_actions, device=device).split(at_once): predict_many(model, context, actions.take(rows))
     two = actions.take(torch.arange(2, device=device))
     forms = {"naive": (2, lambda: predict_naively(model, x, library, two)), "one context": (n_actions, shared)}
-    best = {name: np.min([_timed(form, device) for _ in range(repeats)], 0) for name, (_, form) in forms.items()}
-    rows = [dict(form=name) | dict(zip(("milliseconds", "processor_milliseconds"), 1e3*best[name]/(n*n_cells))) for name, (n, _) in forms.items()]
+    rows = []
+    for name, (n, form) in forms.items():
+        with flop_counter() as counter: form()
+        clock, processor = np.min([_timed(form, device) for _ in range(repeats)], 0)*1e3/(n*n_cells)
+        rows.append(dict(form=name, milliseconds=clock, processor_milliseconds=processor, mflop=counter.get_total_flops()/1e6/(n*n_cells)))
     table = pd.DataFrame(rows)
     return table.assign(speedup=table.milliseconds.iloc[0]/table.milliseconds, thousand_actions=table.milliseconds*n_cells)
 

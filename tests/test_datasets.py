@@ -311,8 +311,18 @@ def test_archives_without_the_cells(tmp_path, members, message):
     assert "perturb_processed.h5ad" not in files(tmp_path) and not CANARY.exists()
 
 
-def test_a_damaged_archive_is_not_extracted(tmp_path, zipped):
-    damaged = bytearray(zipped); damaged[len(zipped)//3] ^= 0xFF  # the directory at the end is intact
+def in_directory(zipped, at):
+    "Where a field of each member stands in the archive's directory."
+    return [entry.start() + at for entry in re.finditer(rb"PK\x01\x02", zipped)]
+
+
+@pytest.mark.parametrize("damage", [
+    lambda z: {len(z)//3: z[len(z)//3] ^ 0xFF},             # in the cells; the directory at the end is intact
+    lambda z: {at: z[at] | 1 for at in in_directory(z, 8)}, # a password
+    lambda z: dict.fromkeys(in_directory(z, 10), 99)])      # a compression nobody knows
+def test_a_damaged_archive_is_not_extracted(tmp_path, zipped, damage):
+    damaged = bytearray(zipped)
+    for at, byte in damage(zipped).items(): damaged[at] = byte
     with Server(bytes(damaged), ["ok"]) as server:
         with pytest.raises(DownloadError, match="damaged or unreadable archive.*delete it"): get(toy(server.url), tmp_path)
     assert "perturb_processed.h5ad" not in files(tmp_path)

@@ -333,8 +333,9 @@ def _raw(cells):
     return cells
 
 
-def test_one_context_is_faster_than_many():
+def test_one_context_needs_less_arithmetic_than_many():
     torch.manual_seed(0)
     model = BioJEPA(ModelConfig(n_genes=300, d_model=32, n_encoder_layers=2, n_predictor_layers=2, n_masked_predictor_layers=1)).eval()
     times = time_forms(model, n_cells=8, n_actions=6, expressed=.4)
-    assert times.form.tolist() == ["naive", "one context"] and times.processor_milliseconds[0] > 1.8*times.processor_milliseconds[1]
+    assert times.form.tolist() == ["naive", "one context"] and times.mflop[0] > 2*times.mflop[1]  # 2.36 times; seconds depend on the machine
+    assert (times[["milliseconds", "processor_milliseconds"]] > 0).all(axis=None)

@@ -213,7 +213,7 @@ def _extract(card:DatasetCard, archive:Path, h5ad:Path)->None:
             with atomic_path(h5ad) as part, z.open(found[0]) as source:
                 with open(part, "wb") as out: shutil.copyfileobj(source, out, 1 << 20)
                 if not h5py.is_hdf5(part): raise DownloadError(f"{archive}: {found[0].filename} is not an HDF5 file")
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # zipfile: RuntimeError for a password or an unknown compression
         raise DownloadError(f"{archive}: damaged or unreadable archive ({error}); delete it to download it again") from error
     except OSError as error: raise DownloadError(f"{h5ad}: cannot be written: {error}; give another folder=") from error
 
