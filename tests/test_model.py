@@ -15,6 +15,7 @@ from biojepa.model.biojepa import BioJEPA, from_pretrained, save_pretrained
 from biojepa.model.encoder import CellEncoder
 from biojepa.model.predictor import ActionPredictor
 from biojepa.model.tokens import TokenSet, list_genes, random_gene_mask
+from training_cases import alive
 
 G = 40
 SMALL = preset("smoke").model.changed(n_genes=G, n_encoder_layers=2)
@@ -42,7 +43,7 @@ def gradients(model):
 @settings(max_examples=30, deadline=None)
 def test_attention_is_the_explicit_sum_over_all_pairs(seed, n_tokens, heads):
     torch.manual_seed(seed)
-    attention, x = LinearAttention(8, heads).double(), torch.randn(2, n_tokens, 8).double()
+    attention, x = alive(LinearAttention(8, heads)).double(), torch.randn(2, n_tokens, 8).double()
     m = torch.randint(0, 4, (2, n_tokens)).double()
     m[:, 0] = 1
     q, k, v = attention.qkv(x).view(2, n_tokens, 3, heads, -1).unbind(2)
@@ -59,7 +60,7 @@ def test_attention_is_the_explicit_sum_over_all_pairs(seed, n_tokens, heads):
 @settings(max_examples=30, deadline=None)
 def test_attention_gradients_are_those_of_autograd(seed, weighted, first):
     torch.manual_seed(seed)
-    attention, x = LinearAttention(8, 2).double(), torch.randn(2, 6, 8).double()
+    attention, x = alive(LinearAttention(8, 2)).double(), torch.randn(2, 6, 8).double()
     m = torch.randint(0, 4, (2, 6)).double() if weighted else torch.ones(2, 6).double()
     m[:, 0] = 1
 
@@ -80,7 +81,7 @@ def test_attention_gradients_are_those_of_autograd(seed, weighted, first):
 
 def test_encoder_is_permutation_equivariant():
     torch.manual_seed(0)
-    encoder, order = CellEncoder(SMALL), torch.randperm(G)
+    encoder, order = alive(CellEncoder(SMALL)), torch.randperm(G)
     x, sizes, mask = torch.rand(3, G)*(torch.rand(3, G) < .5), torch.rand(3), random_gene_mask(3, G)
     z = encoder(x, sizes, mask).genes()
     with torch.no_grad(): encoder.tokenizer.gene.weight.copy_(encoder.tokenizer.gene.weight[order].clone())
@@ -94,6 +95,7 @@ def pair_of_layers(kind, dtype):
     torch.manual_seed(0)
     ours = Linear(24, 40, dtype=dtype) if kind == "linear" else MLP(24).to(dtype)
     theirs = torch.nn.Linear(24, 40, dtype=dtype) if kind == "linear" else torch.nn.Sequential(torch.nn.Linear(24, 96), torch.nn.GELU(approximate="tanh"), torch.nn.Linear(96, 24)).to(dtype)
+    alive(ours)
     theirs.load_state_dict(ours.state_dict())
     return ours, theirs
 
@@ -122,7 +124,7 @@ def test_linear_maps_without_onednn_give_the_same_step(monkeypatch):
     for there in (True, False):
         if not there: monkeypatch.setattr(attention_module, "_ONEDNN", None)
         torch.manual_seed(0)
-        model, (cells, *_), mask = BioJEPA(SMALL), make_batch(3, .5, 0), valid_mask(3, .6, 0)
+        model, (cells, *_), mask = alive(BioJEPA(SMALL)), make_batch(3, .5, 0), valid_mask(3, .6, 0)
         loss = model.pretrain_loss(cells, mask).total
         loss.backward()
         losses.append((loss, gradients(model)))
@@ -147,7 +149,7 @@ def test_autocast_rounds_linear_maps_as_it_does_torchs():
 # --- collapse
 
 SWITCHES = st.fixed_dictionaries(dict(latent_loss=st.sampled_from(["l1", "mse"]), vicreg_over=st.sampled_from(["tokens", "cells"]),
-                                      mask_keeps_gene=st.booleans(), value_embedding=st.sampled_from(["scale", "offset"]), mask_context=st.booleans()))
+                                      mask_keeps_gene=st.booleans(), value_embedding=st.sampled_from(["scale", "offset"]), mask_context=st.booleans(), predicts=st.sampled_from(["latent", "change"])))
 SHARES = st.one_of(st.sampled_from([0., 1.]), st.floats(0, 1))
 
 
@@ -163,7 +165,7 @@ def valid_mask(n, hidden, seed):
 def test_collapsed_losses_and_gradients_are_the_naive_ones(switches, expressed, hidden, n, seed, stage):
     def losses_and_gradients(dtype):
         torch.manual_seed(seed)
-        model, batch, mask = BioJEPA(SMALL.changed(**switches)).to(dtype), make_batch(n, expressed, seed), valid_mask(n, hidden, seed)
+        model, batch, mask = alive(BioJEPA(SMALL.changed(**switches))).to(dtype), make_batch(n, expressed, seed), valid_mask(n, hidden, seed)
         cells, pairs, actions = (type(part)(*(t.to(dtype) if torch.is_tensor(t) and t.is_floating_point() else t for t in part)) for part in batch)
         for collapse in (False, True):
             model.zero_grad()
@@ -182,7 +184,7 @@ def test_collapsed_losses_and_gradients_are_the_naive_ones(switches, expressed, 
 @settings(max_examples=40, deadline=None)
 def test_collapsed_latents_are_the_naive_ones(expressed, hidden, n, seed):
     torch.manual_seed(seed)
-    encoder, (cells, *_) = CellEncoder(SMALL), make_batch(n, expressed, seed)
+    encoder, (cells, *_) = alive(CellEncoder(SMALL)), make_batch(n, expressed, seed)
     mask = random_gene_mask(n, G, hidden, generator=torch.Generator().manual_seed(seed))
     naive, fast = (encoder(cells.x, cells.log_library_size, mask, c) for c in (False, True))
     torch.testing.assert_close(fast.genes(), naive.genes(), atol=1e-5, rtol=1e-5)
@@ -196,7 +198,7 @@ def test_collapsed_latents_are_the_naive_ones(expressed, hidden, n, seed):
 @settings(max_examples=20, deadline=None)
 def test_padding_changes_nothing(padding, seed):
     torch.manual_seed(seed)
-    encoder, (cells, *_) = CellEncoder(SMALL), make_batch(3, .5, seed)
+    encoder, (cells, *_) = alive(CellEncoder(SMALL)), make_batch(3, .5, seed)
     tokens = encoder.tokenizer(cells.x, cells.log_library_size)
     rubbish = 1e3*torch.randn(3, padding, tokens.x.shape[-1])
     padded = tokens._replace(x=torch.cat([tokens.x, rubbish], 1), weight=torch.cat([tokens.weight, torch.zeros(3, padding)], 1))
@@ -205,7 +207,7 @@ def test_padding_changes_nothing(padding, seed):
 
 def test_a_cell_does_not_depend_on_its_batch():
     torch.manual_seed(0)
-    model, (_, pairs, actions) = BioJEPA(SMALL), make_batch(4, .5, 0)
+    model, (_, pairs, actions) = alive(BioJEPA(SMALL)), make_batch(4, .5, 0)
     pairs.x_ctrl[0, 5:] = 0  # few tokens, much padding beside the others
     whole = model.predict_latent(pairs.x_ctrl, pairs.log_library_size_ctrl, actions)
     alone = model.predict_latent(pairs.x_ctrl[:1], pairs.log_library_size_ctrl[:1], actions.take([0]))
@@ -216,7 +218,7 @@ def test_a_cell_does_not_depend_on_its_batch():
 @pytest.mark.parametrize("switches, n_tokens", [({}, 1), ({}, 3), (dict(mask_keeps_gene=True), 1), (dict(value_embedding="offset"), 2)])
 def test_prediction_and_energy_are_the_naive_ones(switches, n_tokens):
     torch.manual_seed(0)
-    model, (_, pairs, actions) = BioJEPA(SMALL.changed(**switches)), make_batch(4, .4, 1, n_tokens=n_tokens)
+    model, (_, pairs, actions) = alive(BioJEPA(SMALL.changed(**switches))), make_batch(4, .4, 1, n_tokens=n_tokens)
     naive, fast = (model.predict_latent(pairs.x_ctrl, pairs.log_library_size_ctrl, actions, c) for c in (False, True))
     torch.testing.assert_close(fast.mean, naive.mean, atol=1e-5, rtol=1e-5)
     e, f = (model.energy(pairs.x_ctrl, actions, pairs.x_pert, pairs.log_library_size_ctrl, pairs.log_library_size_pert, c) for c in (False, True))
@@ -228,7 +230,7 @@ def test_prediction_and_energy_are_the_naive_ones(switches, n_tokens):
 @pytest.mark.parametrize("stage", ["pretrain", "dynamics"])
 def test_recomputed_activations_give_the_same_gradients(stage):
     torch.manual_seed(0)
-    kept, (cells, pairs, actions), mask = BioJEPA(SMALL), make_batch(3, .4, 1), valid_mask(3, .6, 0)
+    kept, (cells, pairs, actions), mask = alive(BioJEPA(SMALL)), make_batch(3, .4, 1), valid_mask(3, .6, 0)
     recomputed = BioJEPA(SMALL, checkpoint_activations=True)
     recomputed.load_state_dict(kept.state_dict())
     for m in (kept, recomputed):
@@ -240,7 +242,7 @@ def test_recomputed_activations_give_the_same_gradients(stage):
 @pytest.mark.parametrize("stage", ["pretrain", "dynamics"])
 def test_bf16_autocast_is_near_fp32(stage):
     torch.manual_seed(0)
-    model, (cells, pairs, actions), mask = BioJEPA(SMALL), make_batch(4, .4, 1), valid_mask(4, .6, 0)
+    model, (cells, pairs, actions), mask = alive(BioJEPA(SMALL)), make_batch(4, .4, 1), valid_mask(4, .6, 0)
     step = lambda: model.pretrain_loss(cells, mask) if stage == "pretrain" else model.dynamics_loss(pairs, actions, mask)
     exact = step().total
     with torch.autocast("cpu", torch.bfloat16): rounded = step().total
@@ -252,7 +254,7 @@ def test_bf16_autocast_is_near_fp32(stage):
 @pytest.mark.parametrize("stage", ["pretrain", "dynamics"])
 def test_collapse_is_exact_at_full_size(stage):
     torch.manual_seed(0)
-    model, (cells, pairs, actions) = BioJEPA(preset("paper").model), make_batch(2, .4, 1, n_genes=5000)
+    model, (cells, pairs, actions) = alive(BioJEPA(preset("paper").model)), make_batch(2, .4, 1, n_genes=5000)
     mask, results = random_gene_mask(2, 5000), []
     for collapse in (False, True):
         model.zero_grad()
@@ -276,7 +278,7 @@ def test_published_parameter_counts():
 
 def test_a_hidden_value_cannot_change_any_output():
     torch.manual_seed(0)
-    model, (cells, pairs, actions), mask = BioJEPA(SMALL), make_batch(4, .5, 0), valid_mask(4, .6, 0)
+    model, (cells, pairs, actions), mask = alive(BioJEPA(SMALL)), make_batch(4, .5, 0), valid_mask(4, .6, 0)
     other = torch.where(mask, 9*torch.rand(4, G), pairs.x_ctrl)
     with torch.no_grad():
         for collapse in (True, False):
@@ -289,7 +291,7 @@ def test_a_hidden_value_cannot_change_any_output():
 def test_one_action_token_leaves_queries_and_keys_without_gradient():
     config = SMALL.changed(d_model=16)
     torch.manual_seed(0)
-    model, (_, pairs, actions), mask = BioJEPA(config), make_batch(4, .5, 0), valid_mask(4, .6, 0)
+    model, (_, pairs, actions), mask = alive(BioJEPA(config)), make_batch(4, .5, 0), valid_mask(4, .6, 0)
     model.dynamics_loss(pairs, actions, mask).total.backward()
     for block in model.predictor.blocks:
         assert all(p.grad is None for part in (block.cross.q, block.cross.k, block.cross.norm) for p in part.parameters())
@@ -302,7 +304,7 @@ def test_one_action_token_leaves_queries_and_keys_without_gradient():
 
 def test_naive_single_token_gradient_of_queries_and_keys_is_zero():
     torch.manual_seed(0)
-    model, (_, pairs, actions), mask = BioJEPA(SMALL), make_batch(4, .5, 0), valid_mask(4, .6, 0)
+    model, (_, pairs, actions), mask = alive(BioJEPA(SMALL)), make_batch(4, .5, 0), valid_mask(4, .6, 0)
     model.dynamics_loss(pairs, actions, mask, collapse=False).total.backward()
     largest = max(p.grad.abs().max().item() for block in model.predictor.blocks for part in (block.cross.q, block.cross.k) for p in part.parameters())
     reference = min(block.cross.v.weight.grad.abs().max().item() for block in model.predictor.blocks)
@@ -311,7 +313,7 @@ def test_naive_single_token_gradient_of_queries_and_keys_is_zero():
 
 def test_several_action_tokens_have_no_order_and_absent_ones_no_voice():
     torch.manual_seed(0)
-    predictor, context = ActionPredictor(SMALL), TokenSet(torch.randn(2, 5, 16))
+    predictor, context = alive(ActionPredictor(SMALL)), TokenSet(torch.randn(2, 5, 16))
     action, present = torch.randn(2, 3, 320), torch.tensor([[True, True, False]]*2)
     y = predictor(context, action, present).mean
     torch.testing.assert_close(predictor(context, action[:, [1, 0, 2]], present[:, [1, 0, 2]]).mean, y, atol=1e-5, rtol=1e-5)
@@ -321,7 +323,7 @@ def test_several_action_tokens_have_no_order_and_absent_ones_no_voice():
 
 def test_log_variance_stays_in_its_range():
     torch.manual_seed(0)
-    predictor = ActionPredictor(SMALL)
+    predictor = alive(ActionPredictor(SMALL))
     with torch.no_grad(): predictor.logvar.weight.mul_(1e3)
     logvar = predictor(TokenSet(torch.randn(2, 5, 16)), torch.randn(2, 1, 320)).logvar
     assert logvar.min() == -10 and logvar.max() == 2
@@ -337,7 +339,7 @@ def test_masks_have_the_asked_share():
 # --- refused
 
 def test_bad_input_is_refused_by_name():
-    model, (cells, pairs, actions), mask = BioJEPA(SMALL), make_batch(3, .5, 0), valid_mask(3, .6, 0)
+    model, (cells, pairs, actions), mask = alive(BioJEPA(SMALL)), make_batch(3, .5, 0), valid_mask(3, .6, 0)
     for call, message in [
         (lambda: model.dynamics_loss(pairs, actions._replace(features=actions.features[..., :100])), "100"),
         (lambda: model.predictor(model.encoder(*cells[:2]), model.composer(actions), genes=torch.full((3, 1), G)), f"genes 0 to {G - 1}"),
@@ -394,7 +396,7 @@ def test_saved_model_predicts_the_same(saved):
 @pytest.mark.slow
 def test_compiled_blocks_give_the_same_loss():
     torch.manual_seed(0)
-    model, (cells, pairs, actions), mask = BioJEPA(SMALL), make_batch(3, .5, 0), valid_mask(3, .6, 0)
+    model, (cells, pairs, actions), mask = alive(BioJEPA(SMALL)), make_batch(3, .5, 0), valid_mask(3, .6, 0)
     expected = model.pretrain_loss(cells, mask).total, model.dynamics_loss(pairs, actions, mask).total
     model.compile_blocks()
     for a, b in zip((model.pretrain_loss(cells, mask).total, model.dynamics_loss(pairs, actions, mask).total), expected):

@@ -16,6 +16,7 @@ from biojepa.data.splits import make_split
 from biojepa.model.biojepa import BioJEPA, Pretrained, save_pretrained
 from biojepa.predict import PredictionSet, changes, group_means, predict, predictions, pseudobulk, test_set, train_mean_delta
 from biojepa.training.run import Run
+from training_cases import alive
 
 TRAIN, VAL, TEST = ["A+ctrl", "B+ctrl", "A+B"], ["C+ctrl"], ["D+ctrl", "E+ctrl", "A+D"]
 
@@ -250,10 +251,7 @@ def bank(keys, modality=Modality.PROTEIN, width=5):
 def made(**switches):
     "A random model in which every part has something to say."
     torch.manual_seed(0)
-    model = BioJEPA(ModelConfig(**SMALL, **switches))
-    with torch.no_grad():
-        for p in model.parameters(): p.add_(.2*torch.randn_like(p))
-    return model
+    return alive(BioJEPA(ModelConfig(**SMALL, **switches)), std=.2)
 
 
 def described(adata): return (table := ActionTable.from_anndata(adata)), action_batch(table, bank("ABCDE"))

@@ -17,7 +17,7 @@ from biojepa.evaluate.retrieval import retrieval_table
 from biojepa.evaluate.search import Measure, TargetState, measure_of, optimise_action, pair_actions, rank_actions, ranking, recovered, screen_energies, state_energy, target_state, wanted_states
 from biojepa.many_actions import encode_context, predict_many, predict_naively, time_forms
 from biojepa.model.biojepa import BioJEPA, Pretrained, save_pretrained
-from training_cases import in_child, small_data
+from training_cases import alive, in_child, small_data
 
 G = 40
 torch.set_num_threads(1)
@@ -64,7 +64,7 @@ def planted(model, adata, table, actions, rows):
 @pytest.mark.parametrize("n_tokens", [1, 2])
 def test_many_actions_are_the_models_own(data, switches, n_tokens):
     adata, _, _, actions = data
-    model, (x, library) = small(**switches), source(adata)
+    model, (x, library) = alive(small(**switches)), source(adata)
     some = ActionBatch(*(t if t is None else t[:9, :n_tokens].clone() for t in actions))
     some.present[1, 0] = False      # a missing token, or no token at all
     naive = predict_naively(model, x, library, some)

@@ -18,6 +18,14 @@ from biojepa.training.run import STAGES, run_folder, run_stages
 WIDTHS = dict(protein=24, dna=20)
 
 
+def alive(module, std=.1):
+    "The module, with noise on every parameter that begins as a constant (biases, norms, FiLM, heads): there mistakes would not show."
+    with torch.no_grad():
+        for p in module.parameters():
+            if (p == p.flatten()[0]).all(): p.add_(std*torch.randn_like(p))
+    return module
+
+
 def small_data():
     "308 cells of 40 genes, 12 targets of which 8 are trained on; split without cell-gears."
     spec = dict(n_genes=40, n_cells=308, n_targets=12, n_modules=4, n_batches=2, control_fraction=.2)

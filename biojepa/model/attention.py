@@ -37,7 +37,7 @@ def _linear(
     gelu:bool=False,            # apply a GELU (tanh form)
 )->Tensor:                      # (..., D)
     "x Wᵀ + b in one pass where oneDNN can; no gradient is recorded."
-    if _ONEDNN and x.device.type == "cpu" and x.dtype in _FUSED and not torch.compiler.is_compiling() and x.numel():  # torch.compile fuses by itself
+    if _ONEDNN and x.device.type == "cpu" and x.dtype in _FUSED and not torch.compiler.is_compiling():  # torch.compile fuses by itself
         return _ONEDNN(x, weight, bias, "gelu" if gelu else "none", [], "tanh" if gelu else "")
     y = F.linear(x, weight, bias)
     return F.gelu(y, approximate="tanh") if gelu else y
