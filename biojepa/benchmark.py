@@ -8,7 +8,7 @@ __all__ = ['random_batch', 'PlainAttention', 'Case', 'training_step', 'memory_no
            'as_markdown', 'main']
 
 # %% ../nbs/72_benchmark.ipynb #ba1d2282
-import argparse, itertools, json, math, platform, resource, subprocess, sys, time
+import argparse, itertools, json, platform, resource, subprocess, sys, time
 from pathlib import Path
 from typing import Callable, NamedTuple
 
