@@ -224,7 +224,7 @@ def screen_energies(
     states:Sequence[TargetState],   # S
     measure:Measure|None=None,      # of energy; that of the report if None
     folder:Path|None=None,          # where partial results are kept; nowhere if None
-    batch_size:int=32,              # pairs of cell and action computed at once
+    batch_size:int=64,              # pairs of cell and action computed at once
     block:int=64,                   # actions per file of partial results
     progress:bool=True,
 )->np.ndarray:                      # (1 + P, C, S) float32; row 0: nothing is done
@@ -293,7 +293,7 @@ def rank_actions(
     space:Literal["latent", "expression"]="latent",     # where distance is measured: as in the report, or through the readout
     genes:Sequence[str]|None=None,      # names of the genes that count; all if None
     folder:Path|None=None,              # where partial results are kept; a second call goes on there
-    batch_size:int=32,                  # pairs of cell and action computed at once
+    batch_size:int=64,                  # pairs of cell and action computed at once
     block:int=64,                       # actions per file of partial results
     progress:bool=True,
 )->pd.DataFrame:                        # of `ranking`; pairs have a condition "A+B"
