@@ -114,8 +114,8 @@ def gene_table(
     "Mean expression and share of cells that express it, over all cells."
     total, expressed = np.zeros(adata.n_vars), np.zeros(adata.n_vars)
     for x in (adata.X[a:a + block] for a in range(0, adata.n_obs, block)):
-        total += np.asarray(x.sum(0, dtype=np.float64)).ravel()
-        expressed += x.getnnz(0)
+        total += np.bincount(x.indices, x.data, minlength=len(total))
+        expressed += np.bincount(x.indices, minlength=len(total))
     return pd.DataFrame(dict(gene=adata.var_names, mean=total/adata.n_obs, expressed=expressed/adata.n_obs))
 
 # %% ../nbs/71_report.ipynb #44b8b64e
