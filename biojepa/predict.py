@@ -349,10 +349,12 @@ def change(
     actions:ActionBatch,    # b actions
     origin:TokenSet|None=None,  # from `BioJEPA.origin`, what a predicted change is added to; `h` if None
 )->tuple[Tensor, Tensor]:   # Δ and its variance, (b, G) each
-    "Predicted change of expression."
+    "Predicted change of expression, decoded against the control latents of `delta_from`."
     predicted = model.predictor(z, model.composer(actions), actions.present)
-    mean = predicted.mean + (h if origin is None else origin).genes() if model.config.predicts == "change" else predicted.mean
-    return model.readout.delta(mean, h.x, None, h.index), model.readout.variance(predicted.logvar.exp())
+    mean = predicted.mean
+    if model.config.predicts == "change": mean = mean + (h if origin is None else origin).genes()
+    control = z if model.config.delta_from == "encoder" else h
+    return model.readout.delta(mean, control.x, None, control.index), model.readout.variance(predicted.logvar.exp())
 
 def _tokens_of(tokens:TokenSet, rows:Tensor)->TokenSet:
     "The tokens of some cells, repeats allowed."

@@ -134,10 +134,17 @@ class Actions(NamedTuple):
     actions:ActionBatch             # (P, A, F) for dynamics and readout
     anchor:ActionBatch|None         # (P, …) proteins, for alignment; None if one of the two is unknown
     positive:ActionBatch|None       # (P, …) guides
-    pairs:np.ndarray                # rows of training perturbations that have both
+    pairs:np.ndarray                # rows of perturbations that have both, held-out ones included
+    train:np.ndarray                # rows of training perturbations
     widths:dict[str, int]           # modality -> width of its features
     hash:str                        # of all features
     banks:tuple[FeatureBank, ...]   # the features
+
+    def aligned(self,
+        which:str,      # "train" or "all", `StageConfig.pairs`
+    )->np.ndarray:      # rows
+        "The pairs that alignment may use; with \"all\", as released, held-out targets' features are among them."
+        return self.pairs if which == "all" else np.intersect1d(self.pairs, self.train)
 
 def describe_actions(
     adata:AnnData,
@@ -153,10 +160,11 @@ def describe_actions(
     anchor, positive, pairs = None, None, np.array([], np.int64)
     if {"protein", "dna"} <= banks.keys():
         anchor, positive = _all_rows(table, banks["protein"], Mode.CONTROL), _all_rows(table, banks["dna"])
-        pairs = table.rows(adata, split, "train")
-        pairs = pairs[(anchor.present.any(1) & positive.present.any(1)).numpy()[pairs]]
+        pairs = np.flatnonzero(anchor.present.any(1) & positive.present.any(1))
     identity = object_hash([[str(m), list(b.keys), sha256(b.values.tobytes()).hexdigest(), m in tokens] for m, b in sorted(banks.items())])
-    return Actions(table, action_batch(table, [banks[t] for t in tokens], genes=adata.var_names), anchor, positive, pairs, {m: b.width for m, b in banks.items()}, identity, tuple(banks.values()))
+    actions = action_batch(table, [banks[t] for t in tokens], genes=adata.var_names)
+    widths, train = {m: b.width for m, b in banks.items()}, table.rows(adata, split, "train")
+    return Actions(table, actions, anchor, positive, pairs, train, widths, identity, tuple(banks.values()))
 
 # %% ../../nbs/45_run.ipynb #2555fe6d
 def _all_rows(table:ActionTable, bank:FeatureBank, mode:Mode|None=None)->ActionBatch:  # P rows
@@ -254,10 +262,10 @@ def build_stage(
         stage = dynamics_stage(model, adata, split, actions.actions, config, seed)
         return watched(stage, model, pair_loader, adata, split, seed, partial(predicted_latents, actions=actions.actions))
     if name == "readout": return readout_stage(model, adata, split, actions.actions, config, seed)
-    if not len(actions.pairs):
+    if not len(pairs := actions.aligned(config.pairs)):
         warnings.warn("stage 'align' is left out: no training perturbation has both a protein and a guide", stacklevel=2)
         return None
-    return align_stage(model, actions.anchor, actions.positive, actions.table.target_codes, actions.pairs, config, seed)
+    return align_stage(model, actions.anchor, actions.positive, actions.table.target_codes, pairs, config, seed)
 
 # %% ../../nbs/45_run.ipynb #7bce07ce
 def watched(
@@ -302,7 +310,10 @@ def run_stages(
     fabric = fabric or make_fabric(experiment.model.d_model)
     adata, split = _data(experiment, adata, split, Path(runs), fabric)
     actions = describe_actions(adata, split, features, experiment.data)
-    check_leakage(adata, split, pairs=[actions.table.perturbation[i] for i in actions.pairs])
+    check_leakage(adata, split, pairs=[actions.table.perturbation[i] for i in actions.aligned("train")])
+    if outside := len(actions.aligned(experiment.align.pairs)) - len(actions.aligned("train")):
+        warnings.warn(f"align.pairs='all': {outside} pairs of held-out perturbations align the composer, as released; "
+                      "their features are seen, no cell of theirs is. align.pairs='train' leaves them out", stacklevel=2)
     experiment = sized_to(experiment, adata, actions)
     folder = run_folder(experiment, runs)
     identity = dict(data=data_hash(adata), split=split.hash, features=actions.hash)
