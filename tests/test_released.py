@@ -286,7 +286,7 @@ def test_a_missing_tensor_is_named_with_its_shape(tmp_path, name):
     message = refusal(tmp_path, {k: v for k, v in SMALL.items() if k != name})
     expected = [*SMALL[name].shape]
     if name in FREE: expected[name.startswith("composer.proj")] = FREE[name]
-    assert "in 1 places" in message and f"{name}: missing, expected shape {shown(expected)}" in message
+    assert "in 1 place:" in message and f"{name}: missing, expected shape {shown(expected)}" in message
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -294,7 +294,7 @@ def test_a_misshapen_tensor_is_named_with_both_shapes(tmp_path, name):
     good = SMALL[name].shape
     wrong = [n if name in FREE and (i == 1) == name.startswith("composer.proj") else n + 1 for i, n in enumerate(good)]
     message = refusal(tmp_path, SMALL | {name: torch.ones(wrong)})
-    assert "in 1 places" in message and f"{name}: found shape {shown(wrong)}, expected {shown(good)}" in message
+    assert "in 1 place:" in message and f"{name}: found shape {shown(wrong)}, expected {shown(good)}" in message
     message = refusal(tmp_path, SMALL | {name: SMALL[name][None]})
     assert f"{name}: found shape {shown((1, *good))}, expected" in message
 
@@ -304,7 +304,7 @@ def test_a_misshapen_tensor_is_named_with_both_shapes(tmp_path, name):
     "composer.projectors.3.weight", "predictor.pert_bank", "predictor.blocks.0.attn.q_proj.weight",
     "masked_predictor.blocks.0.ln_3.bias", "head.weight", "extra"])
 def test_a_foreign_tensor_is_named(tmp_path, name):
-    assert "in 1 places" in (message := refusal(tmp_path, SMALL | {name: torch.ones(D)}))
+    assert "in 1 place:" in (message := refusal(tmp_path, SMALL | {name: torch.ones(D)}))
     assert f"{name}: foreign" in message
 
 
