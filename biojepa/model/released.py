@@ -214,8 +214,8 @@ def check_tensors(
                  for name, shape in shape_of.items() if name in tensors and list(tensors[name].shape) != shape]
     if n := len(missing) + len(foreign) + len(misshapen):
         first = [problem for kind in (missing, foreign, misshapen) for problem in kind[:3]]
-        raise ValueError(f"{path}: does not fit the released layout (v0.4) in {n} place{'s'*(n > 1)}: {'; '.join(first)}"
-                         f"{'; …' if n > len(first) else ''}; give a checkpoint of that version")
+        raise ValueError(f"{path}: does not fit the released layout (v0.4) in {n} place{'s'*(n > 1)}: "
+                         f"{'; '.join(first)}{'; …' if n > len(first) else ''}; give a checkpoint of that version")
 
 # %% ../../nbs/39_released.ipynb #00bf5ca0
 def convert_released(
