@@ -48,8 +48,8 @@ def guess(ps):
     "A prediction that is related to the truth, with one for every cell."
     rng = np.random.default_rng(1)
     delta = .5*(ps.observed_mean() - ps.control_mean) + rng.normal(0, .3, ps.delta.shape)
-    predicted = np.maximum(0, ps.control.toarray() + delta[ps.group] + rng.normal(0, .1, ps.control.shape)).astype(np.float32)
-    return ps.with_prediction("guess", delta, predicted, variance=np.full(predicted.shape, .3, np.float32), delta_variance=np.full(delta.shape, .04))
+    cell_delta = (delta[ps.group] + rng.normal(0, .1, ps.control.shape)).astype(np.float32)
+    return ps.with_prediction("guess", delta, cell_delta, np.full(cell_delta.shape, .3, np.float32), np.full(delta.shape, .04))
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +69,9 @@ class AllControls:
 
 @pytest.fixture(scope="module")
 def de(ps, cells): return observed_de(ps, cells, AllControls())
+
+
+def cell_change(ps): return ps.observed.toarray() - ps.control.toarray()
 
 
 # --- the published protocol -------------------------------------------------------------------------------------------
@@ -109,13 +112,13 @@ def test_values_of_perturbations_average_to_the_protocol(guess):
 
 def test_cells_without_a_correlation_are_counted(ps):
     "Predicting the control cell itself: its Δ is zero for all twenty genes."
-    same = ps.with_prediction("no change", np.zeros_like(ps.delta), ps.control.toarray())
+    same = ps.with_prediction("no change", np.zeros_like(ps.delta), np.zeros(ps.control.shape, np.float32))
     found = published_protocol(same)
     assert np.isnan(found["r_top20_cell"]) and found["n_undefined"] == len(ps) and found["shift"] == 0
 
 
 def test_perfect_cells(ps):
-    found = published_protocol(ps.with_prediction("perfect", np.zeros_like(ps.delta), ps.observed.toarray()))
+    found = published_protocol(ps.with_prediction("perfect", np.zeros_like(ps.delta), cell_change(ps)))
     assert [found[k] for k in ("mse", "r_top20_cell", "r2_mean", "r2_top50_median")] == pytest.approx([0, 1, 1, 1])
 
 
@@ -277,13 +280,13 @@ def test_energy_distance(guess):
     for i, (condition, line) in enumerate(zip(pb.conditions["condition"], pb.conditions["cell_type"])):
         rows = np.flatnonzero((guess.cells["condition"] == condition) & (guess.cells["cell_type"] == line))
         d = lambda a, b: np.mean([[np.linalg.norm(p - q) for q in b] for p in a])
-        a, b = guess.predicted[rows].astype(float), x[rows]
+        a, b = guess.cells_predicted(rows).astype(float), x[rows]
         assert m.energy_distance(pb, guess)[i] == pytest.approx(2*d(a, b) - d(a, a) - d(b, b), abs=1e-5)
         break
 
 
 def test_energy_distance_of_equal_cells_is_zero(ps):
-    perfect = ps.with_prediction("perfect", np.zeros_like(ps.delta), ps.observed.toarray())
+    perfect = ps.with_prediction("perfect", np.zeros_like(ps.delta), cell_change(ps))
     assert m.energy_distance(pseudobulk(perfect), perfect) == pytest.approx(0, abs=1e-5)
 
 
@@ -304,7 +307,7 @@ def test_coverage_of_what_is_truly_gaussian(ps):
 
 
 def test_coverage_of_cells(guess):
-    pb, inside = pseudobulk(guess), np.abs(guess.observed.toarray() - guess.predicted) <= stats.norm.ppf(.9)*np.sqrt(.3)
+    pb, inside = pseudobulk(guess), np.abs(guess.observed.toarray() - guess.cells_predicted()) <= stats.norm.ppf(.9)*np.sqrt(.3)
     for i, (condition, line) in enumerate(zip(pb.conditions["condition"], pb.conditions["cell_type"])):
         rows = ((guess.cells["condition"] == condition) & (guess.cells["cell_type"] == line)).to_numpy()
         assert m.cell_coverage(pb, guess, .8)[i] == pytest.approx(inside[rows].mean())
@@ -325,7 +328,7 @@ def test_perfect_prediction_is_best(ps, de):
     means = evaluate(ps.with_prediction("perfect", observed, delta_variance=np.ones_like(observed)), de=de)
     for name, value in means.groupby("metric")["value"].mean().items():
         if METRICS[name].level != "cell" and METRICS[name].direction != "nominal": assert value == pytest.approx(METRICS[name].best, abs=1e-9), name
-    cells = evaluate(ps.with_prediction("perfect", observed, ps.observed.toarray()), "energy_distance")
+    cells = evaluate(ps.with_prediction("perfect", observed, cell_change(ps)), "energy_distance")
     assert cells["value"].mean() == pytest.approx(METRICS["energy_distance"].best, abs=1e-5)
 
 
