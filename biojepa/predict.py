@@ -135,7 +135,7 @@ class PredictionSet:
     delta:np.ndarray                    # (P, G) predicted mean Δ
     train_delta:np.ndarray              # (G,) mean Δ over training conditions
     expression_space:str                # "log1p" or "log1p_twice"
-    cell_delta:np.ndarray|None = None   # (N, G) float32 predicted Δ of each cell against its paired control, not clipped
+    cell_delta:np.ndarray|None = None   # (N, G) float32 predicted Δ of each cell to its paired control, not clipped
     variance:np.ndarray|None = None     # (N, G) float32 predicted variance of each cell's expression
     delta_variance:np.ndarray|None = None   # (P, G) predicted variance of the mean Δ
     provenance:dict = field(default_factory=dict)   # where it comes from: anything JSON can hold
@@ -202,7 +202,7 @@ def cells_delta(
     self:PredictionSet,
     rows=slice(None),   # cells: integers, booleans or a slice
 )->np.ndarray:          # (n, G) float32
-    "Predicted Δ of some cells, not clipped; without one per cell, control mean plus Δ of the group, less the cell's own control."
+    "Predicted Δ of some cells, not clipped; that of a group leads to control mean plus Δ from wherever the control is."
     if self.cell_delta is not None: return self.cell_delta[rows]
     group = self.group[rows]
     return (self.control_mean[group] + self.delta[group] - self.control[rows].toarray()).astype(np.float32)
@@ -212,7 +212,7 @@ def cells_predicted(
     self:PredictionSet,
     rows=slice(None),   # cells
 )->np.ndarray:          # (n, G) float32
-    "Predicted expression of some cells, control plus Δ; without a Δ per cell, control mean plus Δ of the group; clipped at 0."
+    "Predicted expression of some cells, never negative: control plus Δ, or control mean plus Δ of the group."
     if self.cell_delta is not None: return np.clip(self.control[rows].toarray() + self.cell_delta[rows], 0, None)
     group = self.group[rows]
     return np.clip(self.control_mean[group] + self.delta[group], 0, None).astype(np.float32)
@@ -243,8 +243,9 @@ def with_prediction(
     **provenance,                           # added to this set's
 )->PredictionSet:
     "The same cells, answered by another method."
-    return replace(self, name=name, delta=delta, cell_delta=cell_delta, variance=variance, delta_variance=delta_variance,
-                   provenance=self.provenance | dict(method=name) | provenance)
+    about = self.provenance | dict(method=name) | provenance
+    return replace(self, name=name, delta=delta, cell_delta=cell_delta, variance=variance,
+                   delta_variance=delta_variance, provenance=about)
 
 # %% ../nbs/50_predict.ipynb #d53ae56e
 def test_set(
@@ -322,8 +323,9 @@ _LAYERS = ("control", "cell_delta", "variance")                         # what l
 def to_anndata(self:PredictionSet)->AnnData:  # X observed; layers control, cell_delta, variance; uns["prediction"]
     "The whole set as AnnData."
     held = {k: v for k in _ARRAYS if (v := getattr(self, k)) is not None}
-    uns = dict(name=self.name, expression_space=self.expression_space, provenance=json.dumps(self.provenance), format=_FORMAT,
-               groups=self.groups.set_axis(self.groups.index.astype(str)), **held)
+    groups = self.groups.set_axis(self.groups.index.astype(str))
+    uns = dict(name=self.name, expression_space=self.expression_space, provenance=json.dumps(self.provenance),
+               format=_FORMAT, groups=groups, **held)
     return AnnData(self.observed, obs=self.cells, var=pd.DataFrame(index=list(self.genes)), layers={k: v for k in _LAYERS if (v := getattr(self, k)) is not None},
                    uns=dict(prediction=uns, biojepa=dict(expression_space=self.expression_space)))
 
@@ -340,10 +342,11 @@ def _read_set(
 )->PredictionSet:
     "The inverse of `to_anndata`."
     held = adata.uns.get("prediction")
-    if held is None: raise ValueError(f"{origin}: holds no predictions (uns['prediction']); write it with PredictionSet.save")
+    if held is None:
+        raise ValueError(f"{origin}: holds no predictions (uns['prediction']); write it with PredictionSet.save")
     if (found := int(held.get("format", 0))) != _FORMAT:
-        raise ValueError(f"{origin}: holds predictions of format {found}, this version reads {_FORMAT} (format 1 kept cells clipped at 0, "
-                         "which loses their Δ); predict again and save")
+        raise ValueError(f"{origin}: holds predictions of format {found}, this version reads {_FORMAT} "
+                         "(format 1 kept cells clipped at 0, which loses their Δ); predict again and save")
     plain = lambda table: table.assign(**{c: table[c].astype(str) for c in table if table[c].dtype.kind not in "iuf"})
     groups = plain(held["groups"]).reset_index(drop=True)
     return PredictionSet(str(held["name"]), tuple(adata.var_names), plain(adata.obs), sp.csr_matrix(adata.X), sp.csr_matrix(adata.layers["control"]), groups,
@@ -435,7 +438,8 @@ def predictions(
     _check_model(model, adata, None)
     template = test_set(adata, split, part, seed, control)
     code = table.codes(adata)[adata.obs_names.get_indexer(template.cells.index)]
-    pieces = changes(model, adata, adata.obs_names.get_indexer(template.cells["control"]), code, actions, batch_size, progress)
+    paired = adata.obs_names.get_indexer(template.cells["control"])
+    pieces = changes(model, adata, paired, code, actions, batch_size, progress)
     return template.with_prediction(name, *_answer(template, pieces), model=config_hash(model.config), **about)
 
 # %% ../nbs/50_predict.ipynb #3378632f

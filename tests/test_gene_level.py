@@ -205,19 +205,22 @@ def released_sets():
     x, c = (np.maximum(0, base + s + rng.normal(0, .5, (len(cells), n_genes))) for s in (shift[group], 0))
     genes = (*(f"T{t}" for t in range(6)), *(f"G{i}" for i in range(n_genes - 6)))
     mean = np.tile(base, (len(names), 1))
-    control = PredictionSet("control_mean", genes, cells, sp.csr_matrix(np.float32(x)), sp.csr_matrix(np.float32(c)), groups, mean,
-                            np.zeros_like(mean), shift.mean(0), "log1p")
+    observed, controls = sp.csr_matrix(np.float32(x)), sp.csr_matrix(np.float32(c))
+    control = PredictionSet("control_mean", genes, cells, observed, controls, groups, mean, np.zeros_like(mean),
+                            train_delta=shift.mean(0), expression_space="log1p")
     train = control.with_prediction("train_mean", np.tile(control.train_delta, (len(names), 1)))
-    model = control.with_prediction("model", .3*shift, (.5*shift[group] + rng.normal(0, .2, x.shape) - .1).astype(np.float32))
+    by_cell = .5*shift[group] + rng.normal(0, .2, x.shape) - .1
+    model = control.with_prediction("model", .3*shift, by_cell.astype(np.float32))
     return model, control, train
 
 
 def test_released_quantities_by_plain_loops(released_sets):
-    "Mean over cells of unclipped Δ to one control cell, threshold 0.25 included, the target kept, lists of twenty compared."
+    "Mean over cells of unclipped Δ to one control cell, threshold 0.25, the target kept, lists of twenty compared."
     table = g.released_gene_level(released_sets).set_index("quantity")
     def classes(d): return ["up" if v >= .25 else "down" if v <= -.25 else "same" for v in d]
     for s in released_sets:
-        x, c, all_genes, top50, precision = s.observed.toarray().astype(float), s.control.toarray().astype(float), [], [], []
+        x, c = s.observed.toarray().astype(float), s.control.toarray().astype(float)
+        all_genes, top50, precision = [], [], []
         for p in range(len(s.groups)):
             rows = [i for i in range(len(s)) if s.group[i] == p]
             observed = np.mean([x[i] - c[i] for i in rows], 0)
@@ -227,7 +230,8 @@ def test_released_quantities_by_plain_loops(released_sets):
             by_size = lambda d, k: set(np.argsort(-np.abs(d))[:k].tolist())
             all_genes.append(right.mean()); top50.append(right[sorted(by_size(observed, 50))].mean())
             precision.append(len(by_size(observed, 20) & by_size(predicted, 20))/20)
-        assert table[s.name].to_numpy() == pytest.approx([np.mean(all_genes), np.mean(top50), np.mean(precision)], abs=1e-6), s.name
+        expected = [np.mean(all_genes), np.mean(top50), np.mean(precision)]
+        assert table[s.name].to_numpy() == pytest.approx(expected, abs=1e-6), s.name
     assert (table["model"] > table["no change"]).iloc[1:].all()
 
 
@@ -237,4 +241,5 @@ def test_no_change_is_the_majority_and_the_chance_of_the_released_quantities(rel
     assert table.loc["direction, all genes", "no change"] == pytest.approx((np.abs(observed) < .25).mean())
     assert table.loc["precision@20", "no change"] == pytest.approx(20/80)
     assert table.loc["direction, all genes", "released"] < table.loc["direction, all genes", "released, no change"]
-    with pytest.raises(ValueError, match="'control_mean'.*'train_mean'.*not among"): g.released_gene_level(released_sets[:1])
+    with pytest.raises(ValueError, match="'control_mean'.*'train_mean'.*not among"):
+        g.released_gene_level(released_sets[:1])

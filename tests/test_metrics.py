@@ -50,7 +50,8 @@ def guess(ps):
     rng = np.random.default_rng(1)
     delta = .5*(ps.observed_mean() - ps.control_mean) + rng.normal(0, .3, ps.delta.shape)
     cell_delta = (delta[ps.group] + rng.normal(0, .1, ps.control.shape)).astype(np.float32)
-    return ps.with_prediction("guess", delta, cell_delta, np.full(cell_delta.shape, .3, np.float32), np.full(delta.shape, .04))
+    variance, delta_variance = np.full(cell_delta.shape, .3, np.float32), np.full(delta.shape, .04)
+    return ps.with_prediction("guess", delta, cell_delta, variance, delta_variance)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +79,7 @@ def cell_change(ps): return ps.observed.toarray() - ps.control.toarray()
 # --- the published protocol -------------------------------------------------------------------------------------------
 
 def by_hand(ps):
-    "The released quantities by plain loops over cells and perturbations, from the formulas; Δ unclipped, expression clipped."
+    "The released quantities by plain loops, from the formulas; Δ unclipped, expression clipped."
     x, c = ps.observed.toarray().astype(float), ps.control.toarray().astype(float)
     change, expression = np.empty_like(x), np.empty_like(x)
     for i in range(len(x)):
@@ -100,13 +101,14 @@ def by_hand(ps):
         top = np.argsort(np.abs((x - c)[rows].mean(0)))[-50:]
         r2.append(r2_score(observed, predicted)); r2_top.append(r2_score(observed[top], predicted[top]))
     full = 32*(len(x)//32)
-    return dict(mse=np.mean(mse), r_top20_cell=np.mean(r), r2_mean=np.mean(r2), r2_median=np.median(r2), r2_top50_mean=np.mean(r2_top),
-                r2_top50_median=np.median(r2_top), shift=np.mean(shift), shift_last_batch=np.mean(shift[full - 32:full]), n_undefined=undefined)
+    return dict(mse=np.mean(mse), r_top20_cell=np.mean(r), r2_mean=np.mean(r2), r2_median=np.median(r2),
+                r2_top50_mean=np.mean(r2_top), r2_top50_median=np.median(r2_top), shift=np.mean(shift),
+                shift_last_batch=np.mean(shift[full - 32:full]), n_undefined=undefined)
 
 
 @pytest.fixture(scope="module")
 def awkward(ps):
-    "Cells whose Δ needs clipping, is constant for all genes, or is unchanged where it was observed; shifts grow along the cells."
+    "Cells whose Δ needs clipping, is constant, or was observed to be 0; shifts grow along the cells."
     rng, observed = np.random.default_rng(4), ps.observed.toarray()
     cell_delta = rng.normal(-.5, .6, observed.shape)*np.linspace(.5, 2, len(ps))[:, None]
     cell_delta[[3, 40, 100]] = -.2
@@ -122,7 +124,8 @@ def test_protocol_is_the_release_by_hand(ps, guess, awkward, block, monkeypatch)
     monkeypatch.setattr(m, "_pass_over_cells", lambda s: whole(s, block))
     for s, n_undefined in ((ps, 0), (guess, 0), (awkward, 7)):
         found, expected = published_protocol(s), by_hand(s)
-        for name, value in expected.items(): assert found[name] == pytest.approx(value, rel=1e-5, abs=1e-6), (s.name, name)
+        for name, value in expected.items():
+            assert found[name] == pytest.approx(value, rel=1e-5, abs=1e-6), (s.name, name)
         assert found.keys() == expected.keys() | {"n_cells", "n_perturbations"} and found["n_undefined"] == n_undefined
         assert (found["n_cells"], found["n_perturbations"]) == (len(s), len(s.groups))
 
@@ -149,9 +152,11 @@ def test_a_constant_delta_scores_exactly_nothing(ps, value):
 
 
 def test_a_small_delta_counts_down_to_the_released_limit(ps):
-    "10 times above a standard deviation of 1e-9 the correlation is that of the same Δ enlarged; 10 times below it is 0."
-    shape = cell_change(ps)/cell_change(ps).std()
-    r = {s: published_protocol(ps.with_prediction("tiny", np.zeros_like(ps.delta), np.float32(s)*shape))["r_top20_cell"] for s in (1., 1e-8, 1e-10)}
+    "10 times above a standard deviation of 1e-9 the correlation is that of the enlarged Δ; 10 times below it is 0."
+    shape, r = cell_change(ps)/cell_change(ps).std(), {}
+    for s in (1., 1e-8, 1e-10):
+        tiny = ps.with_prediction("tiny", np.zeros_like(ps.delta), np.float32(s)*shape)
+        r[s] = published_protocol(tiny)["r_top20_cell"]
     assert r[1.] > .99 and r[1e-8] == pytest.approx(r[1.], abs=1e-6) and r[1e-10] == 0
 
 
@@ -162,7 +167,8 @@ def test_the_last_full_batch_is_counted_from_the_front(ps):
     marked = ps.with_prediction("marked", np.zeros_like(ps.delta), delta)
     assert len(ps) == 126 and m.shift_of_last_batch(marked) == pytest.approx(.25, rel=1e-5)
     assert published_protocol(marked)["shift"] == pytest.approx(.25*32/126, rel=1e-5)
-    assert m.shift_of_last_batch(marked, 126) == pytest.approx(.25*32/126, rel=1e-5) and np.isnan(m.shift_of_last_batch(marked, 127))
+    assert m.shift_of_last_batch(marked, 126) == pytest.approx(.25*32/126, rel=1e-5)
+    assert np.isnan(m.shift_of_last_batch(marked, 127))
 
 
 def test_values_of_perturbations_average_to_the_protocol(guess):
@@ -175,7 +181,8 @@ def test_values_of_perturbations_average_to_the_protocol(guess):
 def test_cells_without_a_correlation_are_counted_and_stay_in_the_mean(ps, awkward):
     "Predicting the control cell itself: its Δ is zero for all twenty genes."
     tidy = published_values(awkward).query("metric == 'r_top20_cell'")
-    assert np.average(tidy["value"], weights=tidy["n_cells"]) == pytest.approx(published_protocol(awkward)["r_top20_cell"])
+    mean = np.average(tidy["value"], weights=tidy["n_cells"])
+    assert mean == pytest.approx(published_protocol(awkward)["r_top20_cell"])
     assert (tidy["n_cells"] - tidy["n_defined"]).sum() == 7
     same = ps.with_prediction("no change", np.zeros_like(ps.delta), np.zeros(ps.control.shape, np.float32))
     found = published_protocol(same)
@@ -193,7 +200,7 @@ def test_table_needs_both_constants(ps, guess):
     assert list(table) == ["quantity", "report", "guess", "control_mean", "train_mean", "meaning"]
     by = table.set_index("quantity")
     assert by.loc["mse", "guess"] == published_protocol(guess)["mse"]
-    assert np.isnan(by.loc["shift", "report"]) and by.loc["shift_last_batch", "report"] == .5379    # only one of them was published
+    assert np.isnan(by.loc["shift", "report"]) and by.loc["shift_last_batch", "report"] == .5379    # one was published
     for sets in ([guess, ps], [guess, mean], []):
         with pytest.raises(ValueError, match="not among"): published_table(sets)
 
@@ -374,7 +381,8 @@ def test_coverage_of_what_is_truly_gaussian(ps):
 
 
 def test_coverage_of_cells(guess):
-    pb, inside = pseudobulk(guess), np.abs(guess.observed.toarray() - guess.cells_predicted()) <= stats.norm.ppf(.9)*np.sqrt(.3)
+    error = np.abs(guess.observed.toarray() - guess.cells_predicted())
+    pb, inside = pseudobulk(guess), error <= stats.norm.ppf(.9)*np.sqrt(.3)
     for i, (condition, line) in enumerate(zip(pb.conditions["condition"], pb.conditions["cell_type"])):
         rows = ((guess.cells["condition"] == condition) & (guess.cells["cell_type"] == line)).to_numpy()
         assert m.cell_coverage(pb, guess, .8)[i] == pytest.approx(inside[rows].mean())

@@ -145,7 +145,8 @@ def filled(template, seed=0):
     "A set with an answer in every field."
     rng, N, P, G = np.random.default_rng(seed), len(template), len(template.groups), len(template.genes)
     draw = lambda *shape: rng.gamma(1, 1, shape).astype(np.float32)
-    return template.with_prediction("full", rng.normal(size=(P, G)), draw(N, G) - np.float32(2), draw(N, G), draw(P, G), note=1)
+    cell_delta = draw(N, G) - np.float32(2)
+    return template.with_prediction("full", rng.normal(size=(P, G)), cell_delta, draw(N, G), draw(P, G), note=1)
 
 
 def test_conditions_are_the_means_of_their_cells(template):
@@ -200,8 +201,8 @@ def test_other_files_are_refused(case, tmp_path):
     clipped = test_set(*case).to_anndata()      # as the first format was written
     clipped.uns["prediction"]["format"] = 1
     clipped.write_h5ad(tmp_path/"clipped.h5ad")
-    with pytest.raises(ValueError, match="clipped.h5ad: holds predictions of format 1, this version reads 2 .*predict again and save"):
-        PredictionSet.load(tmp_path/"clipped.h5ad")
+    message = "clipped.h5ad: holds predictions of format 1, this version reads 2 .*predict again and save"
+    with pytest.raises(ValueError, match=message): PredictionSet.load(tmp_path/"clipped.h5ad")
     (tmp_path/"text.h5ad").write_text("no")
     with pytest.raises(ValueError, match="text.h5ad: cannot be read as h5ad"): PredictionSet.load(tmp_path/"text.h5ad")
 

@@ -300,10 +300,10 @@ def released_gene_level(
     "Direction accuracy at threshold 0.25 and precision@20 as released, means over guides, beside the constants."
     bulks = {s.name: paired_pseudobulk(s) for s in sets}
     if missing := {"control_mean", "train_mean"} - bulks.keys():
-        raise ValueError(f"sets: {sorted(missing)} not among {list(bulks)}; these numbers cannot be read without both constants")
+        raise ValueError(f"sets: {sorted(missing)} not among {list(bulks)}; these numbers cannot be read without both")
     bulks["no change"] = (still := next(iter(bulks.values())))._replace(predicted=np.zeros_like(still.predicted))
     given, out = dict(threshold=.25, keep_target=True), RELEASED_GENE_LEVEL.copy()
     for name, b in bulks.items():
-        scores = direction_accuracy(b, **given), direction_accuracy(b, top=50, **given), top_overlap(b, 20, keep_target=True)
-        out[name] = [s.mean() for s in scores]
+        directions = direction_accuracy(b, **given), direction_accuracy(b, top=50, **given)
+        out[name] = [s.mean() for s in (*directions, top_overlap(b, 20, keep_target=True))]
     return out

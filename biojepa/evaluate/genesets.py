@@ -277,6 +277,11 @@ def _of_common_labels(x:np.ndarray, labels:Sequence[str|None], fewest:int)->tupl
     kept = labels.notna() & (labels.map(labels.value_counts()) >= fewest)
     return np.asarray(x, np.float64)[kept.to_numpy()], labels[kept].to_numpy().astype(str)
 
+def _too_few_labels(y:np.ndarray, fewest:int)->dict:
+    "Why there is nothing to compare; empty if there is."
+    n = len(set(y))
+    return dict(n_items=len(y), n_labels=n, note=f"left out: {n} labels have {fewest} items or more") if n < 2 else {}
+
 def released_neighbours(
     x:np.ndarray,                   # (N, K) vectors
     labels:Sequence[str|None],      # (N,) None where an item has none
@@ -284,24 +289,26 @@ def released_neighbours(
 )->dict:                            # accuracy, accuracy without itself, majority, n_items, n_labels
     "The released accuracy of neighbours, and that of the same vote without the item itself."
     x, y = _of_common_labels(x, labels, fewest)
-    if len(set(y)) < 2: return dict(n_items=len(y), n_labels=len(set(y)), note=f"left out: {len(set(y))} labels have {fewest} items or more")
+    if why := _too_few_labels(y, fewest): return why
     k, (_, codes) = min(5, fewest - 1), np.unique(y, return_inverse=True)
     fitted = KNeighborsClassifier(k, metric="cosine").fit(x, codes)
-    others = codes[fitted.kneighbors(n_neighbors=k, return_distance=False)]     # without a query: without the item itself
+    others = codes[fitted.kneighbors(n_neighbors=k, return_distance=False)]     # of each point, without itself
     votes = np.stack([np.bincount(row, minlength=codes.max() + 1) for row in others])
-    return {"accuracy": (fitted.predict(x) == codes).mean(), "accuracy without itself": (votes.argmax(1) == codes).mean(),
-            "majority": np.bincount(codes).max()/len(codes), "n_items": len(codes), "n_labels": len(votes[0]), "note": ""}
+    accuracy, without = ((guess == codes).mean() for guess in (fitted.predict(x), votes.argmax(1)))
+    return {"accuracy": accuracy, "accuracy without itself": without, "majority": np.bincount(codes).max()/len(codes),
+            "n_items": len(codes), "n_labels": votes.shape[1], "note": ""}
 
 def released_ratio(
     x:np.ndarray,                   # (N, K) vectors
     labels:Sequence[str|None],      # (N,) None where an item has none
     fewest:int=3,                   # items a label must have
-)->dict:                            # ratio, within, between, p (one-sided, of pairs as if independent), n_items, n_labels
+)->dict:                            # ratio, within, between, p (one-sided, pairs as if independent), n_items, n_labels
     "The released ratio of plain cosines within and between labels."
     x, y = _of_common_labels(x, labels, fewest)
-    if len(set(y)) < 2: return dict(n_items=len(y), n_labels=len(set(y)), note=f"left out: {len(set(y))} labels have {fewest} items or more")
+    if why := _too_few_labels(y, fewest): return why
     a, b = np.triu_indices(len(y), 1)
     similar, same = cosine(x, centre=False)[a, b], y[a] == y[b]
     within, between = similar[same].mean(), similar[~same].mean()
     p = mannwhitneyu(similar[same], similar[~same], alternative="greater").pvalue
-    return dict(ratio=within/between if between else np.nan, within=within, between=between, p=p, n_items=len(y), n_labels=len(set(y)), note="")
+    ratio = within/between if between else np.nan
+    return dict(ratio=ratio, within=within, between=between, p=p, n_items=len(y), n_labels=len(set(y)), note="")

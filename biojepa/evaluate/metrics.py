@@ -71,7 +71,8 @@ def _cell_values(
     "What the report computes for one cell."
     delta = x - c
     top = top_genes(delta, 20)
-    twenty = [np.take_along_axis(v, top, 1).astype(np.float64) for v in (predicted, delta)]     # float32 would see a spread in a constant
+    # in float64, since float32 would see a spread in a constant
+    twenty = [np.take_along_axis(v, top, 1).astype(np.float64) for v in (predicted, delta)]
     flat = np.min([v.std(1) for v in twenty], axis=0) <= 1e-9
     return dict(mse=((predicted - delta)**2).mean(1),
                 r_top20_cell=np.where(flat, np.nan, row_pearson(*twenty)),
@@ -98,8 +99,8 @@ PUBLISHED = ("mse", "r_top20_cell", "r2", "r2_top50", "shift")
 
 def published_values(
     ps:PredictionSet,
-)->pd.DataFrame:  # method, metric, condition (the perturbation: the guide where known), cell_type, value, n_cells, n_defined
-    "The published quantities of each perturbation; those of cells are averaged over its cells, an undefined correlation as 0."
+)->pd.DataFrame:  # method, metric, condition (the guide where known), cell_type, value, n_cells, n_defined
+    "The published quantities of each perturbation; cells are averaged, an undefined correlation as 0."
     cells, sums = _pass_over_cells(ps)
     n = np.bincount(cells["group"], minlength=len(ps.groups))
     predicted, observed, control = (total/n[:, None] for total in sums)
@@ -108,8 +109,8 @@ def published_values(
     top = top_genes(observed - control, 50)
     take = lambda v: np.take_along_axis(v, top, 1)
     table = table.assign(r2=row_r2(predicted, observed), r2_top50=row_r2(take(predicted), take(observed)))
-    about = ps.groups[["perturbation", "cell_type"]].reset_index(drop=True).rename(columns={"perturbation": "condition"})
-    about = about.assign(n_cells=n, n_defined=defined)
+    about = ps.groups[["perturbation", "cell_type"]].set_axis(["condition", "cell_type"], axis=1)
+    about = about.reset_index(drop=True).assign(n_cells=n, n_defined=defined)
     tidy = about.join(table[list(PUBLISHED)]).melt(["condition", "cell_type", "n_cells", "n_defined"], var_name="metric")
     return tidy.assign(method=ps.name)[["method", "metric", "condition", "cell_type", "value", "n_cells", "n_defined"]]
 
@@ -122,22 +123,25 @@ def shift_of_last_batch(
     end = len(ps)//size*size
     rows = slice(max(0, end - size), end)
     if not end: return np.nan
-    return float(_cell_values(ps.observed[rows].toarray(), ps.control[rows].toarray(), ps.cells_delta(rows))["shift"].mean())
+    x, c = ps.observed[rows].toarray(), ps.control[rows].toarray()
+    return float(_cell_values(x, c, ps.cells_delta(rows))["shift"].mean())
 
 def published_protocol(
     ps:PredictionSet,
-)->dict[str, float]:  # the report's quantities and the shift over all cells; cells and perturbations they rest on; cells without a correlation
+)->dict[str, float]:  # the report's quantities, the shift over all cells, how many cells and perturbations
     "The released evaluation to the letter (report §6.2), on all cells."
     part = {m: rows for m, rows in published_values(ps).groupby("metric")}
-    over_cells = {m: float(np.average(part[m]["value"], weights=part[m]["n_cells"])) for m in ("mse", "r_top20_cell", "shift")}
-    r2 = {f"{m}_{f}": float(getattr(np, f"nan{f}")(part[m]["value"])) for m in ("r2", "r2_top50") for f in ("mean", "median")}
     cells = part["mse"]
-    return over_cells | r2 | dict(shift_last_batch=shift_of_last_batch(ps), n_cells=int(cells["n_cells"].sum()), n_perturbations=len(cells),
-                                  n_undefined=int((cells["n_cells"] - cells["n_defined"]).sum()))
+    over = lambda m: float(np.average(part[m]["value"], weights=cells["n_cells"]))
+    of_cells = {m: over(m) for m in ("mse", "r_top20_cell", "shift")}
+    r2 = {f"{m}_{f}": float(getattr(np, f"nan{f}")(part[m]["value"])) for m in ("r2", "r2_top50") for f in ("mean", "median")}
+    n, defined = int(cells["n_cells"].sum()), int(cells["n_defined"].sum())
+    counts = dict(n_cells=n, n_perturbations=len(cells), n_undefined=n - defined)
+    return of_cells | r2 | dict(shift_last_batch=shift_of_last_batch(ps)) | counts
 
 # %% ../../nbs/60_metrics.ipynb #81421f8f
-REPORT_VALUES = dict(mse=.4979, r_top20_cell=.9266, r2_mean=.9175, r2_median=.9272, r2_top50_mean=.0962, r2_top50_median=.3211,
-                     shift_last_batch=.5379)
+REPORT_VALUES = dict(mse=.4979, r_top20_cell=.9266, r2_mean=.9175, r2_median=.9272, r2_top50_mean=.0962,
+                     r2_top50_median=.3211, shift_last_batch=.5379)
 MEANING = dict(
     mse="squared error of one cell's Δ to one random control cell, mean over genes and cells; almost all of it is noise of single cells",
     r_top20_cell="Pearson over the 20 genes of largest |Δ| of each cell; the control cell's noise is on both sides, so the control mean scores high",
@@ -145,7 +149,7 @@ MEANING = dict(
     r2_median="the same, median over perturbations",
     r2_top50_mean="R² of mean expression over the 50 genes of largest mean |Δ|; below the control mean's value the prediction does harm",
     r2_top50_median="the same, median over perturbations",
-    shift="mean |predicted Δ| of a cell; not an accuracy: the control mean has one too, the distance of a cell to the mean",
+    shift="mean |predicted Δ| of a cell; not an accuracy: the control mean has one too, a cell's distance to the mean",
     shift_last_batch="the same, of the last 32 cells that fill a batch: what the release printed as the shift")
 
 def published_table(

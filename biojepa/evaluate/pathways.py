@@ -20,8 +20,8 @@ from anndata import AnnData
 from ..actions.vocabulary import ActionTable, Modality
 from ..data.batches import ActionBatch
 from .gene_level import paired_pseudobulk
-from .genesets import (Relation, first_sets, label_relation, read_gmt, relation_table, released_neighbours, released_ratio,
-                                       set_relation, set_similarity)
+from .genesets import (Relation, first_sets, label_relation, read_gmt, relation_table,
+                                       released_neighbours, released_ratio, set_relation, set_similarity)
 from .probes import expression_level, gene_embeddings, gene_loadings
 from ..model.biojepa import BioJEPA
 from ..model.composer import pooled
@@ -239,7 +239,8 @@ def released_labels(
     sizes:tuple[int, int]=(15, 300),    # members of a set
 )->dict[str, str]:                      # gene -> its one label; empty where the source has no sets
     "One label for each gene."
-    if source is not None and str(source): return first_sets(read_gmt(source), sizes) if Path(source).suffix == ".gmt" else {}
+    if source is not None and str(source):
+        return first_sets(read_gmt(source), sizes) if Path(source).suffix == ".gmt" else {}
     truth = adata.uns.get("truth", {})
     if "module" not in truth: return {}
     module = pd.Series(np.asarray(truth["module"]).astype(str), np.asarray(truth["gene"]).astype(str))
@@ -253,20 +254,26 @@ def released_pathways(
     sets:Iterable[PredictionSet],   # of held-out perturbations: the model's, and constants
     source:str|Path|None=None,  # of `released_labels`
     seed:int=0,                 # of random numbers
-)->pd.DataFrame:                # question, space, accuracy, accuracy without itself, majority, ratio, within, between, p, n_items, n_labels, note
+)->pd.DataFrame:                # question, space, and the columns of `released_neighbours` and `released_ratio`
     "The released quantities of pathways, each beside random numbers."
     labels, fewer = (released_labels(adata, source, sizes) for sizes in ((15, 300), (15, 200)))
-    if not labels: return pd.DataFrame([dict(question="all", note="left out: no sets of 15 to 300 genes are known (a table of pairs has none)")])
+    if not labels:
+        why = "left out: no sets of 15 to 300 genes (a table of pairs has none)"
+        return pd.DataFrame([dict(question="all", note=why)])
     rng, rows, bulks = np.random.default_rng(seed), [], [paired_pseudobulk(s) for s in sets]
-    guides = np.flatnonzero(~table.is_control & actions.present.any(1).numpy() & np.array([len(t) == 1 for t in table.targets]))
+    single = np.array([len(t) == 1 for t in table.targets])
+    guides = np.flatnonzero(~table.is_control & actions.present.any(1).numpy() & single)
     embeddings, latents = gene_embeddings(model), action_latents(model, actions.take(guides))
     of_genes, of_guides = [labels.get(g) for g in adata.var_names], [labels.get(table.targets[i][0]) for i in guides]
-    for question, name, x, of, fewest in (("genes", "gene embeddings", embeddings, of_genes, 10), ("guides", "action latents", latents, of_guides, 5)):
+    asked = (("genes", "gene embeddings", embeddings, of_genes, 10),
+             ("guides", "action latents", latents, of_guides, 5))
+    for question, name, x, of, fewest in asked:
         for space, y in ((name, x), ("random numbers", rng.normal(size=x.shape))):
             rows.append(dict(question=question, space=space) | released_neighbours(y, of, fewest))
     of_responses = [fewer.get(t[0]) if len(t) == 1 else None for t in bulks[0].conditions["targets"]]
-    responses = {b.name: b.predicted for b in bulks} | {"observed": bulks[0].observed, "random numbers": rng.normal(size=bulks[0].observed.shape)}
-    for space, x in responses.items(): rows.append(dict(question="held-out responses", space=space) | released_ratio(x, of_responses))
+    responses = {b.name: b.predicted for b in bulks} | {"observed": bulks[0].observed}
+    for space, x in (responses | {"random numbers": rng.normal(size=bulks[0].observed.shape)}).items():
+        rows.append(dict(question="held-out responses", space=space) | released_ratio(x, of_responses))
     out = pd.concat([_RELEASED, pd.DataFrame(rows)], ignore_index=True)
     order = {q: i for i, q in enumerate(dict.fromkeys(out["question"]))}
     return out.sort_values("question", key=lambda q: q.map(order), kind="stable", ignore_index=True)

@@ -86,7 +86,8 @@ def cell_latents(
     size, out = adata.obs["log_library_size"].to_numpy(np.float32), []
     for at in tqdm(range(0, len(rows), batch_size), desc="latents", disable=not progress):
         some = np.asarray(rows[at:at + batch_size])
-        out.append(summary(read(dense_rows(X, some).to(device), torch.from_numpy(size[some]).to(device))).float().cpu().numpy())
+        x, log_size = dense_rows(X, some).to(device), torch.from_numpy(size[some]).to(device)
+        out.append(summary(read(x, log_size)).float().cpu().numpy())
     return np.concatenate(out)
 
 # %% ../../nbs/65_probes.ipynb #13edbf47
@@ -466,7 +467,8 @@ def _layer_by_adam(
         yield step, layer
 
 @torch.no_grad()
-def _outputs(layer:torch.nn.Linear, x:np.ndarray)->np.ndarray: return layer(torch.from_numpy(np.asarray(x, np.float32))).numpy()
+def _outputs(layer:torch.nn.Linear, x:np.ndarray)->np.ndarray:
+    return layer(torch.from_numpy(np.asarray(x, np.float32))).numpy()
 
 # %% ../../nbs/65_probes.ipynb #c9e37d82
 def released_cell_probe(
@@ -477,10 +479,11 @@ def released_cell_probe(
     "The released probe of labels: the best of five looks at the cells it is judged on."
     names, code = np.unique(np.asarray(labels).astype(str), return_inverse=True)
     train, test = train_test_split(np.arange(len(code)), test_size=.2, random_state=seed)
-    known = dict(majority=np.bincount(code).max()/len(code), chance=1/len(names), n_labels=len(names), n_train=len(train), n_test=len(test))
-    layers = _layer_by_adam(x[train], torch.from_numpy(code[train]), len(names), torch.nn.functional.cross_entropy, 100, seed=seed)
-    accuracy = max((_outputs(layer, x[test]).argmax(1) == code[test]).mean() for step, layer in layers if step % 20 == 0)
-    return dict(accuracy=accuracy) | known
+    y, loss = torch.from_numpy(code[train]), torch.nn.functional.cross_entropy
+    layers = _layer_by_adam(x[train], y, len(names), loss, 100, seed=seed)
+    looks = [_outputs(layer, x[test]).argmax(1) == code[test] for step, layer in layers if step % 20 == 0]
+    return dict(accuracy=max(right.mean() for right in looks), majority=np.bincount(code).max()/len(code),
+                chance=1/len(names), n_labels=len(names), n_train=len(train), n_test=len(test))
 
 def released_gene_probe(
     x:np.ndarray,           # (N, K) representation of genes
@@ -499,8 +502,9 @@ def released_gene_probe(
                 n_train=len(train), n_test=len(test), n_positive=int(label.sum()))
 
 # %% ../../nbs/65_probes.ipynb #daf48e93
-RELEASED_PROBES = pd.DataFrame([("batch", .080, .026, 1/48, 48), ("perturbation", .0173, .0177, 1/286, 286)],
-                               columns=["question", "accuracy", "majority", "chance", "n_labels"]).assign(representation="released run")
+RELEASED_PROBES = pd.DataFrame(
+    [("batch", "released run", .080, .026, 1/48, 48), ("perturbation", "released run", .0173, .0177, 1/286, 286)],
+    columns=["question", "representation", "accuracy", "majority", "chance", "n_labels"])
 
 def released_cell_probes(
     model:BioJEPA,
@@ -516,6 +520,7 @@ def released_cell_probes(
     x = {"encoder, control cells (as released)": latents,
          "random numbers": np.random.default_rng(seed).normal(size=latents.shape),
          "encoder, the perturbed cells": cell_latents(model, adata, own, part="encoder", progress=progress)}
-    rows = [dict(question=q, representation=name) | released_cell_probe(v, pairs.cells[q], seed) for q in ("batch", "perturbation") for name, v in x.items()]
-    table = pd.concat([RELEASED_PROBES, pd.DataFrame(rows)], ignore_index=True).sort_values("question", kind="stable", ignore_index=True)
-    return table[["question", "representation", "accuracy", "majority", "chance", "n_labels", "n_train", "n_test"]]
+    rows = [dict(question=q, representation=name) | released_cell_probe(v, pairs.cells[q], seed)
+            for q in ("batch", "perturbation") for name, v in x.items()]
+    table = pd.concat([RELEASED_PROBES, pd.DataFrame(rows)], ignore_index=True)
+    return table.sort_values("question", kind="stable", ignore_index=True)
