@@ -45,7 +45,6 @@ class ModelConfig(Frozen):
     vicreg_weights:tuple[float, float, float] = (25., 25., 1.)  # invariance, variance, covariance
     nll_weight:float = 25.
     latent_loss:Literal["l1", "mse"] = "l1"
-    vicreg_of:Literal["encoder", "prediction"] = "encoder"  # pretraining: whose latents keep their variance
     vicreg_over:Literal["tokens", "cells"] = "tokens"
     mask_kind:Literal["bernoulli", "exact"] = "bernoulli"
     mask_keeps_gene:bool = False
@@ -53,7 +52,6 @@ class ModelConfig(Frozen):
     library_norm:tuple[float, float] = (0., 1.)  # subtracted from the log library size, and divided by
     mask_context:bool = True
     initial_values:Literal["released", "fan_in"] = "released"  # of gene embeddings, mask token and composer
-    cross_attention:Literal["linear", "softmax"] = "linear"    # differ only with several action tokens
     predicts:Literal["latent", "change"] = "latent"  # what the action predictor gives
     intervenes:bool = False                  # change the targeted gene's own value first
     readout:Literal["shared", "per_gene"] = "shared"
@@ -161,7 +159,7 @@ def preset(
         return ExperimentConfig(name=name, model=ModelConfig(), data=DataConfig(dataset="replogle_k562_essential"), **stages)
     if name == "laptop":
         switches = dict(library_norm=(7., 15.), mask_context=False, predicts="change", intervenes=True, readout="per_gene",
-                        ema_momentum=0.99, delta_from="teacher", initial_values="fan_in", cross_attention="softmax")
+                        ema_momentum=0.99, delta_from="teacher", initial_values="fan_in")
         stages = _stages((2, 100, 4, 1), (32, 128, 16, 32), pretrain=dict(lr=1e-3), align=dict(feature_noise=3.),
                          dynamics=dict(lr=3e-3, target="mean", action_noise=2.), readout=dict(lr=1e-4, latents="observed"))
         return ExperimentConfig(name=name, model=ModelConfig(n_genes=600, d_model=32, **small, **switches),

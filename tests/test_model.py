@@ -149,7 +149,6 @@ def test_autocast_rounds_linear_maps_as_it_does_torchs():
 # --- collapse
 
 SWITCHES = st.fixed_dictionaries(dict(latent_loss=st.sampled_from(["l1", "mse"]), vicreg_over=st.sampled_from(["tokens", "cells"]),
-                                      vicreg_of=st.sampled_from(["encoder", "prediction"]), cross_attention=st.sampled_from(["linear", "softmax"]),
                                       mask_keeps_gene=st.booleans(), value_embedding=st.sampled_from(["scale", "offset"]), mask_context=st.booleans(), predicts=st.sampled_from(["latent", "change"])))
 SHARES = st.one_of(st.sampled_from([0., 1.]), st.floats(0, 1))
 

@@ -65,7 +65,7 @@ class PretrainLoss(NamedTuple):
     "Loss of a pretraining step and its parts, unweighted."
     total:Tensor                # λ·invariance + μ·(variance + teacher's) + ν·(covariance + teacher's)
     invariance:Tensor           # distance to the teacher at hidden genes
-    variance:Tensor             # hinge of the student encoder's latents (or of the prediction, by `vicreg_of`)
+    variance:Tensor             # hinge of the student encoder's latents
     covariance:Tensor           # of the same latents
     teacher_variance:Tensor     # the same two of the teacher's: constants, without gradient
     teacher_covariance:Tensor
@@ -118,7 +118,7 @@ class BioJEPA(nn.Module):
         z_hat = self.masked_predictor(z)
         h = self.teacher(cells.x, cells.log_library_size, None, collapse)
         invariance = hidden_distance(z_hat, h, mask, c.latent_loss)
-        own, teacher = self._spread(z if c.vicreg_of == "encoder" else z_hat), self._spread(h)
+        own, teacher = self._spread(z), self._spread(h)
         return PretrainLoss(c.vicreg_weights[0]*invariance + self._regularisation(own, teacher), invariance, *own, *teacher)
 
     def dynamics_loss(self,

@@ -6,7 +6,7 @@
 __all__ = ['MaskedPredictor', 'CrossAttention', 'PredictorBlock', 'LatentGaussian', 'ActionPredictor', 'check_actions']
 
 # %% ../../nbs/35_predictor.ipynb #7ceac0b3
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,15 +38,13 @@ class MaskedPredictor(nn.Module):
 
 # %% ../../nbs/35_predictor.ipynb #1d50907e
 class CrossAttention(nn.Module):
-    "Tokens attend to action tokens (report §3.4, cross-attention injection)."
+    "Tokens attend to action tokens by linear attention (report §3.4, cross-attention injection)."
     def __init__(self,
-        d_model:int,                                    # D
-        n_heads:int,                                    # H
-        kind:Literal["linear", "softmax"]="linear",     # as released, or exp(q·k/√d); one token leaves no difference
+        d_model:int,   # D
+        n_heads:int,   # H
     ):
         super().__init__()
-        if kind not in ("linear", "softmax"): raise ValueError(f"kind: found {kind!r}; choose 'linear' or 'softmax'")
-        self.n_heads, self.kind = n_heads, kind
+        self.n_heads = n_heads
         self.q, self.k, self.v, self.out = (init_weights_(Linear(d_model, d_model)) for _ in range(4))
         self.norm = nn.LayerNorm(d_model)
 
@@ -61,21 +59,9 @@ class CrossAttention(nn.Module):
         else:
             q, k, v = (f(t).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
                        for f, t in ((self.q, self.norm(x)), (self.k, action), (self.v, action)))
-            y = self._attended(q, k, v, present).transpose(1, 2).flatten(2)
+            q, k = F.elu(q) + 1, (F.elu(k) + 1)*present[:, None, :, None].to(k.dtype)
+            y = ((q @ (k.mT @ v))/(q @ k.sum(-2)[..., None] + 1e-6)).transpose(1, 2).flatten(2)
         return self.out(y)*present.any(1)[:, None, None].to(y.dtype)
-
-    def _attended(self,
-        q:Tensor,           # (B, H, T, d)
-        k:Tensor,           # (B, H, A, d)
-        v:Tensor,           # (B, H, A, d)
-        present:Tensor,     # (B, A) bool
-    )->Tensor:              # (B, H, T, d)
-        "Values of the action tokens, weighted for each state token."
-        if self.kind == "softmax":
-            seen = present | ~present.any(1, keepdim=True)  # a row of all False would divide by zero
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None, None])
-        q, k = F.elu(q) + 1, (F.elu(k) + 1)*present[:, None, :, None].to(k.dtype)
-        return (q @ (k.mT @ v))/(q @ k.sum(-2)[..., None] + 1e-6)
 
 # %% ../../nbs/35_predictor.ipynb #f642355a
 class PredictorBlock(nn.Module):
@@ -84,10 +70,9 @@ class PredictorBlock(nn.Module):
         d_model:int,        # D
         n_heads:int,        # H
         mlp_ratio:int=4,    # hidden width of the MLP over D
-        cross_attention:Literal["linear", "softmax"]="linear",  # see `CrossAttention`
     ):
         super().__init__()
-        self.cross = CrossAttention(d_model, n_heads, cross_attention)
+        self.cross = CrossAttention(d_model, n_heads)
         self.norm_attention, self.norm_mlp = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
         self.attention, self.mlp = LinearAttention(d_model, n_heads), MLP(d_model, mlp_ratio)
 
@@ -122,8 +107,7 @@ class ActionPredictor(nn.Module):
         self.logvar_range, self.checkpoint_activations = (c.logvar_min, c.logvar_max), checkpoint_activations
         self.adapter = init_weights_(nn.Sequential(Linear(c.d_action, d), nn.LayerNorm(d), nn.GELU(), Linear(d, d)))
         self.query = init_weights_(nn.Embedding(c.n_genes, d))
-        self.blocks = nn.ModuleList(PredictorBlock(d, c.n_heads, c.mlp_ratio, c.cross_attention)
-                                    for _ in range(c.n_predictor_layers))
+        self.blocks = nn.ModuleList(PredictorBlock(d, c.n_heads, c.mlp_ratio) for _ in range(c.n_predictor_layers))
         self.norm = nn.LayerNorm(d)
         self.mean, self.logvar = init_weights_(Linear(d, d)), init_weights_(Linear(d, d))
 

@@ -35,7 +35,7 @@ def actions_of(
 def dynamics_step(
     model:BioJEPA,              # predictor and composer are trained
     batch:PairBatch,            # B control and perturbed cells
-    generator:torch.Generator,  # draws the genes to predict
+    generator:torch.Generator,  # draws the genes whose likelihood counts
     actions:ActionBatch,        # (P, A, F) the table of actions
 )->StepOutput:
     "Predict the perturbed cell's latents (report §5.3)."
@@ -129,7 +129,7 @@ def noisy(
 def mean_dynamics_step(
     model:BioJEPA,              # predictor and composer are trained
     batch:PairBatch,            # B control and perturbed cells
-    generator:torch.Generator,  # draws the genes to predict, and the noise
+    generator:torch.Generator,  # draws the noise, and with `mask_context` the hidden genes
     actions:ActionBatch,        # (P, A, F) the table of actions
     targets:MeanTargets,        # of the training perturbations
     action_noise:float=0.,      # see `noisy`
