@@ -306,7 +306,7 @@ def test_released_gene_probe_by_hand():
 def test_released_probes_read_the_students_latents_of_the_paired_control_cells(adata, monkeypatch):
     torch.manual_seed(0)
     model = BioJEPA(preset("smoke").model.changed(n_genes=G))
-    with torch.no_grad(): model.encoder.tokenizer.gene.weight += 1      # the teacher is another model now
+    with torch.no_grad(): model.encoder.tokenizer.gene.weight.normal_()     # the teacher is another model now
     rows, ctrl = np.arange(50), np.flatnonzero(adata.obs["condition"] == "ctrl")[np.arange(50) % 7]
     labels = dict(batch=np.repeat(["a", "b"], 25), perturbation=np.tile(["x", "y"], 25))
     frame = pd.DataFrame(labels | dict(control=adata.obs_names[ctrl]), index=adata.obs_names[rows])
