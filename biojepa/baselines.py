@@ -12,7 +12,7 @@ __all__ = ['FEATURE_BASELINES', 'control_mean', 'train_mean', 'Training', 'train
 # %% ../nbs/51_baselines.ipynb #f75f2e99
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,21 +49,32 @@ def train_mean(
 
 # %% ../nbs/51_baselines.ipynb #a633f826
 class Training(NamedTuple):
-    "Training conditions and their effects."
+    "Training conditions and their effects; takes the place of the AnnData in every baseline that learns from them."
     groups:pd.DataFrame                 # C rows: condition, cell_type, n_cells
     targets:list[tuple[str, ...]]       # of each
     delta:np.ndarray                    # (C, G)
+    control:np.ndarray                  # (C, G) mean of the controls beside them
+    mode:dict[str, str]                 # of every condition of the file; empty where unknown
 
 def training_deltas(
     template:PredictionSet,     # says what Δ refers to
-    adata:AnnData,              # prepared; the template's genes
+    adata:AnnData|Training,     # prepared, the template's genes; or what was read before
     split,                      # Split; only its training part is read
 )->Training:
     "Pseudobulk Δ of every training condition in every cell line."
-    if tuple(adata.var_names) != template.genes: raise ValueError("adata.var_names: not the template's genes; give the AnnData that the template was made of")
-    if template.provenance.get("split") != split.hash: raise ValueError(f"split: has hash {split.hash}, the template was made with {template.provenance.get('split')}; give the same split")
-    means = group_means(adata, split.cells(adata, "train"), split.controls(adata, "train"), "condition", template.provenance.get("control", "cell_type"))
-    return Training(means.groups, [parse_condition(c) for c in means.groups["condition"]], means.delta)
+    if isinstance(adata, Training): return adata
+    if tuple(adata.var_names) != template.genes:
+        raise ValueError("adata.var_names: not the template's genes; give the AnnData that the template was made of")
+    if template.provenance.get("split") != split.hash:
+        raise ValueError(f"split: has hash {split.hash}, the template was made with {template.provenance.get('split')}; give the same split")
+    reference = template.provenance.get("control", "cell_type")
+    means = group_means(adata, split.cells(adata, "train"), split.controls(adata, "train"), "condition", reference)
+    return Training(means.groups, [parse_condition(c) for c in means.groups["condition"]], means.delta, means.control, _modes(adata))
+
+def _modes(adata:AnnData)->dict[str, str]:
+    "Mode of each condition."
+    if "mode" not in adata.obs: return {}
+    return adata.obs[["condition", "mode"]].drop_duplicates("condition").astype(str).set_index("condition")["mode"].to_dict()
 
 # %% ../nbs/51_baselines.ipynb #e9343700
 class Answer(NamedTuple):
@@ -203,8 +214,9 @@ def ridge(
 )->PredictionSet:
     "Linear map from features to Δ."
     def learner(penalty, X, R, Q):
-        centre, K = X.mean(0), (X - X.mean(0)) @ (X - X.mean(0)).T  # as many unknowns as conditions, not as features
-        return R.mean(0) + (Q - centre) @ (X - centre).T @ np.linalg.solve(K + penalty*np.eye(len(X)), R - R.mean(0))
+        centred, asked = X - X.mean(0), Q - X.mean(0)
+        K = centred @ centred.T + penalty*np.eye(len(X))    # as many unknowns as conditions, not as features
+        return R.mean(0) + np.linalg.solve(K, centred @ asked.T).T @ (R - R.mean(0))
     return learn_from_features(name, template, adata, split, features, learner, penalties)
 
 def nearest_neighbours(
@@ -218,7 +230,9 @@ def nearest_neighbours(
     def unit(X): return X/np.maximum(np.linalg.norm(X, axis=1, keepdims=True), 1e-12)
     def learner(k, X, R, Q):
         nearest = np.argsort(-(unit(Q) @ unit(X).T), axis=1, kind="stable")[:, :k]
-        return (1 - shrink)*R[nearest].mean(1)
+        share = np.zeros((len(Q), len(X)))
+        np.put_along_axis(share, nearest, (1 - shrink)/nearest.shape[1], axis=1)
+        return share @ R    # rows of R are summed, not gathered: (n, k, G) would be 0.4 GB at full size
     return learn_from_features(name, template, adata, split, features, learner, k, shrink=shrink)
 
 # %% ../nbs/51_baselines.ipynb #ce6e60d0
@@ -456,33 +470,32 @@ def noise_ceiling(
 # %% ../nbs/51_baselines.ipynb #6522f142
 def own_changes(
     template:PredictionSet,     # says what Δ refers to
-    adata:AnnData,
+    adata:AnnData|Training,
     split,                      # only its training part is read
 )->pd.DataFrame:                # mode × factor, summand
     "How a targeted gene itself changes, by mode: Δ = factor · control where targets are lowered, a constant where they are raised."
-    means = group_means(adata, split.cells(adata, "train"), split.controls(adata, "train"), "condition", template.provenance.get("control", "cell_type"))
-    place, mode = {g: i for i, g in enumerate(template.genes)}, _modes(adata)
-    seen = pd.DataFrame([(mode.get(c, "unknown"), means.control[i, place[t]], means.delta[i, place[t]]) for i, c in enumerate(means.groups["condition"]) for t in parse_condition(c) if t in place],
-                        columns=["mode", "control", "delta"])
-    lowered = {m: t.delta.sum() <= 0 for m, t in seen.groupby("mode")}
-    return pd.DataFrame({m: dict(factor=max((t.delta*t.control).sum()/max((t.control**2).sum(), 1e-12), -1.) if lowered[m] else 0., summand=0. if lowered[m] else t.delta.mean())
-                         for m, t in seen.groupby("mode")}, index=["factor", "summand"]).T
-
-def _modes(adata:AnnData)->dict[str, str]:
-    "Mode of each condition."
-    if "mode" not in adata.obs: return {}
-    return adata.obs[["condition", "mode"]].astype(str).drop_duplicates("condition").set_index("condition")["mode"].to_dict()
+    training, place = training_deltas(template, adata, split), {g: i for i, g in enumerate(template.genes)}
+    at = [(i, place[t]) for i, targets in enumerate(training.targets) for t in targets if t in place]
+    row, gene = np.array(at, int).reshape(-1, 2).T
+    modes = [training.mode.get(c, "unknown") for c in training.groups["condition"].iloc[row]]
+    seen, own = pd.DataFrame(dict(mode=modes, control=training.control[row, gene], delta=training.delta[row, gene])), {}
+    for mode, t in seen.groupby("mode"):
+        lowered = t.delta.sum() <= 0
+        factor = max((t.delta*t.control).sum()/max((t.control**2).sum(), 1e-12), -1.)
+        own[mode] = dict(factor=factor if lowered else 0., summand=0. if lowered else t.delta.mean())
+    return pd.DataFrame(own, index=["factor", "summand"]).T
 
 def with_own_gene(
     method:PredictionSet,       # any baseline
-    adata:AnnData, split,
+    adata:AnnData|Training, split,
     name:str|None=None,
 )->PredictionSet:
     "A method that also knows which gene is hit: what training targets lost or gained of their own expression, added to its answer at the target's gene."
-    own, mode, place = own_changes(method, adata, split), _modes(adata), {g: i for i, g in enumerate(method.genes)}
+    training = training_deltas(method, adata, split)
+    own, place = own_changes(method, training, split), {g: i for i, g in enumerate(method.genes)}
     delta = method.delta.copy()
     for i, condition in enumerate(method.groups["condition"]):
-        if (m := mode.get(condition, "unknown")) not in own.index: continue
+        if (m := training.mode.get(condition, "unknown")) not in own.index: continue
         at = [place[t] for t in parse_condition(condition) if t in place]
         delta[i, at] += own.factor[m]*method.control_mean[i, at] + own.summand[m]
     return method.with_prediction(name or f"{method.name}, own gene", delta, delta_variance=method.delta_variance, own_gene=own.to_dict("index"))
@@ -490,28 +503,30 @@ def with_own_gene(
 # %% ../nbs/51_baselines.ipynb #2ddc9751
 FEATURE_BASELINES = dict(ridge=ridge, nearest_neighbours=nearest_neighbours, random_forest=random_forest)
 
-def _feature_plan(given:tuple, kind:str, table:pd.DataFrame, shuffled:bool, seed:int)->dict[str, Callable]:
-    "Baselines on one table of features."
-    calls = {name: lambda n, make=make: make(*given, table, name=n) for name, make in FEATURE_BASELINES.items()}
-    for best in ("nearest_neighbours", "random_forest"): calls[f"{best}, own gene"] = lambda n, make=FEATURE_BASELINES[best]: with_own_gene(make(*given, table), *given[1:], n)
-    calls["gaussian_process"] = lambda n: gaussian_process(*given, feature_kernel(table), name=n)
-    if shuffled: calls["shuffled ridge"] = lambda n: ridge(*given, shuffle_features(table, seed), name=n)
-    names = {name: f"{name.split(', ')[0]}, {kind}" + ", own gene"*name.endswith("own gene") for name in calls}
-    return {names[name]: partial(call, names[name]) for name, call in calls.items()}
+def _feature_plan(given:Callable[[], tuple], kind:str, table:pd.DataFrame, shuffled:bool, seed:int)->dict[str, Callable]:
+    "Baselines on one table of features; what only adds the own gene to another's answer does not ask it again."
+    made = {f"{name}, {kind}": cache(lambda n=f"{name}, {kind}", make=make: make(*given(), table, name=n)) for name, make in FEATURE_BASELINES.items()}
+    plan = dict(made)
+    for best in ("nearest_neighbours", "random_forest"):
+        name = f"{best}, {kind}"
+        plan[f"{name}, own gene"] = lambda name=name: with_own_gene(made[name](), *given()[1:], f"{name}, own gene")
+    plan[f"gaussian_process, {kind}"] = lambda: gaussian_process(*given(), feature_kernel(table), name=f"gaussian_process, {kind}")
+    if shuffled: plan[f"shuffled ridge, {kind}"] = lambda: ridge(*given(), shuffle_features(table, seed), name=f"shuffled ridge, {kind}")
+    return plan
 
 def _plan(template, adata, split, features, relations, shuffled, seed)->dict[str, Callable]:
-    "Name -> a call that makes the set."
-    given = template, adata, split
-    plan = dict(control_mean=lambda: control_mean(*given), train_mean=lambda: train_mean(*given))
-    plan["train_mean, own gene"] = lambda: with_own_gene(train_mean(*given), adata, split)
+    "Name -> a call that makes the set; training cells are read once, when first needed."
+    given = cache(lambda: (template, training_deltas(template, adata, split), split))
+    plan = dict(control_mean=lambda: control_mean(*given()), train_mean=lambda: train_mean(*given()))
+    plan["train_mean, own gene"] = lambda: with_own_gene(train_mean(*given()), *given()[1:])
     for kind, table in features.items(): plan |= _feature_plan(given, kind, table, shuffled, seed)
     if relations is not None:
         genes = sorted({g for c in set(adata.obs["condition"].astype(str)) for g in parse_condition(c)})
-        plan["graph_neighbours"] = lambda: graph_neighbours(*given, relations)
-        plan["gaussian_process, graph"] = lambda: gaussian_process(*given, diffusion_kernel(relations, genes), name="gaussian_process, graph")
-    if any(len(parse_condition(c)) > 1 for c in template.groups["condition"]): plan["additive"] = lambda: additive(*given)
-    plan["ceiling"] = lambda: split_half_ceiling(*given, seed=seed)
-    if {"truth", "true_log_fold"} & set(adata.uns): plan["oracle"] = lambda: oracle(*given)
+        plan["graph_neighbours"] = lambda: graph_neighbours(*given(), relations)
+        plan["gaussian_process, graph"] = lambda: gaussian_process(*given(), diffusion_kernel(relations, genes), name="gaussian_process, graph")
+    if any(len(parse_condition(c)) > 1 for c in template.groups["condition"]): plan["additive"] = lambda: additive(*given())
+    plan["ceiling"] = lambda: split_half_ceiling(template, adata, split, seed=seed)
+    if {"truth", "true_log_fold"} & set(adata.uns): plan["oracle"] = lambda: oracle(template, adata, split)
     return plan
 
 # %% ../nbs/51_baselines.ipynb #d9251b5d

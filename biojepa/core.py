@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PATHS', 'find_root', 'project_paths', 'seed_everything', 'default_device', 'n_params', 'keep_freed_memory',
-           'object_hash', 'file_hash', 'atomic_path']
+           'return_freed_memory', 'object_hash', 'file_hash', 'atomic_path']
 
 # %% ../nbs/00_core.ipynb #31a49d13
 import ctypes, hashlib, json, os, random, sys
@@ -70,6 +70,12 @@ def keep_freed_memory()->bool:  # whether the process does so now; only glibc (L
     if not sys.platform.startswith("linux"): return False
     try: return all(ctypes.CDLL("libc.so.6").mallopt(*option) for option in ((-1, -1), (-4, 0)))
     except (OSError, AttributeError): return False  # another C library
+
+def return_freed_memory()->bool:    # whether anything could be returned; only glibc (Linux) can
+    "Return what is free at this moment to the system, once (malloc_trim(3))."
+    if not sys.platform.startswith("linux"): return False
+    try: return bool(ctypes.CDLL("libc.so.6").malloc_trim(0))
+    except (OSError, AttributeError): return False
 
 # %% ../nbs/00_core.ipynb #d809c6f7
 def object_hash(

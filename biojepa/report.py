@@ -109,9 +109,14 @@ def cell_table(
 # %% ../nbs/71_report.ipynb #f66e751b
 def gene_table(
     adata:AnnData,  # prepared
+    block:int=4096, # cells read at once; scipy's own mean holds two copies of the matrix
 )->pd.DataFrame:    # one row per gene
     "Mean expression and share of cells that express it, over all cells."
-    return pd.DataFrame(dict(gene=adata.var_names, mean=np.asarray(adata.X.mean(0)).ravel(), expressed=adata.X.getnnz(0)/adata.n_obs))
+    total, expressed = np.zeros(adata.n_vars), np.zeros(adata.n_vars)
+    for x in (adata.X[a:a + block] for a in range(0, adata.n_obs, block)):
+        total += np.asarray(x.sum(0, dtype=np.float64)).ravel()
+        expressed += x.getnnz(0)
+    return pd.DataFrame(dict(gene=adata.var_names, mean=total/adata.n_obs, expressed=expressed/adata.n_obs))
 
 # %% ../nbs/71_report.ipynb #44b8b64e
 def condition_table(

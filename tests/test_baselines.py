@@ -1,4 +1,6 @@
 "Baselines against scikit-learn, loops and planted answers; none sees a test cell; the known answers of the twin."
+import tracemalloc
+
 import anndata as ad
 import numpy as np
 import pandas as pd
@@ -11,13 +13,15 @@ from sklearn.neighbors import NearestNeighbors
 
 from biojepa.actions.featurizers import FeatureBank, featurize
 from biojepa.actions.vocabulary import ActionTable, Modality
-from biojepa.baselines import (additive, choose, control_mean, diffusion_kernel, feature_kernel, gaussian_process, graph_features, graph_neighbours, leave_one_out, nearest_neighbours,
-                               noise_ceiling, oracle, random_forest, related, ridge, run_baselines, shuffle_features, split_half_ceiling, sum_features, target_features, train_mean, training_deltas)
+from biojepa import baselines as baselines_module
+from biojepa.baselines import (Training, additive, choose, control_mean, diffusion_kernel, feature_kernel, gaussian_process, graph_features, graph_neighbours, leave_one_out, nearest_neighbours,
+                               noise_ceiling, oracle, random_forest, related, ridge, run_baselines, shuffle_features, split_half_ceiling, sum_features, target_features, train_mean, training_deltas,
+                               with_own_gene)
 from biojepa.data.datasets import load_dataset
 from biojepa.data.preprocess import prepare
 from biojepa.data.simulate import SimulationSpec, simulate_perturb_seq
 from biojepa.data.splits import make_split
-from biojepa.predict import group_means, pseudobulk, test_set, train_mean_delta
+from biojepa.predict import PredictionSet, group_means, pseudobulk, test_set, train_mean_delta
 
 
 def simulated(**options):
@@ -43,6 +47,15 @@ def makers(features, relations):
     return dict(train_mean=train_mean, ridge=lambda *g: ridge(*g, features), nearest_neighbours=lambda *g: nearest_neighbours(*g, features),
                 random_forest=lambda *g: random_forest(*g, features, trees=10), gaussian_process=lambda *g: gaussian_process(*g, feature_kernel(features)),
                 graph=lambda *g: gaussian_process(*g, diffusion_kernel(relations, features.index)), graph_neighbours=lambda *g: graph_neighbours(*g, relations), additive=additive)
+
+
+def blank(conditions, n_genes):
+    "A template with one cell per condition and nothing expressed."
+    n, genes = len(conditions), tuple(f"g{i}" for i in range(n_genes))
+    about = dict(perturbation=conditions, condition=conditions, cell_type="a")
+    cells = pd.DataFrame(about | dict(batch="0", group=np.arange(n), control="c"), index=[f"cell{i}" for i in range(n)])
+    none, zero = sp.csr_matrix((n, n_genes), dtype=np.float32), np.zeros((n, n_genes))
+    return PredictionSet("control_mean", genes, cells, none, none, pd.DataFrame(about | dict(n_cells=1)), zero, zero, np.zeros(n_genes), "log1p")
 
 
 NAMES = ("train_mean", "ridge", "nearest_neighbours", "random_forest", "gaussian_process", "graph", "graph_neighbours", "additive")
@@ -341,6 +354,41 @@ def test_run_baselines_makes_what_the_data_allow(case):
     assert all(s.name == name and s.provenance["split"] == split.hash for name, s in sets.items())
     assert list(run_baselines(template, adata, split, only=["ceiling", "train_mean"], progress=False)) == ["ceiling", "train_mean"]
     with pytest.raises(ValueError, match="only: found ridge; these data allow control_mean"): run_baselines(template, adata, split, only=["ridge"])
+
+
+def test_training_cells_are_read_once_and_nothing_is_learned_twice(case, monkeypatch):
+    adata, split, template, features, relations = case
+    read, grown = [], []
+    means, forest = baselines_module.group_means, baselines_module.RandomForestRegressor
+    monkeypatch.setattr(baselines_module, "group_means", lambda adata, rows, *a: read.append(len(rows)) or means(adata, rows, *a))
+    monkeypatch.setattr(baselines_module, "RandomForestRegressor", lambda *a, **k: grown.append(a) or forest(*a, **k))
+    names = ["train_mean, own gene", "ridge, x", "random_forest, x", "random_forest, x, own gene", "nearest_neighbours, x, own gene", "gaussian_process, x"]
+    sets = run_baselines(template, adata, split, dict(x=features), only=names, progress=False)
+    assert read == [len(split.cells(adata, "train"))] and len(grown) == 2   # forests: one for each of the two lines
+    given = template, adata, split
+    for name, alone in {"ridge, x": ridge(*given, features), "train_mean, own gene": with_own_gene(train_mean(*given), adata, split),
+                        "random_forest, x, own gene": with_own_gene(random_forest(*given, features), adata, split)}.items():
+        np.testing.assert_array_equal(sets[name].delta, alone.delta)
+        assert sets[name].provenance.get("own_gene") == alone.provenance.get("own_gene")
+
+
+def test_neighbours_and_ridge_need_no_array_of_pairs_and_genes():
+    "With 40 neighbours the answers are sums of rows; the naive gather would take n × 40 × G numbers."
+    rng, genes = np.random.default_rng(0), [f"G{i}" for i in range(400)]
+    training = Training(pd.DataFrame(dict(condition=[f"{g}+ctrl" for g in genes[:300]], cell_type="a", n_cells=9)), [(g,) for g in genes[:300]],
+                        rng.normal(size=(300, 2000)), np.ones((300, 2000)), {})
+    features, template = pd.DataFrame(rng.normal(size=(400, 5)), index=genes), blank([f"{g}+ctrl" for g in genes[300:]], 2000)
+    centred = (features - features[:300].mean()).to_numpy()
+    unit = centred/np.linalg.norm(centred, axis=1)[:, None]
+    nearest = np.argsort(-unit[300:] @ unit[:300].T, axis=1, kind="stable")[:, :40]
+    mean = training.delta.mean(0)
+    naive = mean + .8*(training.delta - mean)[nearest].mean(1)
+    tracemalloc.start()
+    found = nearest_neighbours(template, training, None, features, k=(40,))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    np.testing.assert_allclose(found.delta, naive, rtol=0, atol=1e-10)
+    assert peak < 100*40*2000*8/2
 
 
 def test_bad_input_is_refused_by_name(case):

@@ -1,5 +1,6 @@
 "The model against independent references, and the collapse of equal tokens against the naive form."
 import json, subprocess, sys
+from functools import partial
 
 import pytest
 import torch
@@ -399,3 +400,19 @@ def test_compiled_blocks_give_the_same_loss():
     model.compile_blocks()
     for a, b in zip((model.pretrain_loss(cells, mask).total, model.dynamics_loss(pairs, actions, mask).total), expected):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_padding_to_few_widths_changes_nothing(monkeypatch):
+    "Batches meet at most about 64 shapes; the tokens beyond a cell's own weigh 0, so latents agree to rounding."
+    g, n_genes = torch.Generator().manual_seed(5), 640
+    widths = {list_genes(torch.rand(4, n_genes, generator=g) < p)[0].shape[1] for p in torch.linspace(0, 1, 400)}
+    assert 40 < len(widths) <= 65 and max(widths) == n_genes
+    torch.manual_seed(0)
+    encoder = CellEncoder(SMALL.changed(n_genes=n_genes))
+    cells, _, _ = make_batch(5, .3, seed=1, n_genes=n_genes)
+    mask = random_gene_mask(5, n_genes, generator=g)
+    few = encoder(cells.x, cells.log_library_size, mask)
+    monkeypatch.setattr("biojepa.model.tokens.list_genes", partial(list_genes, widths=n_genes))
+    exact = encoder(cells.x, cells.log_library_size, mask)
+    assert exact.x.shape[1] == ((cells.x != 0) & ~mask).sum(1).max() + 2 < few.x.shape[1]
+    torch.testing.assert_close(few.genes(), exact.genes(), rtol=0, atol=2e-6)

@@ -1,12 +1,15 @@
 "Artefacts are listed with what they were made from, and a change is seen."
-import hashlib, json
+import hashlib, json, tracemalloc
 
+import numpy as np
 import pandas as pd
 import pytest
+import scipy.sparse as sp
+from anndata import AnnData
 from matplotlib.figure import Figure
 
 from biojepa.core import PATHS
-from biojepa.report import Report, check_manifest, commit, read_manifest, versions
+from biojepa.report import Report, check_manifest, commit, gene_table, read_manifest, versions
 
 TABLE = pd.DataFrame(dict(a=[1, 2]))
 
@@ -51,3 +54,13 @@ def test_versions_and_commit(tmp_path):
 def test_committed_figures_are_as_listed():
     found = check_manifest(PATHS.figures)
     assert len(found) and (found.state == "as listed").all(), found[found.state != "as listed"].to_string()
+
+
+def test_gene_table_holds_no_copy_of_the_matrix():
+    X = sp.random(20_000, 300, .3, format="csr", dtype=np.float32, random_state=0)
+    tracemalloc.start()
+    table = gene_table(AnnData(X))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    np.testing.assert_allclose(table["mean"], X.toarray().mean(0, dtype=float), rtol=1e-12)
+    assert (table.expressed == (X.toarray() > 0).mean(0)).all() and peak < (X.data.nbytes + X.indices.nbytes)/2

@@ -4,6 +4,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from biojepa.actions.featurizers import action_batch, featurize
 from biojepa.actions.vocabulary import ActionTable, Modality, Mode
@@ -104,8 +105,32 @@ def test_mean_changes_against_a_loop_over_cells(screen):
     for p in (screen.train[0], screen.train[-1]):
         rows = split.cells(adata, "train"); rows = rows[code[rows] == p]
         naive = torch.stack([latent(np.array([r]))[0] - latent(controls[batch[controls] == batch[r]]).mean(0) for r in rows]).mean(0)
-        torch.testing.assert_close(found[p].double(), naive, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found[p].double(), naive, rtol=2**-11 + 1e-4, atol=1e-5)   # kept in half precision
     assert not found[np.setdiff1d(np.arange(len(screen.table)), screen.train)].any()
+
+
+class Largest(TorchDispatchMode):
+    "Bytes of the largest tensor that any operation gave."
+    bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(x, torch.Tensor): self.bytes = max(self.bytes, x.numel()*x.element_size())
+        return out
+
+
+def test_mean_changes_are_held_once_and_in_half_precision(screen):
+    model, n = small(), len(screen.table)
+    with Largest() as seen: change = mean_changes(model, screen.adata, screen.split, n, batch_size=4)
+    assert change.dtype == torch.float16 and seen.bytes == change.numel()*2 == n*60*model.config.d_model*2
+    with Largest() as seen: targets = mean_targets(change, torch.ones(60, model.config.d_model))
+    assert seen.bytes <= 4*change[0].numel()
+    used = change[screen.train].double()
+    torch.testing.assert_close(targets.scale.double(), used.square().mean(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(targets.delta_scale.double(), used.sum(-1).square().mean(), rtol=1e-5, atol=0)
+    codes = torch.tensor([screen.train[1], 0, screen.train[1]])
+    assert torch.equal(targets.rows(codes), change.float()[codes])
 
 
 def test_gene_maps_are_ridge_regressions(screen):

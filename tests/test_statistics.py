@@ -5,7 +5,8 @@ import pytest
 from scipy import stats
 
 from biojepa.evaluate.metrics import METRICS
-from biojepa.evaluate.statistics import bootstrap_ci, bootstrap_panel, hierarchical_bootstrap, paired_bootstrap, scaled_score, summarise
+from biojepa.evaluate.statistics import (
+    _draw_means, _draws, bootstrap_ci, bootstrap_panel, hierarchical_bootstrap, paired_bootstrap, scaled_score, summarise)
 from biojepa.predict import Pseudobulk
 
 
@@ -23,13 +24,24 @@ def test_interval_holds_the_truth_as_often_as_it_says():
     assert np.mean(inside) == pytest.approx(.9, abs=.04)
 
 
-def test_draws_in_pieces_are_draws():
-    "Small pieces in memory give the same kind of interval as one."
-    from biojepa.evaluate.statistics import _draw_means
-    values = np.random.default_rng(0).normal(size=50)
-    whole, pieces = _draw_means(values, 4000, np.random.default_rng(1)), _draw_means(values, 4000, np.random.default_rng(1), size=170)
-    assert len(pieces) == 4000 and pieces.mean() == pytest.approx(whole.mean(), abs=.02) and pieces.std() == pytest.approx(whole.std(), rel=.1)
-    assert whole.std() == pytest.approx(values.std()/np.sqrt(50), rel=.05)
+@pytest.mark.parametrize("k", [1, 50, 300])
+def test_draws_kept_or_in_pieces_are_the_same(k):
+    "However the draws are stored or cut, their means are those of the multinomial written out."
+    values = np.random.default_rng(0).normal(size=k)
+    counts = np.random.default_rng(1).multinomial(k, np.full(k, 1/k), size=4000)
+    naive = [row @ values/k for row in counts.astype(float)]
+    for options in ({}, dict(size=170), dict(keep=0), dict(keep=0, size=170)):
+        np.testing.assert_allclose(_draw_means(values, 4000, 1, **options), naive, rtol=0, atol=1e-12)
+    assert _draws(k, 4000, 1).sum(1).tolist() == [k]*4000
+
+
+def test_a_table_draws_once():
+    _draws.cache_clear()
+    rng = np.random.default_rng(0)
+    tidy = pd.DataFrame([dict(method=m, metric="r_delta", condition=f"G{i}", cell_type="a", value=rng.normal())
+                         for m in ("train_mean", "ridge", "forest", "ceiling") for i in range(40)])
+    summarise(tidy)
+    assert _draws.cache_info().misses == 1 and _draws.cache_info().hits > 10
 
 
 def test_level_and_seed():

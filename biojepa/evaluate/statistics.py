@@ -8,6 +8,7 @@ __all__ = ['Interval', 'bootstrap_ci', 'paired_bootstrap', 'hierarchical_bootstr
 
 # %% ../../nbs/61_statistics.ipynb #d9038aa1
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -44,16 +45,29 @@ def _check_draws(
     if not 0 < level < 1: raise ValueError(f"level: found {level}; give a share between 0 and 1, such as 0.95")
 
 # %% ../../nbs/61_statistics.ipynb #3f390772
+@lru_cache(maxsize=8)
+def _draws(
+    k:int,      # values
+    n:int,      # draws
+    seed:int,
+)->np.ndarray:  # (n, k) how often each value is in each draw
+    "Draws with replacement; a table asks for the same ones for each of its methods and metrics."
+    return np.random.default_rng(seed).multinomial(k, np.full(k, 1/k), size=n).astype(np.min_scalar_type(k))
+
 def _draw_means(
-    values:np.ndarray,          # (k,) numbers
-    n:int,                      # draws
-    rng:np.random.Generator,
-    size:int=2**20,             # most numbers in memory in one go
-)->np.ndarray:                  # (n,)
+    values:np.ndarray,  # (k,) numbers
+    n:int,              # draws
+    seed:int,
+    size:int=2**20,     # most numbers used in one go
+    keep:int=2**23,     # most numbers of draws that are kept for the next call
+)->np.ndarray:          # (n,)
     "Means of `n` draws with replacement, as weighted sums."
-    k = len(values)
+    k, rng = len(values), np.random.default_rng(seed)
     step = max(1, size//max(k, 1))
-    return np.concatenate([rng.multinomial(k, np.full(k, 1/k), size=min(step, n - i)) @ values/k for i in range(0, n, step)])
+    pieces = [(i, min(i + step, n)) for i in range(0, n, step)]
+    if k*n <= keep: counts = (_draws(k, n, seed)[a:b] for a, b in pieces)
+    else: counts = (rng.multinomial(k, np.full(k, 1/k), size=b - a) for a, b in pieces)
+    return np.concatenate([c @ values/k for c in counts])
 
 def _interval(
     values:np.ndarray,  # (k,) what the mean is of
@@ -76,7 +90,7 @@ def bootstrap_ci(
     _check_draws(n, level)
     values = _finite(values, "values")
     if not len(values): return Interval(np.nan, np.nan, np.nan, 0)
-    return _interval(values, _draw_means(values, n, np.random.default_rng(seed)), level)
+    return _interval(values, _draw_means(values, n, seed), level)
 
 # %% ../../nbs/61_statistics.ipynb #43221a48
 def paired_bootstrap(
@@ -92,7 +106,7 @@ def paired_bootstrap(
     if len(a) != len(b): raise ValueError(f"a, b: found {len(a)} and {len(b)} values; give the same perturbations in the same order")
     d = _finite(a - b, "a - b")
     if not len(d): return Interval(np.nan, np.nan, np.nan, 0)
-    return _interval(d, _draw_means(d, n, np.random.default_rng(seed)), level, paired=True)
+    return _interval(d, _draw_means(d, n, seed), level, paired=True)
 
 # %% ../../nbs/61_statistics.ipynb #8aa0e2d9
 def hierarchical_bootstrap(

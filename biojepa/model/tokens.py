@@ -61,10 +61,11 @@ def take_tokens(
 # %% ../../nbs/31_tokens.ipynb #5d118718
 def list_genes(
     chosen:Tensor,  # (B, G) bool
+    widths:int=64,  # how many values N may take, about
 )->tuple[Tensor, Tensor]:  # genes (B, N) in order, weight (B, N) float: 1, and 0 for padding
-    "The chosen genes of each cell side by side; N is the largest number of them in any cell."
-    n = chosen.sum(1)
-    width = max(int(n.max()), 1)
+    "The chosen genes of each cell side by side; N is the largest number of them in any cell, rounded up."
+    n, step = chosen.sum(1), max(1, chosen.shape[1]//widths)
+    width = min(-(-max(int(n.max()), 1)//step)*step, chosen.shape[1])
     gene = torch.zeros(len(chosen), width, dtype=torch.long, device=chosen.device)
     cell, column = chosen.nonzero(as_tuple=True)
     gene[cell, chosen.cumsum(1)[cell, column] - 1] = column

@@ -8,8 +8,10 @@ __all__ = ['actions_of', 'dynamics_step', 'mean_changes', 'gene_maps', 'MeanTarg
 
 # %% ../../nbs/43_dynamics.ipynb #b2fb4a96
 from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
-from typing import Callable, Iterator, NamedTuple
+from typing import Callable, Iterable, Iterator, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -21,6 +23,26 @@ from ..config import StageConfig
 from ..data.batches import ActionBatch, PairBatch, dense_rows, match_controls, pair_loader, row_source
 from ..model.biojepa import BioJEPA, check_mask
 from ..model.losses import gaussian_nll, latent_distance
+from .loop import Stage, StepOutput, fit
+
+# %% ../../nbs/43_dynamics.ipynb #b2fb4a96
+from functools import partial
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
+from typing import Callable, Iterable, Iterator, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from anndata import AnnData
+from torch import Tensor
+
+from ..config import StageConfig
+from ..data.batches import ActionBatch, PairBatch, dense_rows, match_controls, pair_loader, row_source
+from ..model.biojepa import BioJEPA, check_mask
+from ..model.losses import gaussian_nll, latent_distance
+from ..model.tokens import list_genes, take_tokens
 from .loop import Stage, StepOutput, fit
 
 # %% ../../nbs/43_dynamics.ipynb #25678f41
@@ -46,14 +68,28 @@ def dynamics_step(
 def _teacher_latents(
     model:BioJEPA,
     adata:AnnData,
-    rows:np.ndarray,    # cells
+    groups:Iterable[np.ndarray],    # cells, in groups that are not mixed
     batch_size:int,
-)->Iterator[tuple[np.ndarray, Tensor]]:     # rows, latents (b, G, D)
+)->Iterator[tuple[int, np.ndarray, Tensor]]:    # number of the group, rows, latents (b, G, D)
     "The teacher's latents of some cells, batch by batch."
     device, X = next(model.parameters()).device, row_source(adata)
     size = adata.obs["log_library_size"].to_numpy(np.float32)
-    for at in (rows[i:i + batch_size] for i in range(0, len(rows), batch_size)):
-        yield at, model.teacher(dense_rows(X, at).to(device), torch.from_numpy(size[at]).to(device)).genes().float()
+    for i, rows in enumerate(groups):
+        for at in (rows[a:a + batch_size] for a in range(0, len(rows), batch_size)):
+            x, log_size = dense_rows(X, at).to(device), torch.from_numpy(size[at]).to(device)
+            yield i, at, model.teacher(x, log_size).genes().float()
+
+def _mean_latents(
+    model:BioJEPA,
+    adata:AnnData,
+    groups:Iterable[np.ndarray],    # cells
+    batch_size:int,
+)->Iterator[Tensor]:                # (G, D) float32 of each group
+    "Mean latents of groups of cells, one group in memory at a time."
+    for _, batches in groupby(_teacher_latents(model, adata, groups, batch_size), key=itemgetter(0)):
+        n, total = 0, 0.
+        for _, rows, h in batches: n, total = n + len(rows), total + h.sum(0)
+        yield (total/n).cpu()
 
 # %% ../../nbs/43_dynamics.ipynb #4ec2606a
 @torch.no_grad()
@@ -63,19 +99,20 @@ def mean_changes(
     split,                  # only cells of its training part, and the controls it may use, are read
     n_perturbations:int,    # P, rows of the table of actions
     batch_size:int=64,
-)->Tensor:                  # (P, G, D) float32; zero where a perturbation has no training cell
+)->Tensor:                  # (P, G, D) float16; zero where a perturbation has no training cell
     "Mean change of the teacher's latents by each training perturbation, beside the mean control of each cell's gem group."
-    pools = match_controls(adata, np.asarray(split.cells(adata, "train")), np.sort(np.asarray(split.controls(adata, "train"))))
+    train, controls = np.asarray(split.cells(adata, "train")), np.sort(np.asarray(split.controls(adata, "train")))
+    pools = match_controls(adata, train, controls)
     spans, group = np.unique(np.stack([pools.start, pools.size], 1), axis=0, return_inverse=True)
-    group = dict(zip(pools.cells.tolist(), group.ravel().tolist()))
-    control = torch.stack([sum(h.sum(0).cpu() for _, h in _teacher_latents(model, adata, pools.pool[a:a + n], batch_size))/n for a, n in spans])
-    code = adata.obs["perturbation"].astype("category").cat.codes.to_numpy()
-    change, count = torch.zeros(n_perturbations, *control.shape[1:]), torch.zeros(n_perturbations)
-    for rows, h in _teacher_latents(model, adata, pools.cells, batch_size):
-        p = torch.from_numpy(code[rows].astype(np.int64))
-        change.index_add_(0, p, h.cpu() - control[[group[r] for r in rows.tolist()]])
-        count.index_add_(0, p, torch.ones(len(rows)))
-    return change/count.clamp(min=1)[:, None, None]
+    control = torch.stack([*_mean_latents(model, adata, (pools.pool[a:a + n] for a, n in spans), batch_size)])
+    code = adata.obs["perturbation"].astype("category").cat.codes.to_numpy()[pools.cells]
+    of = {int(p): np.flatnonzero(code == p) for p in np.unique(code)}
+    means = _mean_latents(model, adata, (pools.cells[at] for at in of.values()), batch_size)
+    change = torch.zeros(n_perturbations, *control.shape[1:], dtype=torch.float16)
+    for (p, at), mean in zip(of.items(), means):
+        share = np.bincount(group.ravel()[at], minlength=len(spans))/len(at)
+        change[p] = mean - torch.tensordot(torch.from_numpy(share).float(), control, 1)
+    return change
 
 # %% ../../nbs/43_dynamics.ipynb #6ea69674
 @torch.no_grad()
@@ -90,28 +127,39 @@ def gene_maps(
     c, n, X = model.config, len(rows), row_source(adata)
     zz, zx = torch.zeros(c.n_genes, c.d_model, c.d_model), torch.zeros(c.n_genes, c.d_model)
     z1, x1 = torch.zeros(c.n_genes, c.d_model), torch.zeros(c.n_genes)
-    for at, h in _teacher_latents(model, adata, rows, batch_size):
+    for _, at, h in _teacher_latents(model, adata, [rows], batch_size):
         h, x = h.cpu().transpose(0, 1), dense_rows(X, at).T
-        zz += h.mT @ h; zx += (x[:, None] @ h)[:, 0]; z1 += h.sum(1); x1 += x.sum(1)
-    covariance = zz/n - z1[:, :, None]*z1[:, None]/n**2 + ridge*torch.eye(c.d_model)
-    return torch.linalg.solve(covariance.double(), (zx/n - z1*x1[:, None]/n**2).double()[..., None])[..., 0].float()
+        zz.baddbmm_(h.mT, h)
+        zx += (x[:, None] @ h)[:, 0]; z1 += h.sum(1); x1 += x.sum(1)
+    maps = torch.empty(c.n_genes, c.d_model)
+    for g in torch.arange(c.n_genes).split(256):   # in double precision, so a few genes at a time
+        covariance = zz[g]/n - z1[g, :, None]*z1[g, None]/n**2 + ridge*torch.eye(c.d_model)
+        shared = zx[g]/n - z1[g]*x1[g, None]/n**2
+        maps[g] = torch.linalg.solve(covariance.double(), shared.double()).float()
+    return maps
 
 # %% ../../nbs/43_dynamics.ipynb #528f3269
 class MeanTargets(NamedTuple):
     "What `target=\"mean\"` compares predictions with."
-    change:Tensor       # (P, G, D) from `mean_changes`
+    change:Tensor       # (P, G, D) float16, from `mean_changes`
     maps:Tensor         # (G, D) from `gene_maps`
     scale:Tensor        # scalar, mean square of the changes
     delta_scale:Tensor  # scalar, mean square of the decoded changes
+
+    def rows(self,
+        codes:Tensor,   # (B,) perturbations
+    )->Tensor:          # (B, G, D) float32, on the device of `codes`
+        "The changes of some perturbations."
+        return self.change[codes.to(self.change.device)].to(codes.device).float()
 
 def mean_targets(
     change:Tensor,  # (P, G, D)
     maps:Tensor,    # (G, D)
 )->MeanTargets:
     "The changes with what predicting none of them costs."
-    used = change[change.flatten(1).any(1)]
-    if not len(used): raise ValueError("change: every perturbation's mean change is zero; does the training part have perturbed cells?")
-    return MeanTargets(change, maps, used.square().mean(), (used*maps).sum(-1).square().mean())
+    squares = [(d.square().mean(), (d*maps).sum(-1).square().mean()) for row in change if (d := row.float()).any()]
+    if not squares: raise ValueError("change: every perturbation's mean change is zero; does the training part have perturbed cells?")
+    return MeanTargets(change, maps, *torch.tensor(squares).mean(0))
 
 # %% ../../nbs/43_dynamics.ipynb #cfd520f2
 def noisy(
@@ -150,6 +198,34 @@ def mean_dynamics_step(
                  nll=gaussian_nll((h_ctrl + change).detach(), predicted.logvar, h_pert))
     loss = parts["delta"] + 0.1*(parts["change"] + parts["nll"])
     return StepOutput(loss, {k: v.detach() for k, v in parts.items()}, len(x))
+
+# %% ../../nbs/43_dynamics.ipynb #dbf8e312
+def mean_dynamics_step(
+    model:BioJEPA,              # predictor and composer are trained
+    batch:PairBatch,            # B control and perturbed cells
+    generator:torch.Generator,  # draws the noise, and with `mask_context` the hidden genes
+    actions:ActionBatch,        # (P, A, F) the table of actions
+    targets:MeanTargets,        # of the training perturbations
+    action_noise:float=0.,      # see `noisy`
+)->StepOutput:
+    "Predict the mean change of latents, as decoded at each gene, and the spread of single cells around it."
+    c, acts, x, size = model.config, actions_of(batch, actions), batch.x_ctrl, batch.log_library_size_ctrl
+    hidden = check_mask(model.hide(x, generator)) if c.mask_context else None
+    with torch.no_grad():
+        z = model.encoder(batch.x_ctrl, batch.log_library_size_ctrl, mask if model.config.mask_context else None)
+        h_ctrl, h_pert = model.teacher(batch.x_ctrl, batch.log_library_size_ctrl), model.teacher(batch.x_pert, batch.log_library_size_pert)
+        genes, weight = list_genes(mask)
+        if model.config.intervenes: origin = tokens_at(model.origin(batch.x_ctrl, batch.log_library_size_ctrl, acts), genes)
+    action = noisy(model.composer(acts), acts.present, action_noise, generator)
+    predicted, h_ctrl = model.predictor(z, action, acts.present, genes, weight), tokens_at(h_ctrl, genes)
+    change = predicted.mean if model.config.predicts == "change" else predicted.mean - h_ctrl
+    if model.config.intervenes: change = change + origin - h_ctrl
+    target = take_tokens(targets.rows(batch.perturbation), genes).to(change)
+    decoded = ((change - target)*targets.maps.to(change.device)[genes]).sum(-1, keepdim=True)
+    parts = dict(delta=latent_distance(decoded, torch.zeros_like(decoded), weight, "mse")/targets.delta_scale.to(change.device),
+                 change=latent_distance(change, target, weight, "mse")/targets.scale.to(change.device),
+                 nll=gaussian_nll((h_ctrl + change).detach(), predicted.logvar, tokens_at(h_pert, genes), weight))
+    return StepOutput(parts["delta"] + 0.1*(parts["change"] + parts["nll"]), {k: v.detach() for k, v in parts.items()}, len(batch.x_ctrl))
 
 # %% ../../nbs/43_dynamics.ipynb #fd5ce69f
 def _group_controls(adata:AnnData, pools)->dict:    # (start, size) of a pool -> (G,) mean control

@@ -24,7 +24,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from tqdm import tqdm
 
 from ..config import StageConfig, config_hash
-from ..core import keep_freed_memory
+from ..core import keep_freed_memory, return_freed_memory
 from ..data.batches import BatchLoader, CellBatch
 from ..model.losses import shared_batch
 from .state import Checkpointer, TrainingLog, own_randomness, read_log, restore_, snapshot, step_seed, weights_hash
@@ -265,6 +265,7 @@ def fit(
         if not finished:
             writer = _event_writer(folder, tensorboard and fabric.is_global_zero)
             with _watched(training) as bar: _run(training, log, about, _Every(log_every, validate_every, checkpoint_every), early_stop, writer, bar)
+    return_freed_memory()
     return log.frame
 
 # %% ../../nbs/40_loop.ipynb #e4112300
