@@ -78,6 +78,8 @@ class Columns(Frozen):
     duplicate_genes:Literal["error", "rename"] = "error"
     unknown_targets:Literal["allow", "warn", "error"] = "warn"
     keep:tuple[str, ...] = ()
+    drop:tuple[str, ...] = ()                # targets whose cells are left out
+    drop_absent:Literal["error", "warn"] = "error"  # what to do with a name of `drop` that does not occur; a card warns
     relabel:dict[str, str] = {}              # wrong cell-type labels in the file -> the published ones
 
 # %% ../../nbs/11_datasets.ipynb #0af594ed
@@ -399,6 +401,25 @@ def _conditions(
                    + (f", {len(changed)} labels respelled, e.g. {changed[0]!r} -> {spelling[changed[0]]!r}" if changed else ""))
     return raw.map(spelling)
 
+# %% ../../nbs/11_datasets.ipynb #5a7c0d31
+def _kept_cells(
+    condition:pd.Series,    # canonical condition of each cell
+    columns:Columns,        # `drop` and `drop_absent`
+    history:list[str],      # extended in place
+    where:str,              # name of the source
+)->np.ndarray:              # (N,) bool
+    "Cells whose condition names no target that is to be left out."
+    targets = {c: parse_condition(c, "ctrl") for c in condition.unique()}
+    absent = sorted(set(columns.drop) - {t for names in targets.values() for t in names})
+    message = f"{where}: drop names {_some(absent)}, which no condition has"
+    if absent and columns.drop_absent == "error": raise SchemaError(f"{message}; correct the names, or leave them away")
+    if absent: warnings.warn(f"{message}: is this the file that the card describes?", stacklevel=5)
+    gone = condition.map({c: bool(set(names) & set(columns.drop)) for c, names in targets.items()}).to_numpy(bool)
+    found = [f"{t} ({sum(t in targets[c] for c in condition[gone]):,})" for t in columns.drop if t not in absent]
+    history.append(f"drop: {gone.sum():,} cells of {len(found)} targets left out: {_some(found) or 'none'}"
+                   + (f"; not in this file: {_some(absent)}" if absent else ""))
+    return ~gone
+
 # %% ../../nbs/11_datasets.ipynb #d08d16d2
 def _batches(obs:pd.DataFrame, columns:Columns, history:list[str], where:str)->pd.Series:
     "The batch of each cell: a column, the part of the cell's name that a pattern captures, or one batch for all."
@@ -528,8 +549,11 @@ def _canonical(
     genes = _genes(var, columns, steps, where)
     state = _state(x, columns.values, obs.index, genes.index, where)
     steps.append(f"values: {state}, {'as declared' if columns.values else 'detected'}")
-    new = pd.DataFrame({"condition": _conditions(obs, columns, steps, where), "batch": _batches(obs, columns, steps, where),
-                        "cell_type": _cell_types(obs, columns, steps, where)})
+    condition = _conditions(obs, columns, steps, where)
+    if columns.drop:
+        kept = _kept_cells(condition, columns, steps, where)
+        x, obs, condition = x[kept], obs[kept], condition[kept]
+    new = pd.DataFrame({"condition": condition, "batch": _batches(obs, columns, steps, where), "cell_type": _cell_types(obs, columns, steps, where)})
     if columns.guide is not None:
         new["guide_id"] = _column(obs, columns.guide, "guide", where).astype(object).where(lambda s: s.notna(), "").astype(str)
         steps.append(f"guide_id: column {columns.guide!r}, {new['guide_id'].nunique()} guides")
@@ -559,7 +583,6 @@ def _own_names(obs:pd.DataFrame, about:dict, where:str)->Columns:
 def _merge(first:Columns, then:Columns)->Columns:
     "`first`, with everything that `then` sets explicitly."
     return first.changed(**{k: getattr(then, k) for k in then.model_fields_set})
-
 def _known_keep(columns:Columns, obs:pd.DataFrame, uns, where:str)->None:
     "What the caller wants to keep must exist."
     lost = [k for k in columns.keep if k not in obs and k not in uns and k not in _KEPT]
@@ -611,7 +634,7 @@ def _compare_with_card(adata:ad.AnnData, card:DatasetCard)->ad.AnnData:
 
 def _load_card(card:DatasetCard, columns:Columns, **download)->ad.AnnData:
     "Simulate or fetch what a card describes, and read it with the card's column names unless others are given."
-    columns = _merge(card.columns, columns)
+    columns = _merge(card.columns.changed(drop_absent="warn"), columns)
     if card.simulate is not None:
         adata = simulate_perturb_seq(SimulationSpec(**card.simulate))
         return _compare_with_card(_read_anndata(adata, columns, card.name, [f"simulated with {json.dumps(card.simulate)}"]), card)
@@ -636,6 +659,7 @@ def load_dataset(
     duplicate_genes:Literal["error", "rename"]|None=None,         # what to do with a gene name that occurs again
     unknown_targets:Literal["allow", "warn", "error"]|None=None,  # what to do with targets that are not measured; warn if None
     keep:Sequence[str]|None=None,  # further obs columns, or entries of uns, to carry over unchanged
+    drop:Sequence[str]|None=None,  # targets whose cells are left out; those of the card if None, () for none
     folder:Path|None=None,        # where downloads are kept; data/raw if None
     offline:bool=False,           # never touch the network
     progress:bool=True,           # show a bar while downloading
@@ -644,7 +668,8 @@ def load_dataset(
     given = dict(condition=condition, control=control, batch=batch, batch_pattern=batch_pattern, cell_type=cell_type, guide=guide,
                  guide_seq=(guide_seq,) if isinstance(guide_seq, str) else guide_seq, gene_name=gene_name, library_size=library_size,
                  mode=mode, values=values, layer=layer, duplicate_genes=duplicate_genes, unknown_targets=unknown_targets,
-                 keep=(keep,) if isinstance(keep, str) else keep)
+                 keep=(keep,) if isinstance(keep, str) else keep,
+                 drop=(drop,) if isinstance(drop, str) else drop, drop_absent=None if drop is None else "error")
     columns = Columns(**{k: v for k, v in given.items() if v is not None})
     source = name_or_path
     if isinstance(source, ad.AnnData): return _read_anndata(source, columns, "AnnData", ["from an AnnData in memory"])
