@@ -93,7 +93,11 @@ class DataConfig(Frozen):
     guide_seq:tuple[str, ...]|None = None    # columns of guide DNA
     mode:str|None = None                     # column of the mode of action, or one for all, e.g. "crispri"
     library_size:str|None = None             # column of total counts, for files without counts
-    proteins:str|None = None                 # csv of genes and their amino acids; None: those in the file
+    guides:str|None = None                   # table of guides, genes and DNA; None: the card's, or what the file holds
+    proteins:str|None = None                 # table of genes and amino acids; None: the card's, or what the file holds
+    guides_from:str|None = None              # raw .h5ad of the same cells that knows the guide of each
+    features:Literal["kmer", "pretrained"] = "kmer"       # of sequences: counts, or ESM-2 and NTv3 as released
+    pooling:Literal["residues", "tokens"] = "residues"    # of ESM-2: without start and end, or, as released, with them
     relations:str|None = None                # csv or parquet of gene pairs; if given, a target's place in this graph stands for its protein
     relations_db:str|None = None             # only the pairs with this value in a column `db`
     expression_space:Literal["log1p", "log1p_twice"] = "log1p"
@@ -139,7 +143,8 @@ def preset(
     "A complete experiment by name."
     small = dict(n_heads=4, n_encoder_layers=2, n_masked_predictor_layers=2, n_predictor_layers=2)
     if name == "paper":
-        return ExperimentConfig(name=name, model=ModelConfig(), data=DataConfig(dataset="replogle_k562_essential"),
+        return ExperimentConfig(name=name, model=ModelConfig(),
+                                data=DataConfig(dataset="replogle_k562_essential", features="pretrained", pooling="tokens"),
                                 **_stages((100, 1000, 20, 20), (64, 128, 32, 32)))
     if name == "laptop":
         switches = dict(library_norm=(7., 15.), mask_context=False, predicts="change", intervenes=True, readout="per_gene", ema_momentum=0.99)
