@@ -178,7 +178,7 @@ def test_targets_that_the_library_does_not_know_are_counted_and_ten_are_named():
     screen = loaded(conditions=["ctrl", "A+ctrl", *(f"X{i:02d}+ctrl" for i in range(14))])
     found = warned(lambda: join_guides(screen, read_guides(library(), SPELLED)))
     first = ", ".join(f"X{i:02d}" for i in range(10))
-    assert [str(w.message) for w in found] == [f"found 1 of 15 targets by gene, not {first} and 4 more"]
+    assert [str(w.message) for w in found] == [f"guides: found 1 of 15 targets by gene, not {first} and 4 more"]
 
 
 def test_a_table_of_ones_own_needs_no_card():

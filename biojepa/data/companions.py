@@ -122,14 +122,14 @@ def _extended(adata:ad.AnnData, line:str, obs:pd.DataFrame|None=None, **uns)->ad
     obs = adata.obs if obs is None else obs
     return ad.AnnData(adata.X, obs=obs, var=adata.var, uns={**adata.uns, **uns, "biojepa": about})
 
-def _matched(what:str, wanted:Iterable[str], missing:Iterable[str])->str:
+def _matched(table:str, what:str, wanted:Iterable[str], missing:Iterable[str])->str:
     "How many of some names were found, and the first ten that were not; a warning if there are any."
     wanted, missing = list(wanted), list(missing)
     more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
     line = f"{len(wanted) - len(missing):,} of {len(wanted):,} {what}"
     if not missing: return line
     line += f", not {', '.join(missing[:10])}{more}"
-    warnings.warn(f"found {line}", stacklevel=4)
+    warnings.warn(f"{table}: found {line}", stacklevel=4)
     return line
 
 def _spelling(guide:str)->str: return guide.replace(",", "-")
@@ -170,17 +170,17 @@ def join_guides(
     for k in range(max(map(len, found))):
         column = np.array([s[k] if k < len(s) else "" for s in found], dtype=object)
         obs[f"guide_seq_{chr(ord('a') + k)}"] = pd.Categorical(column[of_cell])
-    return _extended(adata, f"guide_seq of {name}: {_guide_report(actions, guides, found)}", obs)
+    return _extended(adata, f"guide_seq of {name}: {_guide_report(name, actions, guides, found)}", obs)
 
-def _guide_report(actions:pd.DataFrame, guides:pd.DataFrame, found:list)->str:
+def _guide_report(name:str, actions:pd.DataFrame, guides:pd.DataFrame, found:list)->str:
     "What was joined by name, and what by target."
     named, parts = (actions["guide_id"] != "").to_numpy(), []
     if named.any():
         missing = {g for g, s in zip(actions["guide_id"], found) if g and not s}
-        parts.append(_matched("guides by name", set(actions["guide_id"][named]), sorted(missing)))
+        parts.append(_matched(name, "guides by name", set(actions["guide_id"][named]), sorted(missing)))
     targets = {t for c in actions["condition"][~named] for t in parse_condition(c, "ctrl")}
     pairs = guides["gene"].value_counts()
-    if targets: parts.append(_matched("targets by gene", targets, sorted(targets - set(pairs.index))))
+    if targets: parts.append(_matched(name, "targets by gene", targets, sorted(targets - set(pairs.index))))
     several = sum(pairs.get(t, 0) > 1 for t in targets)
     if several: parts.append(f"{several} have several pairs, whose features are averaged")
     return "; ".join(parts)
@@ -227,7 +227,8 @@ def join_barcodes(
                           f"such as {ours}; is it the raw file of this screen?")
     known, single = names.isin(cells.index), names.isin(once.index)
     problems = {"not there": ~known, "there more than once": known & ~single, "of another target": single & ~own}
-    lines = [_matched("guides of cells", names, names[~own]), f"{here['guide_id'][own].nunique():,} different guides",
+    lines = [_matched(name, "guides of cells", names, names[~own]),
+             f"{here['guide_id'][own].nunique():,} different guides",
              *(f"{n.sum():,} barcodes {what}, e.g. {names[n][0]}" for what, n in problems.items() if n.any())]
     obs = adata.obs.assign(guide_id=here["guide_id"].where(own, "").to_numpy())
     obs["perturbation"] = perturbation_names(obs)
@@ -286,7 +287,7 @@ def join_proteins(
     if targets and not len(found):
         raise SchemaError(f"{name}: knows none of the {len(targets)} targets, such as {targets[0]}; its own names "
                           f"begin with {', '.join(proteins.index[:3])}; do both use the same names?")
-    line = _matched("targets", targets, [t for t in targets if t not in proteins.index])
+    line = _matched(name, "targets", targets, [t for t in targets if t not in proteins.index])
     synonyms = found.index[~found["primary"]]
     if len(synonyms): line += f"; {len(synonyms)} of them by a synonym, e.g. {synonyms[0]}"
     return _extended(adata, f"protein_sequences of {name}: {line}", protein_sequences=found["sequence"].to_dict())
