@@ -34,10 +34,10 @@ def find_root(
 def project_paths(
     root:Path,         # project root
 )->SimpleNamespace:    # root, nbs, cards, splits, raw, processed, figures, runs
-    "Every folder of the project, as absolute paths."
-    data = root/"data"
-    return SimpleNamespace(root=root, nbs=root/"nbs", cards=data/"cards", splits=data/"splits", raw=data/"raw",
-                           processed=data/"processed", figures=root/"figures", runs=root/"runs")
+    "Every folder of the project, absolute; `BIOJEPA_CARDS`, `_SPLITS`, `_RAW` and `_PROCESSED` move those of the data."
+    moved = lambda name: Path(os.environ.get(f"BIOJEPA_{name.upper()}") or root/"data"/name).resolve()
+    data = {name: moved(name) for name in ("cards", "splits", "raw", "processed")}
+    return SimpleNamespace(root=root, nbs=root/"nbs", **data, figures=root/"figures", runs=root/"runs")
 
 PATHS = project_paths(find_root())
 

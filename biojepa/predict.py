@@ -135,7 +135,7 @@ class PredictionSet:
     delta:np.ndarray                    # (P, G) predicted mean Δ
     train_delta:np.ndarray              # (G,) mean Δ over training conditions
     expression_space:str                # "log1p" or "log1p_twice"
-    predicted:np.ndarray|None = None    # (N, G) float32 predicted expression of each cell
+    cell_delta:np.ndarray|None = None   # (N, G) float32 predicted Δ of each cell to its paired control, not clipped
     variance:np.ndarray|None = None     # (N, G) float32 predicted variance of each cell's expression
     delta_variance:np.ndarray|None = None   # (P, G) predicted variance of the mean Δ
     provenance:dict = field(default_factory=dict)   # where it comes from: anything JSON can hold
@@ -162,14 +162,15 @@ def _check_set(s:PredictionSet)->None:
     if genes.has_duplicates: _refuse("genes", f"{genes[genes.duplicated()][0]!r} stands twice", "make gene names unique")
     _check_tables(s.cells, s.groups)
     N, P, G = len(s.cells), len(s.groups), len(genes)
-    shapes = dict(observed=(N, G), control=(N, G), control_mean=(P, G), delta=(P, G), train_delta=(G,), predicted=(N, G), variance=(N, G), delta_variance=(P, G))
+    shapes = dict(observed=(N, G), control=(N, G), control_mean=(P, G), delta=(P, G), train_delta=(G,),
+                  cell_delta=(N, G), variance=(N, G), delta_variance=(P, G))
     for name, shape in shapes.items(): _check_values(name, getattr(s, name), shape)
     try: json.dumps(s.provenance)
     except TypeError as error: _refuse("provenance", str(error), "keep only what JSON can hold")
 
 def _check_values(name:str, values, shape:tuple)->None:
     "An array that is there has its shape and finite numbers; variances are not negative."
-    if values is None and name in ("predicted", "variance", "delta_variance"): return
+    if values is None and name in ("cell_delta", "variance", "delta_variance"): return
     if name in ("observed", "control") and getattr(values, "format", None) != "csr": _refuse(name, f"found {type(values).__name__}", "give a csr_matrix")
     if getattr(values, "shape", None) != shape: _refuse(name, f"found shape {getattr(values, 'shape', None)}", f"expected {shape}")
     stored = values.data if sp.issparse(values) else values
@@ -197,12 +198,22 @@ def _check_tables(
 
 # %% ../nbs/50_predict.ipynb #8f69e645
 @patch
-def cells_predicted(
+def cells_delta(
     self:PredictionSet,
     rows=slice(None),   # cells: integers, booleans or a slice
 )->np.ndarray:          # (n, G) float32
-    "Predicted expression of some cells; without a prediction per cell, control mean plus Δ of the group, clipped at 0."
-    if self.predicted is not None: return self.predicted[rows]
+    "Predicted Δ of some cells, not clipped; that of a group leads to control mean plus Δ from wherever the control is."
+    if self.cell_delta is not None: return self.cell_delta[rows]
+    group = self.group[rows]
+    return (self.control_mean[group] + self.delta[group] - self.control[rows].toarray()).astype(np.float32)
+
+@patch
+def cells_predicted(
+    self:PredictionSet,
+    rows=slice(None),   # cells
+)->np.ndarray:          # (n, G) float32
+    "Predicted expression of some cells, never negative: control plus Δ, or control mean plus Δ of the group."
+    if self.cell_delta is not None: return np.clip(self.control[rows].toarray() + self.cell_delta[rows], 0, None)
     group = self.group[rows]
     return np.clip(self.control_mean[group] + self.delta[group], 0, None).astype(np.float32)
 
@@ -211,9 +222,9 @@ def shifted(
     self:PredictionSet,
     rows=slice(None),   # cells
 )->np.ndarray:          # (n, G) float32
-    "Predicted cells as a population: without a prediction per cell, each paired control plus Δ of the group, clipped at 0."
-    if self.predicted is not None: return self.predicted[rows]
-    return np.clip(self.control[rows].toarray() + self.delta[self.group[rows]], 0, None).astype(np.float32)
+    "Predicted cells as a population: each paired control plus its Δ, or that of its group, clipped at 0."
+    delta = self.delta[self.group[rows]] if self.cell_delta is None else self.cell_delta[rows]
+    return np.clip(self.control[rows].toarray() + delta, 0, None).astype(np.float32)
 
 @patch
 def observed_mean(self:PredictionSet)->np.ndarray:  # (P, G) float64
@@ -226,14 +237,15 @@ def with_prediction(
     self:PredictionSet,
     name:str,                               # of the method
     delta:np.ndarray,                       # (P, G) predicted mean Δ
-    predicted:np.ndarray|None=None,         # (N, G) predicted expression of each cell
+    cell_delta:np.ndarray|None=None,        # (N, G) predicted Δ of each cell against its paired control, not clipped
     variance:np.ndarray|None=None,          # (N, G) variance of each cell's expression
     delta_variance:np.ndarray|None=None,    # (P, G) variance of the mean Δ
     **provenance,                           # added to this set's
 )->PredictionSet:
     "The same cells, answered by another method."
-    return replace(self, name=name, delta=delta, predicted=predicted, variance=variance, delta_variance=delta_variance,
-                   provenance=self.provenance | dict(method=name) | provenance)
+    about = self.provenance | dict(method=name) | provenance
+    return replace(self, name=name, delta=delta, cell_delta=cell_delta, variance=variance,
+                   delta_variance=delta_variance, provenance=about)
 
 # %% ../nbs/50_predict.ipynb #d53ae56e
 def test_set(
@@ -303,14 +315,17 @@ def pseudobulk(
     return Pseudobulk(ps.name, ps.genes, table, weight @ (ps.observed_mean() - ps.control_mean), weight @ ps.delta, weight @ ps.control_mean, variance, ps.train_delta)
 
 # %% ../nbs/50_predict.ipynb #a9d164b5
+_FORMAT = 2     # 1 kept predicted cells clipped at 0, from which Δ cannot be had back
 _ARRAYS = ("control_mean", "delta", "train_delta", "delta_variance")    # what uns holds
-_LAYERS = ("control", "predicted", "variance")                          # what layers hold
+_LAYERS = ("control", "cell_delta", "variance")                         # what layers hold
 
 @patch
-def to_anndata(self:PredictionSet)->AnnData:  # X observed; layers control, predicted, variance; uns["prediction"]
+def to_anndata(self:PredictionSet)->AnnData:  # X observed; layers control, cell_delta, variance; uns["prediction"]
     "The whole set as AnnData."
     held = {k: v for k in _ARRAYS if (v := getattr(self, k)) is not None}
-    uns = dict(name=self.name, expression_space=self.expression_space, provenance=json.dumps(self.provenance), format=1, groups=self.groups.set_axis(self.groups.index.astype(str)), **held)
+    groups = self.groups.set_axis(self.groups.index.astype(str))
+    uns = dict(name=self.name, expression_space=self.expression_space, provenance=json.dumps(self.provenance),
+               format=_FORMAT, groups=groups, **held)
     return AnnData(self.observed, obs=self.cells, var=pd.DataFrame(index=list(self.genes)), layers={k: v for k in _LAYERS if (v := getattr(self, k)) is not None},
                    uns=dict(prediction=uns, biojepa=dict(expression_space=self.expression_space)))
 
@@ -327,7 +342,11 @@ def _read_set(
 )->PredictionSet:
     "The inverse of `to_anndata`."
     held = adata.uns.get("prediction")
-    if held is None or int(held.get("format", 0)) != 1: raise ValueError(f"{origin}: holds no predictions (uns['prediction'] of format 1); write it with PredictionSet.save")
+    if held is None:
+        raise ValueError(f"{origin}: holds no predictions (uns['prediction']); write it with PredictionSet.save")
+    if (found := int(held.get("format", 0))) != _FORMAT:
+        raise ValueError(f"{origin}: holds predictions of format {found}, this version reads {_FORMAT} "
+                         "(format 1 kept cells clipped at 0, which loses their Δ); predict again and save")
     plain = lambda table: table.assign(**{c: table[c].astype(str) for c in table if table[c].dtype.kind not in "iuf"})
     groups = plain(held["groups"]).reset_index(drop=True)
     return PredictionSet(str(held["name"]), tuple(adata.var_names), plain(adata.obs), sp.csr_matrix(adata.X), sp.csr_matrix(adata.layers["control"]), groups,
@@ -349,10 +368,12 @@ def change(
     actions:ActionBatch,    # b actions
     origin:TokenSet|None=None,  # from `BioJEPA.origin`, what a predicted change is added to; `h` if None
 )->tuple[Tensor, Tensor]:   # Δ and its variance, (b, G) each
-    "Predicted change of expression."
+    "Predicted change of expression, decoded against the control latents of `delta_from`."
     predicted = model.predictor(z, model.composer(actions), actions.present)
-    mean = predicted.mean + (h if origin is None else origin).genes() if model.config.predicts == "change" else predicted.mean
-    return model.readout.delta(mean, h.x, None, h.index), model.readout.variance(predicted.logvar.exp())
+    mean = predicted.mean
+    if model.config.predicts == "change": mean = mean + (h if origin is None else origin).genes()
+    control = z if model.config.delta_from == "encoder" else h
+    return model.readout.delta(mean, control.x, None, control.index), model.readout.variance(predicted.logvar.exp())
 
 def _tokens_of(tokens:TokenSet, rows:Tensor)->TokenSet:
     "The tokens of some cells, repeats allowed."
@@ -419,23 +440,24 @@ def predictions(
     _check_model(model, adata, None)
     template = test_set(adata, split, part, seed, control)
     code = table.codes(adata)[adata.obs_names.get_indexer(template.cells.index)]
-    delta, predicted, variance, delta_variance = _answer(template, changes(model, adata, adata.obs_names.get_indexer(template.cells["control"]), code, actions, batch_size, progress))
-    return template.with_prediction(name, delta, predicted, variance, delta_variance, model=config_hash(model.config), **about)
+    paired = adata.obs_names.get_indexer(template.cells["control"])
+    pieces = changes(model, adata, paired, code, actions, batch_size, progress)
+    return template.with_prediction(name, *_answer(template, pieces), model=config_hash(model.config), **about)
 
 # %% ../nbs/50_predict.ipynb #3378632f
 def _answer(
     template:PredictionSet,
     pieces:Iterator,            # from `changes`, for the template's cells
-)->tuple[np.ndarray, ...]:      # delta (P, G), predicted (N, G), variance (N, G), delta_variance (P, G)
+)->tuple[np.ndarray, ...]:      # delta (P, G), cell_delta (N, G), variance (N, G), delta_variance (P, G)
     "Collect Δ and variances of cells, and average them over groups."
     (N, G), P, n = template.observed.shape, len(template.groups), template.groups["n_cells"].to_numpy()[:, None]
-    predicted, variances, delta, total = np.empty((N, G), np.float32), np.empty((N, G), np.float32), np.zeros((P, G)), np.zeros((P, G))
+    cell_delta, variances = np.empty((N, G), np.float32), np.empty((N, G), np.float32)
+    delta, total = np.zeros((P, G)), np.zeros((P, G))
     for at, change, variance in pieces:
         group = template.group[at]
         _add_rows_(delta, group, change); _add_rows_(total, group, variance)
-        predicted[at] = np.clip(template.control[at].toarray() + change, 0, None)
-        variances[at] = variance
-    return delta/n, predicted, variances, total/n**2
+        cell_delta[at], variances[at] = change, variance
+    return delta/n, cell_delta, variances, total/n**2
 
 def _add_rows_(out:np.ndarray, row:np.ndarray, values:np.ndarray)->None:
     "Add each row of `values` to its row of `out`, where several may go to one."

@@ -63,7 +63,7 @@ class Report:
         if not tables: raise ValueError(f"tables: none given for figure {name!r}; give the numbers behind it")
         behind = [self.table(table, f"{name}_{short}").name for short, table in tables.items()]
         path = Path(self.folder)/f"{name}.png"
-        with atomic_path(path) as part: figure.savefig(part, metadata={"Software": None})
+        with atomic_path(path) as part: figure.savefig(part, dpi=200, metadata={"Software": None})
         return self.listed(path, drawn_from=behind)
 
     def listed(self,

@@ -74,7 +74,7 @@ def test_no_baseline_sees_a_test_cell_and_each_sees_training(case, name):
     np.testing.assert_array_equal(before.delta, after.delta)
     if before.delta_variance is not None: np.testing.assert_array_equal(before.delta_variance, after.delta_variance)
     assert np.abs(with_values(split.cells(adata, "train")[:300], 5.).delta - before.delta).max() > .1
-    assert before.predicted is None and (before.cells == template.cells).all().all()
+    assert before.cell_delta is None and (before.cells == template.cells).all().all()
 
 
 def test_means(case):

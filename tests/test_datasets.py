@@ -351,6 +351,40 @@ def test_load_a_card_through_the_whole_path(tmp_path, zipped):
     assert set(other.obs["cell_type"]) == {"a", "b"} and adata.uns["biojepa"]["source"] == "toy"
 
 
+def test_what_a_card_drops_is_gone_before_anything_else_and_the_caller_may_choose(tmp_path, zipped):
+    with Server(zipped, ["ok"]) as server: fetch(toy(server.url), folder=tmp_path, progress=False)
+    card = toy(server.url, cells=20, targets=1, columns=dict(drop=["G2", "SEM1"], batch="lane", guide="guide"))
+    whole = load(card, folder=tmp_path, drop=(), batch="lane")
+    with pytest.warns(UserWarning, match="toy: drop names SEM1, which no condition has: is this the file that the card"):
+        adata = load_dataset(card, folder=tmp_path)
+    kept = ~whole.obs["condition"].isin(["G1+G2", "G2+ctrl"])
+    assert adata.obs_names.equals(whole.obs_names[kept]) and (adata.X != whole.X[kept.to_numpy()]).nnz == 0
+    assert set(adata.obs["condition"].cat.categories) == {"ctrl", "G1+ctrl"} and whole.n_obs == 40
+    history = "".join(adata.uns["biojepa"]["history"])
+    assert "drop: 20 cells of 1 targets left out: G2 (20); not in this file: SEM1" in history
+    assert not any("drop" in line for line in whole.uns["biojepa"]["history"])
+    again = warned(lambda: load_dataset(card, folder=tmp_path))
+    assert not any("found" in str(w.message) for w in again)  # the card's sizes are those that remain
+    assert set(load(card, folder=tmp_path, drop="G1").obs["condition"]) == {"ctrl", "G2+ctrl"}
+    with pytest.raises(SchemaError, match="toy: drop names SEM1, which no condition has; correct the names"):
+        load(card, folder=tmp_path, drop=["SEM1"])
+
+
+def warned(call):
+    "The warnings of a call."
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        call()
+    return found
+
+
+def test_the_card_of_the_report_drops_what_gears_does_not_know():
+    "Facts of the release: 162,246 cells and 1,087 targets remain of 162,751 and 1,092."
+    card = read_card("replogle_k562_essential")
+    assert card.columns.drop == ("C7orf26", "C14orf178", "RPS10-NUDT3", "SEM1", "FAU")
+    assert (card.cells, card.targets) == (162_246, 1087) and "162,751" in card.notes and "1,092" in card.notes
+
+
 def test_the_simulated_card_is_the_simulator(tmp_path):
     spec = dict(n_genes=60, n_cells=200, n_targets=5, n_modules=2, n_batches=2)
     card = read_card("simulated").changed(simulate=spec, cells=None, genes=None, targets=None)
@@ -610,7 +644,9 @@ MALFORMED = {  # what: (accident, names given, message)
     "cell names without a batch": (rename("obs_names", 0, "c0"), dict(batch_pattern=r"-(\d+)$"), r"batch_pattern=.* must capture one group in every cell name"),
     "two sources of batches": (nothing, dict(batch="lane", batch_pattern="-(.)"), r"give batch= or batch_pattern=, not both"),
     "guide that is not DNA": (column("seq", "ACGU"), dict(guide_seq="seq"), r"guide_seq='seq' holds 'ACGU' in cell 'c0-1'; only the letters A C G T N"),
-    "three guide columns": (nothing, dict(guide_seq=["a", "b", "c"]), r"name one or two columns"),
+    "no guide column": (nothing, dict(guide_seq=[]), r"name one column or two"),
+    "unknown target to drop": (nothing, dict(drop=["G2", "SEM1"]), r"drop names SEM1, which no condition has; correct"),
+    "control to drop": (nothing, dict(drop="ctrl"), r"drop names ctrl, which no condition has"),
     "library size that is no number": (column("n", "many"), dict(library_size="n"), r"library_size='n' is not a positive number in 40 cells, the first is 'c0-1'"),
     "library size below the counts": (lambda a: a.obs.insert(0, "n", 1), dict(library_size="n"), r"library_size='n' is less than the counts in X in \d+ cells"),
     "X of text": (lambda a: setattr(a, "X", a.X.toarray().astype(str)), {}, r"X holds <U\d+, not numbers"),

@@ -2,12 +2,13 @@
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.sparse as sp
 from scipy import stats
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, confusion_matrix, ndcg_score
 
 from biojepa.evaluate import gene_level as g
 from biojepa.evaluate.metrics import METRICS, DETable
-from biojepa.predict import Pseudobulk
+from biojepa.predict import PredictionSet, Pseudobulk
 
 C, G = 24, 300
 
@@ -187,3 +188,58 @@ def test_means_with_intervals_and_chance(pb):
 ])
 def test_bad_input_is_named(pb, call, message):
     with pytest.raises(ValueError, match=message): call(pb)
+
+
+# --- as released ------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def released_sets():
+    "Two guides a target, each cell beside its own control; Δ by cell for one method, by guide for the constants."
+    rng, n_genes, n_cells = np.random.default_rng(3), 80, 9
+    names = [(f"T{t}+ctrl|g{i}", f"T{t}+ctrl") for t in range(6) for i in range(2)]
+    group = np.repeat(np.arange(len(names)), n_cells)
+    groups = pd.DataFrame(names, columns=["perturbation", "condition"]).assign(cell_type="K562", n_cells=n_cells)
+    cells = groups.loc[group, ["perturbation", "condition", "cell_type"]].assign(batch="0", group=group, control="c")
+    cells.index = [f"cell{i}" for i in range(len(cells))]
+    base, shift = rng.gamma(2, .5, n_genes), rng.normal(0, .5, (len(names), n_genes))
+    x, c = (np.maximum(0, base + s + rng.normal(0, .5, (len(cells), n_genes))) for s in (shift[group], 0))
+    genes = (*(f"T{t}" for t in range(6)), *(f"G{i}" for i in range(n_genes - 6)))
+    mean = np.tile(base, (len(names), 1))
+    observed, controls = sp.csr_matrix(np.float32(x)), sp.csr_matrix(np.float32(c))
+    control = PredictionSet("control_mean", genes, cells, observed, controls, groups, mean, np.zeros_like(mean),
+                            train_delta=shift.mean(0), expression_space="log1p")
+    train = control.with_prediction("train_mean", np.tile(control.train_delta, (len(names), 1)))
+    by_cell = .5*shift[group] + rng.normal(0, .2, x.shape) - .1
+    model = control.with_prediction("model", .3*shift, by_cell.astype(np.float32))
+    return model, control, train
+
+
+def test_released_quantities_by_plain_loops(released_sets):
+    "Mean over cells of unclipped Δ to one control cell, threshold 0.25, the target kept, lists of twenty compared."
+    table = g.released_gene_level(released_sets).set_index("quantity")
+    def classes(d): return ["up" if v >= .25 else "down" if v <= -.25 else "same" for v in d]
+    for s in released_sets:
+        x, c = s.observed.toarray().astype(float), s.control.toarray().astype(float)
+        all_genes, top50, precision = [], [], []
+        for p in range(len(s.groups)):
+            rows = [i for i in range(len(s)) if s.group[i] == p]
+            observed = np.mean([x[i] - c[i] for i in rows], 0)
+            said = [s.control_mean[p] + s.delta[p] - c[i] if s.cell_delta is None else s.cell_delta[i] for i in rows]
+            predicted = np.mean(said, 0)
+            right = np.array([a == b for a, b in zip(classes(observed), classes(predicted))])
+            by_size = lambda d, k: set(np.argsort(-np.abs(d))[:k].tolist())
+            all_genes.append(right.mean()); top50.append(right[sorted(by_size(observed, 50))].mean())
+            precision.append(len(by_size(observed, 20) & by_size(predicted, 20))/20)
+        expected = [np.mean(all_genes), np.mean(top50), np.mean(precision)]
+        assert table[s.name].to_numpy() == pytest.approx(expected, abs=1e-6), s.name
+    assert (table["model"] > table["no change"]).iloc[1:].all()
+
+
+def test_no_change_is_the_majority_and_the_chance_of_the_released_quantities(released_sets):
+    table = g.released_gene_level(released_sets).set_index("quantity")
+    observed = g.paired_pseudobulk(released_sets[0]).observed
+    assert table.loc["direction, all genes", "no change"] == pytest.approx((np.abs(observed) < .25).mean())
+    assert table.loc["precision@20", "no change"] == pytest.approx(20/80)
+    assert table.loc["direction, all genes", "released"] < table.loc["direction, all genes", "released, no change"]
+    with pytest.raises(ValueError, match="'control_mean'.*'train_mean'.*not among"):
+        g.released_gene_level(released_sets[:1])

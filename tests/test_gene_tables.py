@@ -121,9 +121,9 @@ def test_bad_files_are_named(tmp_path):
     np.savez(tmp_path/"pickle.npz", genes=np.array(["A"], dtype=object), rows=np.ones((1, 2)))
     np.savez(tmp_path/"odd.npz", rows=np.ones((1, 2)), more=np.ones((2, 2)))
     np.savez(tmp_path/"short.npz", genes=np.array(["A"]), rows=np.ones((2, 2)))
-    (tmp_path/"t.xlsx").write_bytes(b"")
+    (tmp_path/"t.xls").write_bytes(b"")
     for name, message in {"pickle.npz": "object array, which is a pickle", "odd.npz": "found arrays .*give one 1-D text array",
-                          "short.npz": "found 1 names for 2 rows", "t.xlsx": "found the ending '.xlsx'", "no.parquet": "no such file"}.items():
+                          "short.npz": "found 1 names for 2 rows", "t.xls": "found the ending '.xls'", "no.parquet": "no such file"}.items():
         with pytest.raises(ValueError, match=f"{name}: .*{message}"): table_features(tmp_path/name)
 
 

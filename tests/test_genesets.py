@@ -128,3 +128,54 @@ def test_tables_and_set_similarity(relation):
         assert out["note"].str.startswith("left out").all() and why in out["note"][0]
     with pytest.raises(ValueError, match="found 120 vectors for 121 names"): g.relation_table({"short": perfect}, [*LABELS.index, "unknown"], relation, progress=False)
     with pytest.raises(ValueError, match="found 119 for 120 items"): g.relation_test(perfect[1:], relation)
+
+
+# --- as released ------------------------------------------------------------------------------------------------------
+
+def test_first_sets_are_the_first_of_fitting_size():
+    sets = dict(small=["A"], one=["A", "B"], two=["B", "C"], large=["A", "B", "C", "D"])
+    assert g.first_sets(sets, (2, 3)) == dict(A="one", B="one", C="two")
+    assert g.first_sets(sets, (1, 4)) == dict(A="small", B="one", C="two", D="large")
+
+
+@pytest.mark.parametrize("fewest", [10, 5])
+def test_released_neighbours_by_hand(fewest):
+    "Each item asks itself and its nearest by cosine; items without a label, and rare labels, are not there at all."
+    rng = np.random.default_rng(0)
+    labels = [None]*7 + ["rare"]*(fewest - 1) + ["a"]*15 + ["b"]*12 + ["c"]*11
+    x = rng.normal(size=(len(labels), 6)) + np.array([dict(a=.5, b=-.5).get(l, 0) for l in labels])[:, None]
+    found, kept = g.released_neighbours(x, labels, fewest), [i for i, l in enumerate(labels) if l in ("a", "b", "c")]
+    similar, k = cosine_similarity(x), min(5, fewest - 1)
+    right = {True: 0, False: 0}
+    for i in kept:
+        for itself in right:
+            near = sorted((j for j in kept if itself or j != i), key=lambda j: -similar[i, j])[:k]
+            votes = [labels[j] for j in near]
+            right[itself] += max("abc", key=lambda l: (votes.count(l), -ord(l))) == labels[i]
+    assert found["accuracy"] == pytest.approx(right[True]/len(kept)) and right[True] > right[False]
+    assert found["accuracy without itself"] == pytest.approx(right[False]/len(kept))
+    assert (found["n_items"], found["n_labels"], found["majority"]) == (38, 3, pytest.approx(15/38))
+    assert "1 labels have 5 items or more" in g.released_neighbours(x[:30], ["a"]*30, 5)["note"]
+
+
+def test_released_accuracy_of_nothing_is_far_above_chance():
+    "The reason why a released accuracy is never printed without the row of random numbers."
+    rng, labels = np.random.default_rng(1), np.repeat([f"{i}" for i in range(54)], 21)
+    found = [g.released_neighbours(rng.normal(size=(len(labels), 256)), labels) for _ in range(3)]
+    assert all(f["accuracy"] > 10*f["majority"] and f["accuracy without itself"] < 3*f["majority"] for f in found)
+
+
+def test_released_ratio_by_hand():
+    rng = np.random.default_rng(2)
+    labels = ["a"]*4 + ["b"]*3 + ["few"]*2 + [None]
+    x = rng.normal(size=(10, 5)) + 1
+    within, between = [], []
+    for i in range(7):
+        for j in range(i):
+            similar = x[i] @ x[j]/np.linalg.norm(x[i])/np.linalg.norm(x[j])
+            (within if labels[i] == labels[j] else between).append(similar)
+    found = g.released_ratio(x, labels)
+    assert (found["within"], found["between"]) == (pytest.approx(np.mean(within)), pytest.approx(np.mean(between)))
+    assert found["ratio"] == pytest.approx(np.mean(within)/np.mean(between)) and found["n_items"] == 7
+    assert found["p"] == pytest.approx(stats.mannwhitneyu(within, between, alternative="greater").pvalue)
+    assert g.released_ratio(np.ones((6, 3)), ["a", "a", "a", "b", "b", "b"])["ratio"] == pytest.approx(1)

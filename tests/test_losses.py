@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from biojepa.model import losses
 from biojepa.model.losses import (covariance_loss, gaussian_nll, info_nce, latent_distance, retrieval_accuracy, retrieval_rank,
-                                  spread, variance_loss, vicreg)
+                                  spread, variance_loss)
 
 F64 = torch.float64
 
@@ -64,7 +64,7 @@ FUNCTIONS = {
     "mse": lambda a, b, c, w: latent_distance(a, b, w, "mse"),
     "variance": lambda a, b, c, w: variance_loss(a, w),
     "covariance": lambda a, b, c, w: covariance_loss(a, w),
-    "vicreg": lambda a, b, c, w: vicreg(a, b, w).total,
+    "spread": lambda a, b, c, w: sum(spread(a, w)),
     "nll": lambda a, b, c, w: gaussian_nll(a, b, c, w),
 }
 
@@ -96,7 +96,8 @@ def test_a_token_of_weight_zero_cannot_change_anything(name, rubbish):
 
 def test_boolean_and_integer_weights_are_numbers():
     a, b, mask = draw(2, 5, 3), draw(2, 5, 3, seed=1), torch.rand(2, 5) < 0.6
-    for x, y in zip(vicreg(a, b, mask), vicreg(a, b, mask.double())): torch.testing.assert_close(x, y)
+    torch.testing.assert_close(latent_distance(a, b, mask), latent_distance(a, b, mask.double()))
+    for x, y in zip(spread(a, mask), spread(a, mask.double())): torch.testing.assert_close(x, y)
 
 
 # ---- distance and moments ---------------------------------------------------------------------------------------------------
@@ -189,28 +190,28 @@ def test_gene_identity_satisfies_tokens_and_fails_cells():
 
 
 @pytest.mark.parametrize("over", ["tokens", "cells"])
-def test_vicreg_is_the_weighted_sum_of_its_parts(over):
-    a, b = 0.5*draw(6, 5, 3), draw(6, 5, 3, seed=1)
-    loss = vicreg(a, b, weights=(2., 3., 5.), over=over, kind="mse")
-    parts = naive_spread(a.flatten(0, 1)) if over == "tokens" else naive_over_cells(a, torch.ones(6, 5, dtype=torch.bool))
-    assert loss.invariance.item() == pytest.approx(F.mse_loss(a, b).item())
-    assert [loss.variance.item(), loss.covariance.item()] == pytest.approx(list(parts), rel=1e-9)
-    assert loss.total.item() == pytest.approx(2*F.mse_loss(a, b).item() + 3*parts[0] + 5*parts[1], rel=1e-9)
+def test_spread_is_both_moment_terms(over):
+    z = 0.5*draw(6, 5, 3)
+    parts = naive_spread(z.flatten(0, 1)) if over == "tokens" else naive_over_cells(z, torch.ones(6, 5, dtype=torch.bool))
+    assert [x.item() for x in spread(z, over=over)] == pytest.approx(list(parts), rel=1e-9)
 
 
 @pytest.mark.parametrize("weight", [None, torch.tensor([[1, 2, 0], [4, 1, 1]])])
 def test_one_prediction_for_many_targets(weight):
     one, h = draw(2, 1, 4).requires_grad_(), draw(2, 3, 4, seed=1)
-    short, long = vicreg(one, h, weight), vicreg(one.expand(2, 3, 4), h, weight)
-    for a, e in zip(short, long): torch.testing.assert_close(a, e)
-    torch.testing.assert_close(*(torch.autograd.grad(x.total, one)[0] for x in (short, long)))
+    short, long = latent_distance(one, h, weight), latent_distance(one.expand(2, 3, 4), h, weight)
+    torch.testing.assert_close(short, long)
+    torch.testing.assert_close(*(torch.autograd.grad(x, one)[0] for x in (short, long)))
 
 
 def test_many_bfloat16_tokens_are_counted_right():
-    "bfloat16 cannot count past 256: the summed weights of one prediction must not be in it."
-    one, h, weight = draw(2, 1, 4).bfloat16(), draw(2, 1001, 4, seed=1).bfloat16(), torch.ones(2, 1001)
+    "bfloat16 cannot count past 256: summed weights must not be in it."
+    z, weight = draw(2, 1001, 4).bfloat16(), torch.ones(2, 1001)
     weight[1, 501:] = 0
-    for a, e in zip(vicreg(one, h, weight), vicreg(one.double(), h.double(), weight)): assert a.item() == pytest.approx(e.item(), rel=1e-5)
+    for a, e in zip(spread(z, weight), spread(z.double(), weight)): assert a.item() == pytest.approx(e.item(), rel=1e-5)
+    one = draw(2, 1, 4, seed=1).bfloat16()
+    distance, exact = latent_distance(one, z, weight), latent_distance(one.double(), z.double(), weight)
+    assert distance.item() == pytest.approx(exact.item(), rel=1e-5)
 
 
 # ---- autocast ---------------------------------------------------------------------------------------------------------------
@@ -218,8 +219,8 @@ def test_many_bfloat16_tokens_are_counted_right():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_autocast_changes_nothing(dtype):
     a, b, c = (draw(4, 50, 8, seed=s).to(dtype) for s in range(3))
-    cases = {"tokens": lambda *z: vicreg(*z[:2]).total, "cells": lambda *z: vicreg(*z[:2], over="cells").total,
-             "nll": lambda *z: gaussian_nll(*z), "nce": lambda *z: info_nce(z[0].flatten(1), z[1].flatten(1)),
+    cases = {"tokens": lambda *z: sum(spread(z[0])), "cells": lambda *z: sum(spread(z[0], over="cells")),
+             "distance": lambda *z: latent_distance(*z[:2]), "nll": lambda *z: gaussian_nll(*z), "nce": lambda *z: info_nce(z[0].flatten(1), z[1].flatten(1)),
              "variance": lambda *z: variance_loss(z[0]), "covariance": lambda *z: covariance_loss(z[0])}
     for name, f in cases.items():
         exact = f(a.double(), b.double(), c.double())
@@ -233,7 +234,7 @@ def test_gradient_over_cells_under_autocast():
     grads = []
     for enabled in (False, True):
         z = a.clone().requires_grad_()
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled): loss = vicreg(z, torch.zeros_like(z), over="cells").total
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled): loss = sum(spread(z, over="cells"))
         grads.append(torch.autograd.grad(loss, z)[0])
     assert torch.equal(*grads)
 
@@ -310,13 +311,12 @@ Z = draw(2, 3, 4)
     (lambda: latent_distance(Z, Z, torch.full((2, 3), float("nan"))), "weight: the total is nan"),
     (lambda: variance_loss(Z[:1, :1]), "weight: the total is 1, which must exceed 1"),
     (lambda: covariance_loss(Z, torch.tensor([[1, 0, 0], [0, 0, 0]])), "weight: the total is 1, which must exceed 1"),
-    (lambda: vicreg(Z, Z, over="genes"), "over: found 'genes'"),
-    (lambda: vicreg(Z[:1], Z[:1], over="cells"), "needs a gene seen in two cells or more, found none in a batch of 1"),
+    (lambda: spread(Z, over="genes"), "over: found 'genes'"),
+    (lambda: spread(Z[:1], over="cells"), "needs a gene seen in two cells or more, found none in a batch of 1"),
     (lambda: spread(Z, over="cells", gene_mask=torch.eye(3, dtype=torch.bool)[:2]), "found none in a batch of 2"),
     (lambda: spread(Z, over="cells", gene_mask=torch.ones(2, 5, dtype=torch.bool)), "gene_mask: found shape .2, 5. for .2, 3."),
     (lambda: spread(Z, over="cells", index=torch.tensor([[0, 1], [2, 3]])), "index: found 0 to 3; tokens go from 0 to 2"),
     (lambda: spread(Z, over="cells", index=torch.tensor([[0, -1], [2, 1]])), "index: found -1 to 2"),
-    (lambda: vicreg(Z, Z, weights=(25., 25.)), "zip"),
     (lambda: gaussian_nll(Z, Z[..., :2], Z), "logvar: found shape .2, 3, 2."),
     (lambda: gaussian_nll(Z[:, :2], Z, Z), "mu: found shape .2, 2, 4."),
     (lambda: gaussian_nll(Z, Z, Z, torch.zeros(2, 3)), "weight: the total is 0"),

@@ -1,5 +1,6 @@
 "Metrics against scipy, sklearn and slow loops; best and chance values; the published protocol and its artefact on the shared data."
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -48,8 +49,9 @@ def guess(ps):
     "A prediction that is related to the truth, with one for every cell."
     rng = np.random.default_rng(1)
     delta = .5*(ps.observed_mean() - ps.control_mean) + rng.normal(0, .3, ps.delta.shape)
-    predicted = np.maximum(0, ps.control.toarray() + delta[ps.group] + rng.normal(0, .1, ps.control.shape)).astype(np.float32)
-    return ps.with_prediction("guess", delta, predicted, variance=np.full(predicted.shape, .3, np.float32), delta_variance=np.full(delta.shape, .04))
+    cell_delta = (delta[ps.group] + rng.normal(0, .1, ps.control.shape)).astype(np.float32)
+    variance, delta_variance = np.full(cell_delta.shape, .3, np.float32), np.full(delta.shape, .04)
+    return ps.with_prediction("guess", delta, cell_delta, variance, delta_variance)
 
 
 @pytest.fixture(scope="module")
@@ -71,33 +73,102 @@ class AllControls:
 def de(ps, cells): return observed_de(ps, cells, AllControls())
 
 
+def cell_change(ps): return ps.observed.toarray() - ps.control.toarray()
+
+
 # --- the published protocol -------------------------------------------------------------------------------------------
 
 def by_hand(ps):
-    "The report's quantities, cell by cell and perturbation by perturbation."
-    x, c, p = ps.observed.toarray().astype(float), ps.control.toarray().astype(float), np.asarray(ps.cells_predicted(slice(None)), float)
-    mse, r, shift = [], [], []
-    for xi, ci, pi in zip(x, c, p):
-        top = np.argsort(-np.abs(xi - ci))[:20]
-        mse.append(np.mean(((pi - ci) - (xi - ci))**2)); shift.append(np.abs(pi - ci).mean())
-        r.append(stats.pearsonr((pi - ci)[top], (xi - ci)[top])[0])
+    "The released quantities by plain loops, from the formulas; Δ unclipped, expression clipped."
+    x, c = ps.observed.toarray().astype(float), ps.control.toarray().astype(float)
+    change, expression = np.empty_like(x), np.empty_like(x)
+    for i in range(len(x)):
+        goes_to = ps.control_mean[ps.group[i]] + ps.delta[ps.group[i]]
+        change[i] = goes_to - c[i] if ps.cell_delta is None else ps.cell_delta[i]
+        expression[i] = [max(0., value) for value in c[i] + change[i]]
+    mse, r, shift, undefined = [], [], [], 0
+    for observed, predicted, before, after in zip(x - c, change, c, expression):
+        mse.append(np.mean((predicted - observed)**2))
+        shift.append(np.mean(np.abs(after - before)))
+        top = sorted(range(len(observed)), key=lambda g: abs(observed[g]))[-20:]
+        if min(np.std(predicted[top]), np.std(observed[top])) <= 1e-9:
+            r.append(0.); undefined += 1
+        else: r.append(stats.pearsonr(predicted[top], observed[top])[0])
     r2, r2_top = [], []
     for g in range(len(ps.groups)):
-        rows = np.flatnonzero(ps.group == g)
-        observed, predicted, control = x[rows].mean(0), p[rows].mean(0), c[rows].mean(0)
-        top = np.argsort(-np.abs(observed - control))[:50]
+        rows = [i for i in range(len(x)) if ps.group[i] == g]
+        observed, predicted = x[rows].mean(0), expression[rows].mean(0)
+        top = np.argsort(np.abs((x - c)[rows].mean(0)))[-50:]
         r2.append(r2_score(observed, predicted)); r2_top.append(r2_score(observed[top], predicted[top]))
-    return dict(mse=np.mean(mse), r_top20_cell=np.mean(r), r2_mean=np.mean(r2), r2_median=np.median(r2), r2_top50_mean=np.mean(r2_top), r2_top50_median=np.median(r2_top), shift=np.mean(shift))
+    full = 32*(len(x)//32)
+    return dict(mse=np.mean(mse), r_top20_cell=np.mean(r), r2_mean=np.mean(r2), r2_median=np.median(r2),
+                r2_top50_mean=np.mean(r2_top), r2_top50_median=np.median(r2_top), shift=np.mean(shift),
+                shift_last_batch=np.mean(shift[full - 32:full]), n_undefined=undefined)
+
+
+@pytest.fixture(scope="module")
+def awkward(ps):
+    "Cells whose Δ needs clipping, is constant, or was observed to be 0; shifts grow along the cells."
+    rng, observed = np.random.default_rng(4), ps.observed.toarray()
+    cell_delta = rng.normal(-.5, .6, observed.shape)*np.linspace(.5, 2, len(ps))[:, None]
+    cell_delta[[3, 40, 100]] = -.2
+    cell_delta[[7, 111]] = 0
+    observed[[20, 90]] = ps.control[[20, 90]].toarray()     # an observed Δ of 0
+    ps = replace(ps, observed=sp.csr_matrix(observed))
+    return ps.with_prediction("awkward", np.zeros_like(ps.delta), cell_delta.astype(np.float32))
 
 
 @pytest.mark.parametrize("block", [2**22, 3*N_GENES, 1])
-def test_protocol_is_the_report_by_hand(ps, guess, block, monkeypatch):
+def test_protocol_is_the_release_by_hand(ps, guess, awkward, block, monkeypatch):
     whole = m._pass_over_cells
     monkeypatch.setattr(m, "_pass_over_cells", lambda s: whole(s, block))
-    for s in (ps, guess):
-        found = published_protocol(s)
-        for name, value in by_hand(s).items(): assert found[name] == pytest.approx(value, rel=1e-5, abs=1e-6), (s.name, name)
-        assert (found["n_cells"], found["n_perturbations"], found["n_undefined"]) == (len(s), len(s.groups), 0)
+    for s, n_undefined in ((ps, 0), (guess, 0), (awkward, 7)):
+        found, expected = published_protocol(s), by_hand(s)
+        for name, value in expected.items():
+            assert found[name] == pytest.approx(value, rel=1e-5, abs=1e-6), (s.name, name)
+        assert found.keys() == expected.keys() | {"n_cells", "n_perturbations"} and found["n_undefined"] == n_undefined
+        assert (found["n_cells"], found["n_perturbations"]) == (len(s), len(s.groups))
+
+
+def test_the_awkward_cells_are_awkward(awkward):
+    "Else the test above would pass with Δ clipped, undefined cells dropped or one shift for the other."
+    found, c = published_protocol(awkward), awkward.control.toarray()
+    assert 64 < len(awkward) and len(awkward) % 32 and ((c + awkward.cell_delta) < 0).mean() > .1
+    clipped = published_protocol(replace(awkward, cell_delta=awkward.cells_predicted() - c))
+    assert clipped["mse"] < .95*found["mse"] and abs(clipped["r_top20_cell"] - found["r_top20_cell"]) > .01
+    assert clipped["shift"] == pytest.approx(found["shift"], rel=1e-5)
+    defined = found["r_top20_cell"]*len(awkward)/(len(awkward) - found["n_undefined"])
+    assert abs(defined - found["r_top20_cell"]) > 1e-3 and abs(found["shift_last_batch"] - found["shift"]) > .05
+
+
+@pytest.mark.parametrize("value", [-.2, .1, 1/3, 1e-4, -7.7])
+def test_a_constant_delta_scores_exactly_nothing(ps, value):
+    "Whatever float32 makes of the constant, as it is or after it was added to a cell and taken off again."
+    c = ps.control.toarray()
+    for delta in (np.full(c.shape, value, np.float32), (c + np.float32(value)) - c if abs(value) > .01 else None):
+        if delta is None: continue
+        found = published_protocol(ps.with_prediction("constant", np.full(ps.delta.shape, value), delta))
+        assert found["r_top20_cell"] == 0 and found["n_undefined"] == len(ps)
+
+
+def test_a_small_delta_counts_down_to_the_released_limit(ps):
+    "10 times above a standard deviation of 1e-9 the correlation is that of the enlarged Δ; 10 times below it is 0."
+    shape, r = cell_change(ps)/cell_change(ps).std(), {}
+    for s in (1., 1e-8, 1e-10):
+        tiny = ps.with_prediction("tiny", np.zeros_like(ps.delta), np.float32(s)*shape)
+        r[s] = published_protocol(tiny)["r_top20_cell"]
+    assert r[1.] > .99 and r[1e-8] == pytest.approx(r[1.], abs=1e-6) and r[1e-10] == 0
+
+
+def test_the_last_full_batch_is_counted_from_the_front(ps):
+    "126 cells: the last full batch is cells 64 to 95, and the 30 after it do not count; under 32 cells there is none."
+    delta = np.zeros(ps.control.shape, np.float32)
+    delta[64:96] = .25
+    marked = ps.with_prediction("marked", np.zeros_like(ps.delta), delta)
+    assert len(ps) == 126 and m.shift_of_last_batch(marked) == pytest.approx(.25, rel=1e-5)
+    assert published_protocol(marked)["shift"] == pytest.approx(.25*32/126, rel=1e-5)
+    assert m.shift_of_last_batch(marked, 126) == pytest.approx(.25*32/126, rel=1e-5)
+    assert np.isnan(m.shift_of_last_batch(marked, 127))
 
 
 def test_values_of_perturbations_average_to_the_protocol(guess):
@@ -107,15 +178,19 @@ def test_values_of_perturbations_average_to_the_protocol(guess):
     assert set(tidy["condition"]) == set(guess.groups["perturbation"])
 
 
-def test_cells_without_a_correlation_are_counted(ps):
+def test_cells_without_a_correlation_are_counted_and_stay_in_the_mean(ps, awkward):
     "Predicting the control cell itself: its Δ is zero for all twenty genes."
-    same = ps.with_prediction("no change", np.zeros_like(ps.delta), ps.control.toarray())
+    tidy = published_values(awkward).query("metric == 'r_top20_cell'")
+    mean = np.average(tidy["value"], weights=tidy["n_cells"])
+    assert mean == pytest.approx(published_protocol(awkward)["r_top20_cell"])
+    assert (tidy["n_cells"] - tidy["n_defined"]).sum() == 7
+    same = ps.with_prediction("no change", np.zeros_like(ps.delta), np.zeros(ps.control.shape, np.float32))
     found = published_protocol(same)
-    assert np.isnan(found["r_top20_cell"]) and found["n_undefined"] == len(ps) and found["shift"] == 0
+    assert found["r_top20_cell"] == 0 and found["n_undefined"] == len(ps) and found["shift"] == 0
 
 
 def test_perfect_cells(ps):
-    found = published_protocol(ps.with_prediction("perfect", np.zeros_like(ps.delta), ps.observed.toarray()))
+    found = published_protocol(ps.with_prediction("perfect", np.zeros_like(ps.delta), cell_change(ps)))
     assert [found[k] for k in ("mse", "r_top20_cell", "r2_mean", "r2_top50_median")] == pytest.approx([0, 1, 1, 1])
 
 
@@ -123,7 +198,9 @@ def test_table_needs_both_constants(ps, guess):
     mean = ps.with_prediction("train_mean", np.tile(ps.train_delta, (len(ps.groups), 1)))
     table = published_table([ps, guess, mean])
     assert list(table) == ["quantity", "report", "guess", "control_mean", "train_mean", "meaning"]
-    assert table.set_index("quantity").loc["mse", "guess"] == published_protocol(guess)["mse"]
+    by = table.set_index("quantity")
+    assert by.loc["mse", "guess"] == published_protocol(guess)["mse"]
+    assert np.isnan(by.loc["shift", "report"]) and by.loc["shift_last_batch", "report"] == .5379    # one was published
     for sets in ([guess, ps], [guess, mean], []):
         with pytest.raises(ValueError, match="not among"): published_table(sets)
 
@@ -277,13 +354,13 @@ def test_energy_distance(guess):
     for i, (condition, line) in enumerate(zip(pb.conditions["condition"], pb.conditions["cell_type"])):
         rows = np.flatnonzero((guess.cells["condition"] == condition) & (guess.cells["cell_type"] == line))
         d = lambda a, b: np.mean([[np.linalg.norm(p - q) for q in b] for p in a])
-        a, b = guess.predicted[rows].astype(float), x[rows]
+        a, b = guess.cells_predicted(rows).astype(float), x[rows]
         assert m.energy_distance(pb, guess)[i] == pytest.approx(2*d(a, b) - d(a, a) - d(b, b), abs=1e-5)
         break
 
 
 def test_energy_distance_of_equal_cells_is_zero(ps):
-    perfect = ps.with_prediction("perfect", np.zeros_like(ps.delta), ps.observed.toarray())
+    perfect = ps.with_prediction("perfect", np.zeros_like(ps.delta), cell_change(ps))
     assert m.energy_distance(pseudobulk(perfect), perfect) == pytest.approx(0, abs=1e-5)
 
 
@@ -304,7 +381,8 @@ def test_coverage_of_what_is_truly_gaussian(ps):
 
 
 def test_coverage_of_cells(guess):
-    pb, inside = pseudobulk(guess), np.abs(guess.observed.toarray() - guess.predicted) <= stats.norm.ppf(.9)*np.sqrt(.3)
+    error = np.abs(guess.observed.toarray() - guess.cells_predicted())
+    pb, inside = pseudobulk(guess), error <= stats.norm.ppf(.9)*np.sqrt(.3)
     for i, (condition, line) in enumerate(zip(pb.conditions["condition"], pb.conditions["cell_type"])):
         rows = ((guess.cells["condition"] == condition) & (guess.cells["cell_type"] == line)).to_numpy()
         assert m.cell_coverage(pb, guess, .8)[i] == pytest.approx(inside[rows].mean())
@@ -325,7 +403,7 @@ def test_perfect_prediction_is_best(ps, de):
     means = evaluate(ps.with_prediction("perfect", observed, delta_variance=np.ones_like(observed)), de=de)
     for name, value in means.groupby("metric")["value"].mean().items():
         if METRICS[name].level != "cell" and METRICS[name].direction != "nominal": assert value == pytest.approx(METRICS[name].best, abs=1e-9), name
-    cells = evaluate(ps.with_prediction("perfect", observed, ps.observed.toarray()), "energy_distance")
+    cells = evaluate(ps.with_prediction("perfect", observed, cell_change(ps)), "energy_distance")
     assert cells["value"].mean() == pytest.approx(METRICS["energy_distance"].best, abs=1e-5)
 
 

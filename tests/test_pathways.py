@@ -11,9 +11,10 @@ from biojepa.data.datasets import load_dataset, read_card
 from biojepa.data.preprocess import prepare
 from biojepa.data.splits import make_split
 from biojepa.evaluate import pathways as g
-from biojepa.evaluate.genesets import gene_relation, label_relation
+from biojepa.evaluate.genesets import gene_relation, label_relation, released_neighbours, released_ratio
+from biojepa.evaluate.probes import gene_embeddings
 from biojepa.model.biojepa import BioJEPA
-from biojepa.predict import group_means
+from biojepa.predict import group_means, predictions
 
 
 @pytest.fixture(scope="module")
@@ -138,3 +139,30 @@ def test_module_similarity_is_empty_without_planted_modules(screen):
     bare = adata.copy()
     del bare.uns["truth"]
     assert g.module_similarity(bare, spaces) == {}
+
+
+def test_released_pathways_ask_the_released_questions(screen, tmp_path):
+    "Genes and guides by the first set of their gene, held-out guides by their mean Δ; random numbers beside each."
+    model, adata, split, actions, table = screen
+    answers = predictions(model, adata, split, actions, table, progress=False)
+    found = g.released_pathways(model, adata, actions, table, [answers], seed=1)
+    truth = dict(zip(adata.uns["truth"]["gene"].astype(str), adata.uns["truth"]["module"].astype(str)))
+    by = found.set_index(["question", "space"])
+    genes = released_neighbours(gene_embeddings(model), [truth[x] for x in adata.var_names], 10)
+    assert by.loc[("genes", "gene embeddings"), ["accuracy", "n_items"]].tolist() == [genes["accuracy"], 60]
+    guides = [i for i in range(len(table)) if not table.is_control[i] and len(table.targets[i]) == 1]
+    latents = g.action_latents(model, actions.take(np.array(guides)))
+    latents = released_neighbours(latents, [truth[table.targets[i][0]] for i in guides], 5)
+    assert by.loc[("guides", "action latents"), "accuracy"] == pytest.approx(latents["accuracy"])
+    delta = np.stack([answers.cell_delta[answers.group == i].mean(0) for i in range(len(answers.groups))])
+    single = [c.endswith("+ctrl") for c in answers.groups["condition"]]
+    ratio = released_ratio(delta[single], [truth[c.split("+")[0]] for c in answers.groups["condition"][single]])
+    assert by.loc[("held-out responses", "biojepa"), "ratio"] == pytest.approx(ratio["ratio"], rel=1e-4)
+    assert {"released run, KEGG", "random numbers"} <= set(found.query("question == 'guides'")["space"])
+    assert g.released_labels(adata, tmp_path/"pairs.csv") == {}
+    assert set(g.released_labels(adata).values()) == set(truth.values())
+    lines = [f"{name}\t\t" + "\t".join(adata.var_names[i:i + 20]) for name, i in (("b", 10), ("a", 0))]
+    (tmp_path/"s.gmt").write_text("\n".join(lines))
+    assert g.released_labels(adata, tmp_path/"s.gmt")[adata.var_names[15]] == "b"
+    without = g.released_pathways(model, adata, actions, table, [answers], tmp_path/"pairs.csv")
+    assert "no sets of 15 to 300" in without.note[0]

@@ -145,7 +145,8 @@ def filled(template, seed=0):
     "A set with an answer in every field."
     rng, N, P, G = np.random.default_rng(seed), len(template), len(template.groups), len(template.genes)
     draw = lambda *shape: rng.gamma(1, 1, shape).astype(np.float32)
-    return template.with_prediction("full", rng.normal(size=(P, G)), draw(N, G), draw(N, G), draw(P, G), note=1)
+    cell_delta = draw(N, G) - np.float32(2)
+    return template.with_prediction("full", rng.normal(size=(P, G)), cell_delta, draw(N, G), draw(P, G), note=1)
 
 
 def test_conditions_are_the_means_of_their_cells(template):
@@ -168,15 +169,23 @@ def test_cells_without_a_prediction_of_their_own(template):
     np.testing.assert_allclose(ps.cells_predicted(), np.maximum(ps.control_mean[g] + ps.delta[g], 0), rtol=1e-6)
     np.testing.assert_allclose(ps.shifted(np.array([4, 2])), np.maximum(ps.control.toarray()[[4, 2]] + ps.delta[g[[4, 2]]], 0), rtol=1e-6)
     np.testing.assert_allclose(ps.shifted(slice(3, 8)), ps.shifted()[3:8])
+    np.testing.assert_allclose(ps.control.toarray() + ps.cells_delta(), ps.control_mean[g] + ps.delta[g], atol=1e-6)
+    np.testing.assert_allclose(ps.cells_delta([4, 2]), ps.cells_delta()[[4, 2]])
+
+
+def test_a_delta_of_a_cell_is_kept_as_it_is_and_clipped_only_as_expression(template):
     full = filled(template)
-    np.testing.assert_array_equal(full.cells_predicted([1]), full.predicted[[1]])
-    np.testing.assert_array_equal(full.shifted(np.arange(len(full)) < 2), full.predicted[:2])
+    raw = full.control.toarray() + full.cell_delta
+    assert .2 < (raw < 0).mean() < .95
+    np.testing.assert_array_equal(full.cells_delta(slice(2, 5)), full.cell_delta[2:5])
+    np.testing.assert_array_equal(full.cells_predicted([1]), np.maximum(raw[[1]], 0))
+    np.testing.assert_array_equal(full.shifted(np.arange(len(full)) < 2), np.maximum(raw[:2], 0))
 
 
 def test_a_saved_set_comes_back_bit_for_bit(template, tmp_path):
     for ps in (filled(template), template):
         again = PredictionSet.load(ps.save(tmp_path/"set.h5ad"))
-        for name in ("control_mean", "delta", "train_delta", "predicted", "variance", "delta_variance"):
+        for name in ("control_mean", "delta", "train_delta", "cell_delta", "variance", "delta_variance"):
             a, b = getattr(ps, name), getattr(again, name)
             assert (a is None) == (b is None)
             if a is not None: np.testing.assert_array_equal(a, b); assert a.dtype == b.dtype
@@ -189,6 +198,11 @@ def test_a_saved_set_comes_back_bit_for_bit(template, tmp_path):
 def test_other_files_are_refused(case, tmp_path):
     case[0].write_h5ad(tmp_path/"cells.h5ad")
     with pytest.raises(ValueError, match="cells.h5ad: holds no predictions"): PredictionSet.load(tmp_path/"cells.h5ad")
+    clipped = test_set(*case).to_anndata()      # as the first format was written
+    clipped.uns["prediction"]["format"] = 1
+    clipped.write_h5ad(tmp_path/"clipped.h5ad")
+    message = "clipped.h5ad: holds predictions of format 1, this version reads 2 .*predict again and save"
+    with pytest.raises(ValueError, match=message): PredictionSet.load(tmp_path/"clipped.h5ad")
     (tmp_path/"text.h5ad").write_text("no")
     with pytest.raises(ValueError, match="text.h5ad: cannot be read as h5ad"): PredictionSet.load(tmp_path/"text.h5ad")
 
@@ -202,7 +216,7 @@ DAMAGE = dict(
     control_mean=(lambda s: s.control_mean[:, :-1], "control_mean: found shape"),
     delta=(lambda s: s.delta*np.inf, "delta: found .* NaN or infinite"),
     train_delta=(lambda s: s.train_delta[None], "train_delta: found shape"),
-    predicted=(lambda s: s.predicted.T, "predicted: found shape"),
+    cell_delta=(lambda s: s.cell_delta.T, "cell_delta: found shape"),
     variance=(lambda s: -s.variance, "variance: found .*; a variance is not negative"),
     delta_variance=(lambda s: s.delta_variance - 1, "delta_variance: found .*; a variance is not negative"),
     provenance=(lambda s: dict(array=np.ones(2)), "provenance: .*not JSON serializable"))
@@ -272,7 +286,8 @@ def test_predictions_are_the_models_own_pair_by_pair(case, switches):
     ps = predictions(model, adata, split, actions, table, batch_size=7, progress=False)
     delta, variance = map(np.stack, zip(*(plain_change(model, adata, row.control, actions, table.perturbation.index(row.perturbation)) for row in ps.cells.itertuples())))
     assert np.abs(delta).mean() > .01 and variance.min() > 0
-    np.testing.assert_allclose(ps.predicted, np.maximum(ps.control.toarray() + delta, 0), atol=2e-5)
+    np.testing.assert_allclose(ps.cell_delta, delta, atol=2e-5)
+    np.testing.assert_allclose(ps.cells_predicted(), np.maximum(ps.control.toarray() + delta, 0), atol=2e-5)
     np.testing.assert_allclose(ps.variance, variance, rtol=1e-4)
     for p in range(len(ps.groups)):
         mine = ps.group == p
@@ -286,7 +301,7 @@ def test_batch_size_changes_nothing(case):
     adata, split = case
     model, (table, actions) = made(), described(adata)
     one, many = (predictions(model, adata, split, actions, table, batch_size=n, progress=False) for n in (1, 10**4))
-    np.testing.assert_allclose(one.predicted, many.predicted, atol=2e-5)
+    np.testing.assert_allclose(one.cell_delta, many.cell_delta, atol=2e-5)
 
 
 def test_each_control_is_encoded_once_and_equal_pairs_are_answered_once(case):
@@ -309,7 +324,7 @@ def test_a_finished_run_holds_everything(case, tmp_path):
     held = dict(model=model, folder=tmp_path/"abc-0", log=pd.DataFrame(), adata=adata, split=split, actions=actions, table=table, experiment=preset("smoke"))
     run = Run(**dict.fromkeys(Run._fields) | held)
     ps, by_hand = predictions(run, progress=False), predictions(model, adata, split, actions, table, progress=False)
-    np.testing.assert_array_equal(ps.predicted, by_hand.predicted)
+    np.testing.assert_array_equal(ps.cell_delta, by_hand.cell_delta)
     assert ps.provenance["run"] == "abc-0" and len(ps.provenance["experiment"]) == 12
     assert set(predictions(run, part="val", progress=False).groups["condition"]) == set(VAL)
     with pytest.raises(ValueError, match="split, table: missing; give them, or a finished Run"): predictions(model, adata, actions=actions)

@@ -6,10 +6,15 @@ import numpy as np
 import pytest
 import torch
 
+from anndata import AnnData
+
 from biojepa.actions import pretrained
-from biojepa.actions.featurizers import featurize
+from biojepa.actions.featurizers import action_batch, featurize
 from biojepa.actions.pretrained import (SOURCES, Esm2Fair, Esm2HF, MissingWeightsError, NucleotideTransformer, find_weights,
                                         load_esm_fair, weights_hash, write_random_esm2)
+from biojepa.actions.vocabulary import ActionTable, Modality, Mode
+from biojepa.config import DataConfig
+from biojepa.training.run import default_features
 
 RNG = np.random.default_rng(0)
 PROTEINS = {f"p{n}": "".join(RNG.choice(list("ACDEFGHIKLMNPQRSTVWY"), n)) for n in (1, 7, 60, 200)} | {"rare": "MUXBZO"}
@@ -66,6 +71,35 @@ def test_pooling_by_hand(esm):
         row = featurize(kind, {"p": sequence}, model=path, cache=False, progress=False).rows("p")[0]
         np.testing.assert_allclose(row, expected, atol=1e-5)
     assert (expected - hidden.mean(0)).abs().max() > 1e-4          # <cls> and <eos> would have mattered
+
+
+def released_mean(esm, sequence):
+    "ESM-2 as released, written out: the mean over start, residues and end of one sequence on its own."
+    model, alphabet = load_esm_fair(esm[0])
+    tokens = torch.tensor([[alphabet.cls_idx, *[alphabet.tok_to_idx[a] for a in sequence], alphabet.eos_idx]])
+    with torch.no_grad(): hidden = model.eval()(tokens, repr_layers=[6])["representations"][6][0]
+    return sum(hidden[i] for i in range(len(sequence) + 2)).numpy()/(len(sequence) + 2)
+
+
+def test_pooling_over_all_tokens_is_the_releases(esm):
+    "Row 18: start and end count, padding does not, whatever the batch."
+    expected = np.stack([released_mean(esm, s) for s in PROTEINS.values()])
+    for kind, path in zip(("esm2_fair", "esm2_hf"), esm):
+        bank = featurize(kind, PROTEINS, model=path, pooling="tokens", cache=False, progress=False)
+        np.testing.assert_allclose(bank.values, expected, atol=1e-5)
+        plain = featurize(kind, PROTEINS, model=path, cache=False, progress=False)
+        moved = np.linalg.norm(bank.values - plain.values, axis=1)
+        assert moved[0] > moved[-2] > 1e-3                         # 1 residue, 200 residues
+        assert bank.provenance["pooling"] != plain.provenance["pooling"]
+    with pytest.raises(ValueError, match="pooling: found 'letters'; choose 'residues' or 'tokens'"):
+        Esm2HF(model=esm[1], pooling="letters")
+
+
+def test_the_two_poolings_never_share_a_cache(esm, tmp_path):
+    banks = [featurize("esm2_hf", {"p": PROTEINS["p7"]}, model=esm[1], pooling=pooling, cache=tmp_path, progress=False)
+             for pooling in ("residues", "tokens", "residues")]
+    assert np.abs(banks[0].values - banks[1].values).max() > 1e-3
+    np.testing.assert_array_equal(banks[0].values, banks[2].values)
 
 
 @pytest.mark.parametrize("make,which", [(Esm2Fair, 0), (Esm2HF, 1)])
@@ -309,3 +343,31 @@ def test_a_kmer_tokenizer_is_found_out(ntv3, tmp_path):
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(".."), "isolated")
     tokenizer.save(str(tmp_path/"tokenizer.json"))
     with pytest.raises(ValueError, match="does not read one token per letter"): featurize("ntv3", {"a": "ACGTAC"}, model=tmp_path, cache=False, progress=False)
+
+
+# ---------------------------------------------------------------- an experiment's features, as released
+
+def test_an_experiment_with_released_features(esm, ntv3, tmp_path, monkeypatch):
+    "Proteins over all tokens, guides over their letters; the guides of a pair, and the pairs of a target, averaged."
+    for name in ("raw", "processed"): monkeypatch.setattr(pretrained.PATHS, name, tmp_path/name)
+    (tmp_path/"raw/models").mkdir(parents=True)
+    (tmp_path/"raw/models/esm2_t6_8M_UR50D.pt").write_bytes(esm[0].read_bytes())
+    (tmp_path/"raw/models/NTv3_650M_pre").symlink_to(ntv3[0])
+    pairs = [(GUIDES["a"], GUIDES["b"]), (GUIDES["long"][:20], GUIDES["long"][40:60])]
+    names = ("X+ctrl", "Y+ctrl", "ctrl")
+    table = ActionTable(perturbation=names, condition=names, targets=(("X",), ("Y",), ()), guide_id=("", "y1", ""),
+                        guide_seqs=(sum(pairs, ()), pairs[0], ()), mode=(Mode.CRISPRI, Mode.CRISPRI, Mode.CONTROL),
+                        n_cells=(1, 1, 1))
+    adata = AnnData(np.zeros((1, 1), "float32"), uns={"protein_sequences": {"X": PROTEINS["p60"], "Y": PROTEINS["p7"]}})
+    banks = default_features(adata, table, DataConfig(features="pretrained", pooling="tokens"))
+    assert [(b.modality, b.width) for b in banks] == [(Modality.PROTEIN, 320), (Modality.DNA, 1536)]
+    def by_hand(s):
+        ids = torch.tensor([[BASES.index(c) for c in s] + [BASES.index("<pad>")]*(-len(s) % 128)])
+        with torch.no_grad(): hidden = ntv3[1](ids, output_hidden_states=True).hidden_states[-1]
+        return hidden[0, :len(s)].mean(0).numpy()
+    actions = action_batch(table, banks)
+    for p, name, guides in ((0, "p60", sum(pairs, ())), (1, "p7", pairs[0])):
+        np.testing.assert_allclose(actions.features[p, 0, :320].numpy(), released_mean(esm, PROTEINS[name]), atol=1e-5)
+        np.testing.assert_allclose(actions.features[p, 1].numpy(), np.mean([by_hand(g) for g in guides], 0), atol=1e-5)
+    kmers = default_features(adata, table)
+    assert [b.provenance["featurizer"] for b in kmers] == ["kmer", "kmer"]

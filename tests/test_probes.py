@@ -1,4 +1,6 @@
 "Probes against scikit-learn and slow forms; perfect representations get the best value, shuffled ones chance; bad input by name."
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -6,9 +8,11 @@ import scipy.sparse as sp
 import torch
 from anndata import AnnData
 from scipy import stats
+from scipy.special import softmax
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import StandardScaler
 
 from biojepa.config import preset
@@ -246,3 +250,78 @@ def test_bootstrap_weights_are_repeats():
 def test_gene_probes_refuse_by_name(change, message):
     representations, score = gene_case()
     with pytest.raises(ValueError, match=message): p.gene_probe(**(dict(representations=representations, score=score, n_shuffles=0, progress=False) | change))
+
+
+# --- as released ------------------------------------------------------------------------------------------------------
+
+def adam_by_hand(x, gradient, shape, steps, clip, seed):
+    "Weights and biases of a linear layer after each step of Adam (Kingma and Ba 2015, algorithm 1), in float64."
+    torch.manual_seed(seed)
+    layer = torch.nn.Linear(*shape[::-1])
+    theta = [w.detach().numpy().astype(float) for w in (layer.weight, layer.bias)]
+    m, v = ([np.zeros_like(w) for w in theta] for _ in range(2))
+    for t in range(1, steps + 1):
+        error = gradient(x @ theta[0].T + theta[1])     # of the loss by each output
+        g = [error.T @ x, error.sum(0)]
+        norm = np.sqrt(sum((part**2).sum() for part in g))
+        for i, part in enumerate(g):
+            part = part*min(1, clip/norm)
+            m[i], v[i] = .9*m[i] + .1*part, .999*v[i] + .001*part**2
+            theta[i] = theta[i] - .001*(m[i]/(1 - .9**t))/(np.sqrt(v[i]/(1 - .999**t)) + 1e-8)
+        yield [w.copy() for w in theta]
+
+
+def test_released_cell_probe_by_hand():
+    "Four fifths, 100 steps of cross-entropy, and the best of five looks at the other fifth."
+    rng = np.random.default_rng(0)
+    labels = np.repeat(["a", "b", "c"], [30, 50, 40])
+    x = rng.normal(size=(120, 300)) + .2*np.repeat(rng.normal(size=(3, 300)), [30, 50, 40], 0)
+    train, test = train_test_split(np.arange(120), test_size=.2, random_state=5)
+    code = np.searchsorted(["a", "b", "c"], labels)
+    one_hot = np.eye(3)[code[train]]
+    def gradient(z): return (softmax(z, axis=1) - one_hot)/len(train)
+    steps = list(adam_by_hand(x[train], gradient, (3, 300), 100, np.inf, 5))
+    looks = [((x[test] @ w.T + b).argmax(1) == code[test]).mean() for w, b in steps[19::20]]
+    found = p.released_cell_probe(x, labels, 5)
+    assert found["accuracy"] == pytest.approx(max(looks)) and len(looks) == 5
+    assert max(looks) > found["majority"] == pytest.approx(50/120)
+    assert (found["chance"], found["n_labels"], found["n_train"], found["n_test"]) == (pytest.approx(1/3), 3, 96, 24)
+
+
+def test_released_gene_probe_by_hand():
+    "500 steps of squared error with clipped gradients; AUROC and correlations for the other fifth."
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(200, 12))
+    score = 3*(x @ rng.normal(size=12)) + rng.normal(size=200)
+    train, test = train_test_split(np.arange(200), test_size=.2, random_state=2)
+    *_, (w, b) = adam_by_hand(x[train], lambda z: 2*(z - score[train, None])/len(train), (1, 12), 500, 1., 2)
+    guess, found = (x[test] @ w.T + b)[:, 0], p.released_gene_probe(x, score, 4., 2)
+    assert found["r"] == pytest.approx(stats.pearsonr(guess, score[test])[0], abs=1e-4)
+    assert found["rho"] == pytest.approx(stats.spearmanr(guess, score[test])[0], abs=5e-3)
+    assert found["auroc"] == pytest.approx(roc_auc_score(score[test] > 4, guess), abs=5e-3)
+    assert found["n_positive"] == (score[test] > 4).sum()
+    assert np.isnan(p.released_gene_probe(x, score, 1e9, 2)["auroc"])
+
+
+def test_released_probes_read_the_students_latents_of_the_paired_control_cells(adata, monkeypatch):
+    torch.manual_seed(0)
+    model = BioJEPA(preset("smoke").model.changed(n_genes=G))
+    with torch.no_grad(): model.encoder.tokenizer.gene.weight.normal_()     # the teacher is another model now
+    rows, ctrl = np.arange(50), np.flatnonzero(adata.obs["condition"] == "ctrl")[np.arange(50) % 7]
+    labels = dict(batch=np.repeat(["a", "b"], 25), perturbation=np.tile(["x", "y"], 25))
+    frame = pd.DataFrame(labels | dict(control=adata.obs_names[ctrl]), index=adata.obs_names[rows])
+    seen = []
+    def probe(x, labels, seed):
+        seen.append((x, list(labels)))
+        return dict(accuracy=0.)
+    monkeypatch.setattr(p, "released_cell_probe", probe)
+    table = p.released_cell_probes(model, adata, SimpleNamespace(cells=frame), progress=False)
+    size = torch.tensor(adata.obs["log_library_size"].to_numpy())
+    for got, cells in ((seen[0][0], ctrl), (seen[2][0], rows)):
+        with torch.inference_mode(): tokens = model.encoder(dense_rows(adata.X, cells), size[cells], None, False)
+        np.testing.assert_allclose(got, tokens.genes().mean(1).numpy(), atol=2e-6)
+    assert seen[0][1] == frame["batch"].tolist() and seen[3][1] == frame["perturbation"].tolist()
+    assert seen[1][0].shape == seen[0][0].shape and table["representation"].eq("released run").sum() == 2
+    assert table.groupby("question").size().eq(4).all()
+    with pytest.raises(ValueError, match="part: found 'student'"):
+        p.cell_latents(model, adata, rows, part="student", progress=False)

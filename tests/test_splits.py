@@ -12,7 +12,7 @@ import scipy.sparse as sp
 import torch
 
 from biojepa.core import object_hash
-from biojepa.data.datasets import load_dataset
+from biojepa.data.datasets import load_dataset, read_card
 from biojepa.data.preprocess import prepare
 from biojepa.data.simulate import SimulationSpec, simulate_perturb_seq
 from biojepa.data.splits import PARTS, LeakageError, Split, check_leakage, make_split
@@ -97,6 +97,30 @@ def test_as_many_as_in_the_report():
     "1,087 targets: 272 for the test part."
     split = make_split(cells_of([f"G{i}+ctrl" for i in range(1087)], per=1))
     assert (len(split.train), len(split.val), len(split.test)) == (733, 82, 272)
+
+def test_the_split_of_the_report_is_drawn_after_the_card_drops_its_targets(tmp_path):
+    "A file in GEARS' shape: the draw equals cell-gears' from the conditions without the five, and not its draw from all."
+    card = read_card("replogle_k562_essential").changed(cells=None, genes=None, targets=None, url=None)
+    five, names = list(card.columns.drop), [f"T{i:02d}" for i in range(40)]
+    assert len(five) == 5
+    shuffled = np.random.default_rng(0).permutation([*names[:20], *five, *names[20:]])
+    conditions = np.repeat(["ctrl"]*6 + [f"{t}+ctrl" for t in shuffled], 2)
+    barcodes = [f"ACGT{i:04d}-{1 + i % 3}" for i in range(len(conditions))]
+    obs = pd.DataFrame(dict(condition=conditions, cell_type="K562"), index=barcodes)
+    var = pd.DataFrame(dict(gene_name=[*"abc", "c"]), index=[*"wxyz"])
+    X = sp.csr_matrix(np.random.default_rng(0).random((len(obs), 4)), dtype=np.float32)
+    (tmp_path/card.name).mkdir()
+    ad.AnnData(X, obs, var).write_h5ad(tmp_path/card.name/"perturb_processed.h5ad")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dropped, whole = (load_dataset(card, folder=tmp_path, offline=True, **given) for given in ({}, dict(drop=())))
+        data = by_pertdata([f"{t}+ctrl" for t in names], tmp_path)
+        data.prepare_split("simulation", seed=1)
+    drawn = {p: set(data.set2conditions[p]) - {"ctrl"} for p in PARTS}
+    split, before = make_split(dropped, seed=1), make_split(whole, seed=1)
+    assert {p: set(getattr(split, p)) for p in PARTS} == drawn and (whole.n_obs, dropped.n_obs) == (102, 92)
+    assert not set(split.test) <= set(before.test), "the same targets are held out: dropping would not matter"
+    assert set(before.test) - {f"{t}+ctrl" for t in five} != drawn["test"]
 
 def test_simulation_of_chosen_targets():
     split = make_split(cells_of(SINGLES + DOUBLES), held_out=["T00", "T20"])

@@ -173,7 +173,7 @@ def test_identical_descriptions_are_found(screen):
 
 
 def test_readout_begins_at_least_squares_and_stays_good(screen, tmp_path):
-    model = small(readout="per_gene")
+    model = small(readout="per_gene", initial_values="fan_in")
     log = fit(model, screen.stage("readout", model, SHORT.changed(lr=1e-4, latents="observed")), tmp_path, progress=False)
     ends = log.dropna(subset=["val_mse_observed"])
     assert (ends.val_mse_observed < .1*ends.val_mse_no_change).all()
@@ -191,8 +191,8 @@ def test_without_vicreg_the_monitor_fires(tmp_path):
     data, found = small_data(), {}
     for name, weights in dict(with_vicreg=(25., 25., 1.), without=(25., 0., 0.)).items():
         torch.manual_seed(0)
-        model = BioJEPA(ModelConfig(n_genes=40, d_model=16, n_heads=2, n_encoder_layers=1, n_masked_predictor_layers=1, n_predictor_layers=1,
-                                    library_norm=(7., 1.), ema_momentum=0., vicreg_weights=weights))
+        sizes = dict(n_genes=40, d_model=16, n_heads=2, n_encoder_layers=1, n_masked_predictor_layers=1, n_predictor_layers=1)
+        model = BioJEPA(ModelConfig(**sizes, initial_values="fan_in", library_norm=(7., 1.), ema_momentum=0., vicreg_weights=weights))
         monitor = CollapseMonitor(model, next(iter(cell_loader(data["adata"], data["split"], "train", batch_size=128))), torch.arange(0, 40, 4))
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['SOURCES', 'MissingWeightsError', 'WeightSource', 'find_weights', 'weights_hash', 'TokenMean', 'load_esm_fair',
-           'Esm2Fair', 'Esm2HF', 'esm_names', 'write_random_esm2', 'NucleotideTransformer']
+           'Esm2Fair', 'Esm2HF', 'esm_names', 'write_random_esm2', 'NucleotideTransformer', 'pretrained_features']
 
 # %% ../../nbs/22_pretrained.ipynb #87d7d4f8
 import json, warnings
 from argparse import Namespace
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -18,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .featurizers import SequenceFeaturizer, default_width, featurizer
+from .featurizers import FeatureBank, SequenceFeaturizer, default_width, featurize, featurizer
 from .vocabulary import Modality
-from ..core import PATHS, file_hash, object_hash
+from ..core import PATHS, default_device, file_hash, object_hash
 
 # %% ../../nbs/22_pretrained.ipynb #8f869ac5
 class MissingWeightsError(ValueError):
@@ -41,13 +42,16 @@ class WeightSource:
 
     def missing(self, found:str)->MissingWeightsError:  # what went wrong
         "The error that says how to get the weights."
-        here = (PATHS.raw/"models"/self.name).relative_to(PATHS.root).as_posix()
+        place = PATHS.raw/"models"/self.name
+        inside = place.is_relative_to(PATHS.root)
+        here = f"{place.relative_to(PATHS.root).as_posix()} in the project folder" if inside else str(place)
         web = self.address if "://" in self.address else f"https://huggingface.co/{self.address}"
         gate = (f" The repository is gated ({self.licence}): log in there, accept the licence, and set HF_TOKEN to a token of that account, "
                 "or download the files in a browser.") if self.gated else f" Licence: {self.licence}."
         what = "the file" if "://" in self.address else "config.json, the tokenizer files, *.py and *.safetensors"
-        return MissingWeightsError(f"{self.name}: {found}. Download {what} from {web} to {here} in the project folder, or pass model=PATH.{gate} "
-                                   "Without weights, featurize('kmer', ...) makes rows of the same width.")
+        return MissingWeightsError(f"{self.name}: {found}. Download {what} from {web} to {here}, or pass "
+                                   f"model=PATH.{gate} Without weights, featurize('kmer', ...) makes rows of the same width; in an experiment "
+                                   "-p features kmer, or -p relations FILE for gene relations instead of sequences.")
 
 SOURCES = dict(
     esm2_fair=WeightSource("esm2_t6_8M_UR50D.pt", "https://dl.fbaipublicfiles.com/fair-esm/models/esm2_t6_8M_UR50D.pt", "MIT"),
@@ -96,36 +100,40 @@ def weights_hash(
 
 # %% ../../nbs/22_pretrained.ipynb #0cca7ee2
 class TokenMean(SequenceFeaturizer):
-    "A language model's last hidden layer, averaged over letters: a subclass gives `_load` and `_hidden`."
+    "A language model's last hidden layer, averaged: a subclass gives `_load` and `_hidden`."
     kind:str                                     # name in FEATURIZERS
     letters_per_batch = 4096                     # four proteins of full length: attention over them takes 0.3 GB a layer
-    pooling = "mean of the last hidden layer over letters"
+    pooled = dict(residues="mean of the last hidden layer over letters",
+                  tokens="mean of the last hidden layer over all tokens, start and end included")
 
     def __init__(self,
         model:str|Path|None=None,                # weights: file or folder; see find_weights if None
         device:str|torch.device="cpu",           # where to compute
         width:int|None=None,                     # hidden width of the model; the composer's width of the modality if None
         download:bool=True,                      # try the network if the weights are not here
+        pooling:Literal["residues", "tokens"]="residues",  # what is averaged: letters, or start and end too
     ):
+        if pooling not in self.pooled: raise ValueError(f"pooling: found {pooling!r}; choose 'residues' or 'tokens'")
+        self.pooling = pooling
         self.path, self.device = find_weights(SOURCES[self.kind], model, download), torch.device(device)
         self.name = SOURCES[self.kind].address if model is None else Path(model).name
         self.width, self.weights, self.model = width or default_width(self.modality), weights_hash(self.path), None
 
     def config(self)->dict:
-        return dict(featurizer=self.kind, model=self.name, weights=self.weights, pooling=self.pooling,
+        return dict(featurizer=self.kind, model=self.name, weights=self.weights, pooling=self.pooled[self.pooling],
                     modality=self.modality.name, width=self.width, max_length=self.max_length)
 
     @torch.inference_mode()
     def embed(self, sequences):
         if self.model is None: self.model = self._load().to(self.device).eval()
-        hidden, letters = self._hidden(list(sequences))   # (B, T, F), (B, T)
+        hidden, letters, tokens = self._hidden(list(sequences))   # (B, T, F), (B, T), (B, T)
         if hidden.shape[-1] != self.width:
             raise ValueError(f"{self.path}: found a hidden width of {hidden.shape[-1]}, expected {self.width}; pass width={hidden.shape[-1]} and set it in ModelConfig")
         counted = letters.sum(1).tolist()
         if hidden.shape[:2] != letters.shape or counted != [len(s) for s in sequences]:
             raise ValueError(f"{self.path}: found {counted} tokens in a layer of shape {tuple(hidden.shape)} for sequences of lengths "
                              f"{[len(s) for s in sequences]}; this model does not read one token per letter")
-        weight = letters.unsqueeze(-1).to(hidden.dtype)
+        weight = (tokens if self.pooling == "tokens" else letters).unsqueeze(-1).to(hidden.dtype)
         return ((hidden*weight).sum(1)/weight.sum(1)).float().cpu().numpy()
 
 # %% ../../nbs/22_pretrained.ipynb #844fb462
@@ -152,11 +160,12 @@ class Esm2Fair(TokenMean):
         model, self.alphabet = load_esm_fair(self.path)
         return model
 
-    def _hidden(self, sequences)->tuple[Tensor, Tensor]:
+    def _hidden(self, sequences)->tuple[Tensor, Tensor, Tensor]:
         tokens = self.alphabet.get_batch_converter()([("", s) for s in sequences])[2].to(self.device)
         special = torch.tensor([self.alphabet.padding_idx, self.alphabet.cls_idx, self.alphabet.eos_idx], device=self.device)
         last = self.model.num_layers
-        return self.model(tokens, repr_layers=[last])["representations"][last], ~torch.isin(tokens, special)
+        hidden = self.model(tokens, repr_layers=[last])["representations"][last]
+        return hidden, ~torch.isin(tokens, special), tokens != self.alphabet.padding_idx
 
 # %% ../../nbs/22_pretrained.ipynb #c6cd9d81
 def _load_transformers(
@@ -184,10 +193,11 @@ class Esm2HF(TokenMean):
         self.tokenizer = AutoTokenizer.from_pretrained(self.path, local_files_only=True)
         return _load_transformers(EsmModel, self.path, add_pooling_layer=False)
 
-    def _hidden(self, sequences)->tuple[Tensor, Tensor]:
+    def _hidden(self, sequences)->tuple[Tensor, Tensor, Tensor]:
         tokens = self.tokenizer(sequences, return_tensors="pt", padding=True).to(self.device)
-        special = torch.tensor([self.tokenizer.pad_token_id, self.tokenizer.cls_token_id, self.tokenizer.eos_token_id], device=self.device)
-        return self.model(**tokens).last_hidden_state, ~torch.isin(tokens["input_ids"], special)
+        ids, pad = tokens["input_ids"], self.tokenizer.pad_token_id
+        special = torch.tensor([pad, self.tokenizer.cls_token_id, self.tokenizer.eos_token_id], device=self.device)
+        return self.model(**tokens).last_hidden_state, ~torch.isin(ids, special), ids != pad
 
 # %% ../../nbs/22_pretrained.ipynb #e774a22e
 _ESM_NAMES = {"self_attn.q_proj": "attention.self.query", "self_attn.k_proj": "attention.self.key", "self_attn.v_proj": "attention.self.value",
@@ -254,10 +264,39 @@ class NucleotideTransformer(TokenMean):
         self.tokenizer.padding_side = "right"
         return _load_transformers(AutoModelForMaskedLM, self.path, trust_remote_code=True)
 
-    def _hidden(self, sequences)->tuple[Tensor, Tensor]:
+    def _hidden(self, sequences)->tuple[Tensor, Tensor, Tensor]:
         length = torch.tensor([[len(s)] for s in sequences])
         filled = sequences if self.pad == "pad" else [s.ljust(-(-len(s)//self.pad_multiple)*self.pad_multiple, "N") for s in sequences]
         ids = self.tokenizer(filled, add_special_tokens=False, padding=True, pad_to_multiple_of=self.pad_multiple, return_tensors="pt")["input_ids"]
         letters = torch.arange(ids.shape[1]) < length
         if self.pad == "pad": letters &= ids != self.tokenizer.pad_token_id   # a tokenizer of k-mers is found out here
-        return self.model(input_ids=ids.to(self.device), output_hidden_states=True).hidden_states[-1], letters.to(self.device)
+        letters = letters.to(self.device)   # it reads no start or end: its tokens are the letters
+        return self.model(input_ids=ids.to(self.device), output_hidden_states=True).hidden_states[-1], letters, letters
+
+# %% ../../nbs/22_pretrained.ipynb #e7a90b52
+_RELEASED = {Modality.PROTEIN: ("esm2_fair", "esm2_hf"), Modality.DNA: ("ntv3",)}
+
+def _with_weights(modality:Modality)->str:
+    "The released featurizer whose weights are here, or can be had."
+    kinds = _RELEASED[modality]
+    here = [kind for kind in kinds if (PATHS.raw/"models"/SOURCES[kind].name).exists()]
+    if here: return here[0]
+    errors = []
+    for kind in kinds:
+        try: find_weights(SOURCES[kind]); return kind
+        except MissingWeightsError as error: errors.append(error)
+    raise errors[0]
+
+def pretrained_features(
+    sequences:Mapping,                                  # name -> sequence, or several that are averaged
+    modality:Modality,                                  # PROTEIN or DNA
+    pooling:Literal["residues", "tokens"]="residues",   # of ESM-2; "tokens" as released
+    **options,                                          # of `featurize`: cache, progress
+)->FeatureBank:
+    "ESM-2 of proteins, NTv3 of guides."
+    kind = _with_weights(modality)
+    if modality is Modality.PROTEIN: options |= dict(pooling=pooling)
+    try: return featurize(kind, sequences, device=default_device(), **options)
+    except ImportError as error:
+        way = "pip install 'biojepa[features]', or take k-mers (-p features kmer)"
+        raise ImportError(f"{kind}: {error}; {way}") from error

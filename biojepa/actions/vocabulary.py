@@ -73,7 +73,7 @@ class ActionTable:
 
     @classmethod
     def from_anndata(cls,
-        adata:AnnData,                   # obs: condition, perturbation; optional guide_id, guide_seq_a, guide_seq_b, mode
+        adata:AnnData,                   # obs: condition, perturbation; optional guide_id, guide_seq_a, …, mode
         mode:Mode|str|None=None,         # of all perturbed cells; None: obs["mode"], or unknown without it
         known:Sequence[str]|None=None,   # genes that may be targets; None: any
     )->"ActionTable":                    # one row per category of obs["perturbation"], in its order
@@ -205,10 +205,12 @@ def _columns_of_cells(
     _require_known(condition, known)
     targets = [parse_condition(c) for c in condition]
     control = np.array([not t for t in targets], bool)
-    guide_id, seq_a, seq_b, modes = (_one_value(adata, c, code, names, control) for c in ("guide_id", "guide_seq_a", "guide_seq_b", "mode"))
+    sequences = [_one_value(adata, c, code, names, control) for c in sorted(adata.obs) if c.startswith("guide_seq_")]
+    guide_id, modes = (_one_value(adata, c, code, names, control) for c in ("guide_id", "mode"))
     modes = [Mode.CONTROL if c else Mode.parse((m or "unknown") if mode is None else mode) for c, m in zip(control, modes)]
+    guide_seqs = tuple(tuple(filter(None, row)) for row in zip(*sequences)) or ((),)*len(names)
     return dict(perturbation=tuple(names), condition=tuple(condition), targets=tuple(targets), guide_id=tuple(guide_id),
-                guide_seqs=tuple(tuple(filter(None, pair)) for pair in zip(seq_a, seq_b)), mode=tuple(modes), n_cells=tuple(n_cells.tolist()))
+                guide_seqs=guide_seqs, mode=tuple(modes), n_cells=tuple(n_cells.tolist()))
 
 # %% ../../nbs/20_vocabulary.ipynb #a839f0b9
 def _codes_of_cells(

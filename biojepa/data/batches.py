@@ -304,6 +304,7 @@ def pair_loader(
     seed:int=0,               # of order and control pairing
     epoch:int=0,              # first epoch
     training:bool|None=None,  # shuffle, and draw new controls in each epoch; None: for part "train" only
+    fixed_controls:bool=False,  # True: every epoch has the first one's controls, as released
     **options,                # drop_last, rank, world_size, prefetch of BatchLoader
 )->BatchLoader:               # of PairBatch
     "Each perturbed cell of a part beside a random control of its batch and cell type (report §5.3)."
@@ -312,7 +313,8 @@ def pair_loader(
     pools = match_controls(adata, _part_cells(adata, split, part), np.sort(np.asarray(split.controls(adata, part), np.int64)))
 
     def items(epoch):
-        return np.stack([pools.cells, pools.draw(counter_uniform(adata.n_obs, seed, epoch, stream=1)[pools.cells])], 1)
+        uniform = counter_uniform(adata.n_obs, seed, 0 if fixed_controls else epoch, stream=1)
+        return np.stack([pools.cells, pools.draw(uniform[pools.cells])], 1)
 
     def collate(rows):
         pert, ctrl = rows.T

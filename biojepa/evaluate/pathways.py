@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['ActionSpaces', 'action_spaces', 'action_features', 'action_latents', 'predicted_responses', 'crossed',
-           'pathway_table', 'module_similarity', 'mechanism_table']
+           'pathway_table', 'module_similarity', 'mechanism_table', 'released_labels', 'released_pathways']
 
 # %% ../../nbs/69_pathways.ipynb #f26e5d5e
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -17,11 +19,13 @@ from anndata import AnnData
 
 from ..actions.vocabulary import ActionTable, Modality
 from ..data.batches import ActionBatch
-from .genesets import Relation, label_relation, relation_table, set_relation, set_similarity
+from .gene_level import paired_pseudobulk
+from .genesets import (Relation, first_sets, label_relation, read_gmt, relation_table,
+                                       released_neighbours, released_ratio, set_relation, set_similarity)
 from .probes import expression_level, gene_embeddings, gene_loadings
 from ..model.biojepa import BioJEPA
 from ..model.composer import pooled
-from ..predict import changes, group_means
+from ..predict import PredictionSet, changes, group_means
 
 # %% ../../nbs/69_pathways.ipynb #5d880178
 class ActionSpaces(NamedTuple):
@@ -222,3 +226,54 @@ def _nothing_shared(sets:dict[str, list[str]], n:int)->str:
     if not shared: return f"none of {n} perturbations shares it with another"
     if len({p for k in shared for p in sets[k]}) < 3: return f"only {len({p for k in shared for p in sets[k]})} of {n} perturbations share it with another"
     return f"all {n} perturbations share it ({shared[0]})" if len(sets) == 1 else ""
+
+# %% ../../nbs/69_pathways.ipynb #f6617235
+_RELEASED = pd.DataFrame(
+    [("genes", "released run, KEGG", .274, np.nan), ("genes", "random numbers on its labels", .24, np.nan),
+     ("guides", "released run, KEGG", .379, np.nan), ("guides", "random numbers on its labels", .34, np.nan),
+     ("held-out responses", "released run, KEGG", np.nan, 1.006)], columns=["question", "space", "accuracy", "ratio"])
+
+def released_labels(
+    adata:AnnData,                      # prepared
+    source:str|Path|None=None,          # GMT file; None: planted modules
+    sizes:tuple[int, int]=(15, 300),    # members of a set
+)->dict[str, str]:                      # gene -> its one label; empty where the source has no sets
+    "One label for each gene."
+    if source is not None and str(source):
+        return first_sets(read_gmt(source), sizes) if Path(source).suffix == ".gmt" else {}
+    truth = adata.uns.get("truth", {})
+    if "module" not in truth: return {}
+    module = pd.Series(np.asarray(truth["module"]).astype(str), np.asarray(truth["gene"]).astype(str))
+    return first_sets({k: v.index for k, v in module.groupby(module)}, sizes)
+
+def released_pathways(
+    model:BioJEPA,
+    adata:AnnData,              # prepared, genes in the model's order
+    actions:ActionBatch,        # (P, A, F)
+    table:ActionTable,          # P perturbations
+    sets:Iterable[PredictionSet],   # of held-out perturbations: the model's, and constants
+    source:str|Path|None=None,  # of `released_labels`
+    seed:int=0,                 # of random numbers
+)->pd.DataFrame:                # question, space, and the columns of `released_neighbours` and `released_ratio`
+    "The released quantities of pathways, each beside random numbers."
+    labels, fewer = (released_labels(adata, source, sizes) for sizes in ((15, 300), (15, 200)))
+    if not labels:
+        why = "left out: no sets of 15 to 300 genes (a table of pairs has none)"
+        return pd.DataFrame([dict(question="all", note=why)])
+    rng, rows, bulks = np.random.default_rng(seed), [], [paired_pseudobulk(s) for s in sets]
+    single = np.array([len(t) == 1 for t in table.targets])
+    guides = np.flatnonzero(~table.is_control & actions.present.any(1).numpy() & single)
+    embeddings, latents = gene_embeddings(model), action_latents(model, actions.take(guides))
+    of_genes, of_guides = [labels.get(g) for g in adata.var_names], [labels.get(table.targets[i][0]) for i in guides]
+    asked = (("genes", "gene embeddings", embeddings, of_genes, 10),
+             ("guides", "action latents", latents, of_guides, 5))
+    for question, name, x, of, fewest in asked:
+        for space, y in ((name, x), ("random numbers", rng.normal(size=x.shape))):
+            rows.append(dict(question=question, space=space) | released_neighbours(y, of, fewest))
+    of_responses = [fewer.get(t[0]) if len(t) == 1 else None for t in bulks[0].conditions["targets"]]
+    responses = {b.name: b.predicted for b in bulks} | {"observed": bulks[0].observed}
+    for space, x in (responses | {"random numbers": rng.normal(size=bulks[0].observed.shape)}).items():
+        rows.append(dict(question="held-out responses", space=space) | released_ratio(x, of_responses))
+    out = pd.concat([_RELEASED, pd.DataFrame(rows)], ignore_index=True)
+    order = {q: i for i, q in enumerate(dict.fromkeys(out["question"]))}
+    return out.sort_values("question", key=lambda q: q.map(order), kind="stable", ignore_index=True)

@@ -227,8 +227,9 @@ def on_genes(
     "The same answers, for some genes only."
     at = pd.Index(ps.genes).get_indexer(list(genes))
     if (at < 0).any(): raise ValueError(f"genes: {int((at < 0).sum())} are not among the {len(ps.genes)} of {ps.name!r}, e.g. {list(genes)[int(np.argmin(at))]}; give some of its genes")
-    cut = {k: v[..., at] if isinstance(v, np.ndarray) else v[:, at] for k in ("observed", "control", "control_mean", "delta", "predicted", "variance", "delta_variance", "train_delta")
-           if (v := getattr(ps, k)) is not None}
+    arrays = ("observed", "control", "control_mean", "delta", "cell_delta", "variance", "delta_variance", "train_delta")
+    held = {k: v for k in arrays if (v := getattr(ps, k)) is not None}
+    cut = {k: v[..., at] if isinstance(v, np.ndarray) else v[:, at] for k, v in held.items()}
     return replace(ps, name=name or ps.name, genes=tuple(genes), **cut)
 
 # %% ../../nbs/69_transfer.ipynb #45fa60a4

@@ -21,7 +21,7 @@ from ..core import atomic_path, file_hash
 from ..data.batches import ActionBatch, CellBatch, PairBatch
 from .composer import ActionComposer
 from .encoder import CellEncoder
-from .losses import devices, gaussian_nll, latent_distance, spread, vicreg
+from .losses import Spread, devices, gaussian_nll, latent_distance, spread
 from .predictor import ActionPredictor, LatentGaussian, MaskedPredictor
 from .readout import LinearReadout
 from .teacher import EMATeacher
@@ -62,19 +62,22 @@ def tokens_at(
 
 # %% ../../nbs/38_biojepa.ipynb #a2fdaf29
 class PretrainLoss(NamedTuple):
-    "Loss of a pretraining step and its parts."
-    total:Tensor
-    invariance:Tensor
-    variance:Tensor
-    covariance:Tensor
+    "Loss of a pretraining step and its parts, unweighted."
+    total:Tensor                # λ·invariance + μ·(variance + teacher's) + ν·(covariance + teacher's)
+    invariance:Tensor           # distance to the teacher at hidden genes
+    variance:Tensor             # hinge of the student encoder's latents
+    covariance:Tensor           # of the same latents
+    teacher_variance:Tensor     # the same two of the teacher's: constants, without gradient
+    teacher_covariance:Tensor
 
 class DynamicsLoss(NamedTuple):
-    "Loss of a dynamics step and its parts."
-    total:Tensor
-    nll:Tensor
-    invariance:Tensor
-    variance:Tensor
-    covariance:Tensor
+    "Loss of a dynamics step and its parts, unweighted."
+    total:Tensor                # nll_weight·nll + μ·(variance + teacher's) + ν·(covariance + teacher's)
+    nll:Tensor                  # at hidden genes
+    variance:Tensor             # hinge of the predicted means of all genes
+    covariance:Tensor           # of the same means
+    teacher_variance:Tensor     # the same two of the teacher's latents of the perturbed cells
+    teacher_covariance:Tensor
 
 # %% ../../nbs/38_biojepa.ipynb #6ad1f30d
 class BioJEPA(nn.Module):
@@ -88,7 +91,7 @@ class BioJEPA(nn.Module):
         self.encoder = CellEncoder(c, checkpoint_activations)
         self.teacher = EMATeacher(self.encoder, c.ema_momentum)
         self.masked_predictor = MaskedPredictor(c, checkpoint_activations)
-        self.composer = ActionComposer(c.d_protein, c.d_chemical, c.d_dna, c.d_action, c.d_mode, c.n_modes)
+        self.composer = ActionComposer(c.d_protein, c.d_chemical, c.d_dna, c.d_action, c.d_mode, c.n_modes, c.initial_values)
         self.predictor = ActionPredictor(c, checkpoint_activations)
         if c.predicts == "change":
             for p in self.predictor.mean.parameters(): nn.init.zeros_(p)
@@ -109,32 +112,40 @@ class BioJEPA(nn.Module):
         generator:torch.Generator|None=None,  # for the drawing
         collapse:bool=True,                   # compute equal tokens once; False shows the naive form
     )->PretrainLoss:
-        "Predict the teacher's latents of hidden genes (report §5.1)."
+        "Predict the teacher's latents of hidden genes, and keep the student's apart (report §5.1, as released)."
         c, mask = self.config, check_mask(self.hide(cells.x, generator) if mask is None else mask)
-        z_hat = self.masked_predictor(self.encoder(cells.x, cells.log_library_size, mask, collapse))
+        z = self.encoder(cells.x, cells.log_library_size, mask, collapse)
+        z_hat = self.masked_predictor(z)
         h = self.teacher(cells.x, cells.log_library_size, None, collapse)
         invariance = hidden_distance(z_hat, h, mask, c.latent_loss)
-        moments = spread(z_hat.x, z_hat.weight, c.vicreg_over, z_hat.index)
-        return PretrainLoss(sum(w*part for w, part in zip(c.vicreg_weights, (invariance, *moments))), invariance, *moments)
+        own, teacher = self._spread(z), self._spread(h)
+        return PretrainLoss(c.vicreg_weights[0]*invariance + self._regularisation(own, teacher), invariance, *own, *teacher)
 
     def dynamics_loss(self,
         pairs:PairBatch,                      # B control and perturbed cells
         actions:ActionBatch,                  # B actions, in the same order
-        mask:Tensor|None=None,                # (B, G) bool, genes to predict; drawn if None
+        mask:Tensor|None=None,                # (B, G) bool, genes whose likelihood counts; drawn if None
         generator:torch.Generator|None=None,  # for the drawing
         collapse:bool=True,                   # compute equal tokens once; False shows the naive form
     )->DynamicsLoss:
-        "Predict the perturbed cell's latents of hidden genes (report §5.3); encoder and teacher get no gradient."
+        "Predict the perturbed cell's latents (report §5.3, as released); encoder and teacher get no gradient."
         c, mask = self.config, check_mask(self.hide(pairs.x_ctrl, generator) if mask is None else mask)
-        with torch.no_grad(): z = self.encoder(pairs.x_ctrl, pairs.log_library_size_ctrl, mask if c.mask_context else None, collapse)
+        context = mask if c.mask_context else None
+        with torch.no_grad(): z = self.encoder(pairs.x_ctrl, pairs.log_library_size_ctrl, context, collapse)
         h = self.teacher(pairs.x_pert, pairs.log_library_size_pert, None, collapse)
-        genes, weight = list_genes(mask)
-        predicted = self.act(z, pairs.x_ctrl, pairs.log_library_size_ctrl, actions, genes, weight, collapse)
-        target = tokens_at(h, genes)
-        nll = gaussian_nll(predicted.mean, predicted.logvar, target, weight)
-        places = (mask.cumsum(1) - 1).clamp(min=0)  # where each hidden gene stands among the queries
-        v = vicreg(predicted.mean, target, weight, c.vicreg_weights, c.vicreg_over, c.latent_loss, places, mask)
-        return DynamicsLoss(c.nll_weight*nll + v.total, nll, v.invariance, v.variance, v.covariance)
+        predicted = self.act(z, pairs.x_ctrl, pairs.log_library_size_ctrl, actions, collapse)
+        nll = gaussian_nll(predicted.mean, predicted.logvar, h.genes(), mask)
+        own, teacher = self._spread(TokenSet(predicted.mean)), self._spread(h)
+        return DynamicsLoss(c.nll_weight*nll + self._regularisation(own, teacher), nll, *own, *teacher)
+
+    def _spread(self, tokens:TokenSet)->Spread:
+        "Variance and covariance terms of some latents, over what the configuration says."
+        return spread(tokens.x, tokens.weight, self.config.vicreg_over, tokens.index)
+
+    def _regularisation(self, own:Spread, teacher:Spread)->Tensor:  # scalar
+        "μ and ν times both branches' terms; the teacher's is a constant that moves the printed loss only."
+        _, mu, nu = self.config.vicreg_weights
+        return mu*(own.variance + teacher.variance) + nu*(own.covariance + teacher.covariance)
 
     def predict_latent(self,
         x_ctrl:Tensor,              # (B, G) control cells
@@ -144,22 +155,28 @@ class BioJEPA(nn.Module):
     )->LatentGaussian:              # of all G genes
         "Where an action takes each control cell (report §3.4)."
         z = self.encoder(x_ctrl, log_library_size, None, collapse)
-        return self.act(z, x_ctrl, log_library_size, actions, collapse=collapse)
+        return self.act(z, x_ctrl, log_library_size, actions, collapse)
 
     def act(self,
         z:TokenSet,                 # context: latents of the control cells, masked or not
         x_ctrl:Tensor,              # (B, G) the whole control cells
         log_library_size:Tensor,    # (B,)
         actions:ActionBatch,        # B actions
-        genes:Tensor|None=None,     # (B, M) genes to predict; all if None
-        weight:Tensor|None=None,    # (B, M) 1 for a real gene, 0 for padding
         collapse:bool=True,         # compute equal tokens once
-    )->LatentGaussian:              # of the perturbed cells' latents
+    )->LatentGaussian:              # of the perturbed cells' latents, all G genes
         "What the predictor says, from latents that are there; with `predicts=\"change\"`, added to the latents of `origin`."
-        predicted = self.predictor(z, self.composer(actions), actions.present, genes, weight, shortcut=collapse)
+        predicted = self.predictor(z, self.composer(actions), actions.present, shortcut=collapse)
         if self.config.predicts == "latent": return predicted
         h = self.origin(x_ctrl, log_library_size, actions, collapse)
-        return predicted._replace(mean=predicted.mean + (h.genes() if genes is None else tokens_at(h, genes)))
+        return predicted._replace(mean=predicted.mean + h.genes())
+
+    def control_latents(self,
+        x_ctrl:Tensor,              # (B, G) the whole control cells
+        log_library_size:Tensor,    # (B,)
+        collapse:bool=True,         # compute equal tokens once
+    )->TokenSet:                    # by the encoder as released, or by the teacher: `delta_from`
+        "The latents of the control cells that Δ is decoded against."
+        return getattr(self, self.config.delta_from)(x_ctrl, log_library_size, None, collapse)
 
     def origin(self,
         x_ctrl:Tensor,              # (B, G) the whole control cells

@@ -73,12 +73,14 @@ class ActionComposer(nn.Module):
         d_action:int=320,       # width of content and of an action latent
         d_mode:int=64,          # width of a mode embedding
         n_modes:int=10,         # number of modes
+        initial_values:str="released",  # torch's own, or "fan_in": truncated normal, std 1/√(fan in), no bias
     ):
         super().__init__()
         self.d_action = d_action
         self.widths = {Modality.PROTEIN.name: d_protein, Modality.CHEMICAL.name: d_chemical, Modality.DNA.name: d_dna}
-        self.content = init_weights_(nn.ModuleDict({name: nn.Linear(width, d_action) for name, width in self.widths.items()}))
-        self.mode = init_weights_(nn.Embedding(n_modes, d_mode))
+        self.content = nn.ModuleDict({name: nn.Linear(width, d_action) for name, width in self.widths.items()})
+        self.mode = nn.Embedding(n_modes, d_mode)
+        if initial_values == "fan_in": init_weights_(self)
         self.film = FiLM(d_mode, d_action)
 
     def forward(self,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Devices', 'shared_batch', 'devices', 'latent_distance', 'variance_loss', 'covariance_loss', 'Spread', 'spread',
-           'VICReg', 'vicreg', 'gaussian_nll', 'info_nce', 'retrieval_rank', 'retrieval_accuracy']
+           'gaussian_nll', 'info_nce', 'retrieval_rank', 'retrieval_accuracy']
 
 # %% ../../nbs/37_losses.ipynb #f4d4351e
 from contextlib import contextmanager
@@ -252,34 +252,6 @@ def spread(
         if over == "cells": return Spread(*_spread_over_cells(z, index, gene_mask, floor, eps))
         variance, off = _moments(*_centred(*_one_problem(z, weight)))
         return Spread(_hinge(variance, floor, eps)[0], off[0])
-
-# %% ../../nbs/37_losses.ipynb #43e95325
-class VICReg(NamedTuple):
-    "The weighted sum and its parts, unweighted."
-    total:Tensor        # scalar, what is minimised
-    invariance:Tensor   # scalar, distance to the target
-    variance:Tensor     # scalar, hinge on the predicted latents' standard deviations
-    covariance:Tensor   # scalar, squared off-diagonal covariances of the predicted latents
-
-# %% ../../nbs/37_losses.ipynb #582a7bac
-def vicreg(
-    z_hat:Tensor,                                           # (B, T, D) predicted latents; T = 1 is repeated to fit `h`
-    h:Tensor,                                               # (B, T, D) teacher's latents
-    weight:Tensor|None=None,                                # (B, T) multiplicity of each pair of tokens
-    weights:tuple[float, float, float]=(25., 25., 1.),      # λ, μ, ν of invariance, variance, covariance
-    over:Literal["tokens", "cells"]="tokens",               # see `spread`
-    kind:Literal["l1", "mse"]="l1",                         # see `latent_distance`
-    index:Tensor|None=None,                                 # (B, G) each gene's token in `z_hat`, for "cells"
-    gene_mask:Tensor|None=None,                             # (B, G) bool, genes that count, for "cells"
-    floor:float=1., eps:float=1e-4,                         # see `variance_loss`
-)->VICReg:
-    "Invariance, variance and covariance (report §5.1.1; Bardes et al. 2022)."
-    invariance = latent_distance(z_hat, h, weight, kind)
-    if weight is None: weight = torch.ones((), device=h.device)
-    pairs = weight.float().expand(torch.broadcast_shapes(z_hat.shape, h.shape)[:-1])
-    moments = spread(z_hat, pairs.sum_to_size(z_hat.shape[:-1]), over, index, gene_mask, floor, eps)
-    total = sum(w*part for w, part in zip(weights, (invariance, *moments), strict=True))
-    return VICReg(total, invariance, *moments)
 
 # %% ../../nbs/37_losses.ipynb #82f449e8
 def gaussian_nll(

@@ -38,7 +38,7 @@ class MaskedPredictor(nn.Module):
 
 # %% ../../nbs/35_predictor.ipynb #1d50907e
 class CrossAttention(nn.Module):
-    "Tokens attend to action tokens (report §3.4, cross-attention injection)."
+    "Tokens attend to action tokens by linear attention (report §3.4, cross-attention injection)."
     def __init__(self,
         d_model:int,   # D
         n_heads:int,   # H
@@ -59,8 +59,8 @@ class CrossAttention(nn.Module):
         else:
             q, k, v = (f(t).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
                        for f, t in ((self.q, self.norm(x)), (self.k, action), (self.v, action)))
-            seen = present | ~present.any(1, keepdim=True)  # a row of all False would divide by zero
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None, None]).transpose(1, 2).flatten(2)
+            q, k = F.elu(q) + 1, (F.elu(k) + 1)*present[:, None, :, None].to(k.dtype)
+            y = ((q @ (k.mT @ v))/(q @ k.sum(-2)[..., None] + 1e-6)).transpose(1, 2).flatten(2)
         return self.out(y)*present.any(1)[:, None, None].to(y.dtype)
 
 # %% ../../nbs/35_predictor.ipynb #f642355a
@@ -91,14 +91,13 @@ class PredictorBlock(nn.Module):
 
 # %% ../../nbs/35_predictor.ipynb #3999190d
 class LatentGaussian(NamedTuple):
-    "A diagonal Gaussian over the latent of each predicted gene."
-    mean:Tensor                 # (B, M, D)
-    logvar:Tensor               # (B, M, D)
-    weight:Tensor|None=None     # (B, M) 1 for a real query, 0 for padding; all 1 if None
+    "A diagonal Gaussian over the latent of each gene."
+    mean:Tensor     # (B, G, D)
+    logvar:Tensor   # (B, G, D)
 
 # %% ../../nbs/35_predictor.ipynb #aab63dae
 class ActionPredictor(nn.Module):
-    "z_{t+1} ~ P(z_t, a_t): control latents and an action -> perturbed latents (report §3.4)."
+    "z_{t+1} ~ P(z_t, a_t): control latents and an action -> perturbed latents of every gene (report §3.4)."
     def __init__(self,
         config:ModelConfig,                 # sizes
         checkpoint_activations:bool=False,  # recompute activations in the backward pass
@@ -106,44 +105,38 @@ class ActionPredictor(nn.Module):
         super().__init__()
         c, d = config, config.d_model
         self.logvar_range, self.checkpoint_activations = (c.logvar_min, c.logvar_max), checkpoint_activations
-        self.adapter = init_weights_(nn.Sequential(Linear(c.d_action, d), nn.LayerNorm(d), nn.GELU(approximate="tanh"), Linear(d, d)))
+        self.adapter = init_weights_(nn.Sequential(Linear(c.d_action, d), nn.LayerNorm(d), nn.GELU(), Linear(d, d)))
         self.query = init_weights_(nn.Embedding(c.n_genes, d))
         self.blocks = nn.ModuleList(PredictorBlock(d, c.n_heads, c.mlp_ratio) for _ in range(c.n_predictor_layers))
-        self.norm, self.mean, self.logvar = nn.LayerNorm(d), init_weights_(Linear(d, d)), init_weights_(Linear(d, d))
+        self.norm = nn.LayerNorm(d)
+        self.mean, self.logvar = init_weights_(Linear(d, d)), init_weights_(Linear(d, d))
 
     def forward(self,
         context:TokenSet,           # z: latents of the control cell
         action:Tensor,              # (B, A, d_action) action latents
         present:Tensor|None=None,   # (B, A) bool, True for a real action token; all if None
-        genes:Tensor|None=None,     # (B, M) genes to predict; all, in order, if None
-        weight:Tensor|None=None,    # (B, M) 1 for a real query, 0 for padding
         shortcut:bool=True,         # skip queries and keys of the action where they cannot matter
-    )->LatentGaussian:              # M predicted latents per cell
-        "Predict the latents that the perturbed cell has at the given genes."
-        check_actions(context, action, self.adapter[0].in_features, genes, self.query.num_embeddings)
-        query = self.query.weight.expand(len(action), -1, -1) if genes is None else self.query(genes)
+    )->LatentGaussian:              # of all G genes, in order
+        "Predict the latents of the perturbed cell."
+        check_actions(context, action, self.adapter[0].in_features)
         if present is None: present = torch.ones(action.shape[:2], dtype=torch.bool, device=action.device)
         action, n = self.adapter(action), context.x.shape[1]
-        x, multiplicity = torch.cat([context.x, query.to(context.x.dtype)], 1), None
-        if context.weight is not None or weight is not None:
-            multiplicity = torch.cat([torch.ones_like(t[..., 0]) if w is None else w for t, w in
-                                      ((context.x, context.weight), (query, weight))], 1)
-        for i, block in enumerate(self.blocks):  # the last block's context is attended to, but nobody reads what it would become
+        query = self.query.weight.expand(len(action), -1, -1).to(context.x.dtype)
+        x, multiplicity = torch.cat([context.x, query], 1), None
+        if context.weight is not None:
+            multiplicity = torch.cat([context.weight, torch.ones_like(query[..., 0], dtype=context.weight.dtype)], 1)
+        for i, block in enumerate(self.blocks):  # nobody reads what the context would become in the last block
             first = n if shortcut and i == len(self.blocks) - 1 else 0
             x = run_block(block, self.checkpoint_activations, x, multiplicity, action, present, shortcut, first)
         y = self.norm(x[:, -query.shape[1]:])
-        return LatentGaussian(self.mean(y), self.logvar(y).clamp(*self.logvar_range), weight)
+        return LatentGaussian(self.mean(y), self.logvar(y).clamp(*self.logvar_range))
 
 # %% ../../nbs/35_predictor.ipynb #7dbffd53
 def check_actions(
     context:TokenSet,       # B cells
     action:Tensor,          # (B, A, d_action)
     d_action:int,           # width the predictor reads
-    genes:Tensor|None,      # (B, M) genes to predict
-    n_genes:int,            # G the model knows
 ):
-    "Refuse actions or genes that do not fit the model; a ValueError says what was found."
+    "Refuse actions that do not fit the model; a ValueError says what was found."
     if action.ndim != 3 or action.shape[-1] != d_action or len(action) != len(context.x):
         raise ValueError(f"action: found shape {tuple(action.shape)}; give ({len(context.x)} cells, tokens, {d_action})")
-    if genes is not None and (genes.min() < 0 or genes.max() >= n_genes):
-        raise ValueError(f"genes: found indices from {genes.min()} to {genes.max()}; the model knows genes 0 to {n_genes - 1}")

@@ -92,13 +92,16 @@ class GeneTokenizer(nn.Module):
         value_embedding:str="scale",     # "scale": x·e as published; "offset": (1 + x)·e
         mask_keeps_gene:bool=False,      # add the gene's embedding to the mask token
         library_norm:tuple[float, float]=(0., 1.),  # subtracted from the log library size, and divided by
+        initial_values:str="released",   # std of gene embeddings and mask token: 0.02, or "fan_in": 1/√D
     ):
         super().__init__()
         if value_embedding not in ("scale", "offset"):
             raise ValueError(f"value_embedding: found {value_embedding!r}; choose 'scale' or 'offset'")
         self.value_embedding, self.mask_keeps_gene, self.library_norm = value_embedding, mask_keeps_gene, library_norm
-        self.gene, self.library = init_weights_(nn.Embedding(n_genes, d_model)), init_weights_(nn.Linear(1, d_model))
-        self.mask_token = nn.Parameter(init_weights_(nn.Embedding(1, d_model)).weight.detach()[0])
+        self.gene, self.library = nn.Embedding(n_genes, d_model), init_weights_(nn.Linear(1, d_model))
+        self.mask_token = nn.Parameter(torch.empty(d_model))
+        for weight in (self.gene.weight, self.mask_token):
+            nn.init.normal_(weight, std=0.02 if initial_values == "released" else d_model**-0.5)
 
     def forward(self,
         x:Tensor,                   # (B, G) log-normalised expression

@@ -44,10 +44,13 @@ def align_step(
     batch:ActionPairBatch,          # B pairs
     generator:torch.Generator|None=None,  # draws the noise
     feature_noise:float=0.,         # see `jittered`
+    same_target_negatives:bool=False,   # see `info_nce`
 )->StepOutput:
     "Bring two descriptions of one perturbation together (report §5.2)."
-    anchor, positive = (pooled(model.composer(jittered(a, model.composer.widths, feature_noise, generator)), a.present) for a in (batch.anchor, batch.positive))
-    loss = info_nce(anchor, positive, batch.target)
+    widths = model.composer.widths
+    anchor, positive = (pooled(model.composer(jittered(a, widths, feature_noise, generator)), a.present)
+                        for a in (batch.anchor, batch.positive))
+    loss = info_nce(anchor, positive, batch.target, same_target_negatives=same_target_negatives)
     return StepOutput(loss, dict(info_nce=loss.detach()), len(batch.target))
 
 # %% ../../nbs/42_align.ipynb #74e0a2c9
@@ -108,13 +111,15 @@ def align_stage(
 )->Stage:
     "Everything `fit` needs to train the composer."
     target, allowed = np.asarray(target), np.asarray(allowed)
-    train, held = hold_out_targets(target, allowed, held_out, seed)
-    loader = action_loader(anchor, positive, target, train, batch_size=config.batch_size, seed=seed)
+    unit = target if config.held_out_by == "target" else np.arange(len(target))
+    train, held = hold_out_targets(unit, allowed, held_out, seed)
+    loader = action_loader(anchor, positive, target, train, batch_size=config.batch_size, seed=seed, drop_last=config.drop_last)
     def validate(model):
         if not len(held): return {}
         report = retrieval_report(model, anchor, positive, target, held, allowed)
         return dict(val_info_nce=_held_out_loss(model, anchor, positive, target, held)) | {f"val_{k}": v for k, v in report.items()}
-    return Stage("align", config, partial(align_step, feature_noise=config.feature_noise), {"composer": config.lr}, loader, validate=validate)
+    step = partial(align_step, feature_noise=config.feature_noise, same_target_negatives=config.same_target_negatives)
+    return Stage("align", config, step, {"composer": config.lr}, loader, validate=validate)
 
 # %% ../../nbs/42_align.ipynb #9a916aaf
 def align(

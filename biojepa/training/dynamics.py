@@ -21,9 +21,8 @@ from torch import Tensor
 
 from ..config import StageConfig
 from ..data.batches import ActionBatch, PairBatch, dense_rows, match_controls, pair_loader, row_source
-from ..model.biojepa import BioJEPA, check_mask, tokens_at
+from ..model.biojepa import BioJEPA, check_mask
 from ..model.losses import gaussian_nll, latent_distance
-from ..model.tokens import list_genes, take_tokens
 from .loop import Stage, StepOutput, fit
 
 # %% ../../nbs/43_dynamics.ipynb #25678f41
@@ -38,7 +37,7 @@ def actions_of(
 def dynamics_step(
     model:BioJEPA,              # predictor and composer are trained
     batch:PairBatch,            # B control and perturbed cells
-    generator:torch.Generator,  # draws the genes to predict
+    generator:torch.Generator,  # draws the genes whose likelihood counts
     actions:ActionBatch,        # (P, A, F) the table of actions
 )->StepOutput:
     "Predict the perturbed cell's latents (report §5.3)."
@@ -158,28 +157,27 @@ def noisy(
 def mean_dynamics_step(
     model:BioJEPA,              # predictor and composer are trained
     batch:PairBatch,            # B control and perturbed cells
-    generator:torch.Generator,  # draws the genes to predict, and the noise
+    generator:torch.Generator,  # draws the noise, and with `mask_context` the hidden genes
     actions:ActionBatch,        # (P, A, F) the table of actions
     targets:MeanTargets,        # of the training perturbations
     action_noise:float=0.,      # see `noisy`
 )->StepOutput:
     "Predict the mean change of latents, as decoded at each gene, and the spread of single cells around it."
-    mask, acts = check_mask(model.hide(batch.x_ctrl, generator)), actions_of(batch, actions)
+    c, acts, x, size = model.config, actions_of(batch, actions), batch.x_ctrl, batch.log_library_size_ctrl
+    hidden = check_mask(model.hide(x, generator)) if c.mask_context else None
     with torch.no_grad():
-        z = model.encoder(batch.x_ctrl, batch.log_library_size_ctrl, mask if model.config.mask_context else None)
-        h_ctrl, h_pert = model.teacher(batch.x_ctrl, batch.log_library_size_ctrl), model.teacher(batch.x_pert, batch.log_library_size_pert)
-        genes, weight = list_genes(mask)
-        if model.config.intervenes: origin = tokens_at(model.origin(batch.x_ctrl, batch.log_library_size_ctrl, acts), genes)
-    action = noisy(model.composer(acts), acts.present, action_noise, generator)
-    predicted, h_ctrl = model.predictor(z, action, acts.present, genes, weight), tokens_at(h_ctrl, genes)
-    change = predicted.mean if model.config.predicts == "change" else predicted.mean - h_ctrl
-    if model.config.intervenes: change = change + origin - h_ctrl
-    target = take_tokens(targets.rows(batch.perturbation), genes).to(change)
-    decoded = ((change - target)*targets.maps.to(change.device)[genes]).sum(-1, keepdim=True)
-    parts = dict(delta=latent_distance(decoded, torch.zeros_like(decoded), weight, "mse")/targets.delta_scale.to(change.device),
-                 change=latent_distance(change, target, weight, "mse")/targets.scale.to(change.device),
-                 nll=gaussian_nll((h_ctrl + change).detach(), predicted.logvar, tokens_at(h_pert, genes), weight))
-    return StepOutput(parts["delta"] + 0.1*(parts["change"] + parts["nll"]), {k: v.detach() for k, v in parts.items()}, len(batch.x_ctrl))
+        z = model.encoder(x, size, hidden)
+        h_ctrl, h_pert = model.teacher(x, size).genes(), model.teacher(batch.x_pert, batch.log_library_size_pert).genes()
+        origin = model.origin(x, size, acts).genes() if c.intervenes else h_ctrl
+    predicted = model.predictor(z, noisy(model.composer(acts), acts.present, action_noise, generator), acts.present)
+    change = predicted.mean - h_ctrl + (origin if c.predicts == "change" else 0)
+    target = targets.rows(batch.perturbation).to(change)
+    decoded = ((change - target)*targets.maps.to(change.device)).sum(-1)
+    parts = dict(delta=decoded.square().mean()/targets.delta_scale.to(change.device),
+                 change=latent_distance(change, target, kind="mse")/targets.scale.to(change.device),
+                 nll=gaussian_nll((h_ctrl + change).detach(), predicted.logvar, h_pert))
+    loss = parts["delta"] + 0.1*(parts["change"] + parts["nll"])
+    return StepOutput(loss, {k: v.detach() for k, v in parts.items()}, len(x))
 
 # %% ../../nbs/43_dynamics.ipynb #fd5ce69f
 def _group_controls(adata:AnnData, pools)->dict:    # (start, size) of a pool -> (G,) mean control
@@ -233,7 +231,8 @@ def dynamics_stage(
     if (n := adata.obs["perturbation"].astype("category").cat.categories.size) != len(actions.features):
         raise ValueError(f"actions: found {len(actions.features)} rows for {n} perturbations of adata; make them with action_batch(ActionTable.from_anndata(adata), banks)")
     if model.config.intervenes: learn_interventions_(model, adata, split, actions)
-    loader = pair_loader(adata, split, "train", batch_size=config.batch_size, seed=seed)
+    loader = pair_loader(adata, split, "train", batch_size=config.batch_size, seed=seed,
+                         fixed_controls=config.fixed_controls, drop_last=config.drop_last)
     step = partial(dynamics_step, actions=actions)
     if config.target == "mean":
         cells = np.union1d(split.cells(adata, "train"), split.controls(adata, "train"))

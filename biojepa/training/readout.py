@@ -32,7 +32,7 @@ def readout_step(
 )->StepOutput:
     "Mean squared error between decoded and observed Δ (report §5.4); latents get no gradient."
     with torch.no_grad():
-        h_ctrl = model.teacher(batch.x_ctrl, batch.log_library_size_ctrl)
+        h_ctrl = model.control_latents(batch.x_ctrl, batch.log_library_size_ctrl)
         if latents == "observed":
             h = model.teacher(batch.x_pert, batch.log_library_size_pert)
             z, index = h.x, h.index
@@ -67,7 +67,8 @@ def readout_stage(
     "Everything `fit` needs to train the readout."
     begin = partial(start_at_least_squares_, adata=adata, split=split, seed=seed) if config.latents == "observed" else None
     step = partial(readout_step, actions=actions, latents=config.latents)
-    loader = pair_loader(adata, split, "train", batch_size=config.batch_size, seed=seed)
+    loader = pair_loader(adata, split, "train", batch_size=config.batch_size, seed=seed,
+                         fixed_controls=config.fixed_controls, drop_last=config.drop_last)
     def validate(model):
         if not len(split.cells(adata, "val")): return {}
         pairs = next(iter(pair_loader(adata, split, "val", batch_size=128, seed=seed, training=True))).to(next(model.parameters()).device)
