@@ -173,7 +173,9 @@ def describe_actions(
 
 # %% ../../nbs/45_run.ipynb #2555fe6d
 def _all_rows(table:ActionTable, bank:FeatureBank, mode:Mode|None=None)->ActionBatch:  # P rows
-    "Tokens of one bank; a perturbation without a feature has none, instead of being an error."
+    "Tokens of one bank; a perturbation without a feature of its own has none, instead of being an error or the mean."
+    filled = set(bank.provenance.get("mean_for", ()))
+    bank = bank.select([k for k in bank.keys if k not in filled])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*have no feature for a target or guide")
         batch, kept = action_batch(table, bank, missing="drop", mode=mode)
