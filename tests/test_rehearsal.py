@@ -5,7 +5,7 @@ guides. 1. What a cut connection or a killed process leaves is never taken for t
 2. The paper preset without weights stops before training, and says what to fetch and which two choices need none.
 3. Killed while training, the same command goes on from the last checkpoint: nothing before it is done again.
 4. Table 1 stands beside the report's values and both constants. 5. The run says which cells were left out and how many
-guides and proteins were joined.
+guides and proteins were joined. 6. Its notebook does not grow with the number of steps.
 """
 import io, json, os, re, signal, subprocess, sys, time, zipfile
 from pathlib import Path
@@ -213,6 +213,14 @@ def test_what_was_trained_before_the_kill_is_not_trained_again(story):
     assert kept["cells_per_second"].notna().sum() >= 3
     pd.testing.assert_frame_equal(log.iloc[:len(kept)], kept, check_exact=True)    # cells per second, too: no step anew
     assert log["step"].is_monotonic_increasing and last < log["step"].iloc[-1] and log["epoch"].iloc[-1] == 4
+
+
+def test_the_notebook_does_not_grow_with_the_steps(story):
+    cells = json.loads((story["folder"]/"out.ipynb").read_text())["cells"]
+    texts = ["".join(o["text"]) for c in cells for o in c.get("outputs", []) if o["output_type"] == "stream"]
+    drawn = sum("dynamics:" in text for text in texts)
+    seconds = pd.read_csv(story["folder"]/"figures/training_time.csv").set_index("stage")["seconds"]["dynamics"]
+    assert 2 <= drawn <= 4 + seconds/5      # every tenth of a second before: 91 lines for 87 steps
 
 
 def test_table_1_stands_beside_the_report_and_both_constants(story):

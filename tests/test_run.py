@@ -122,6 +122,7 @@ def test_a_run_leaves_what_it_was_made_of(finished, data):
     about = json.loads((folder/"run.json").read_text())
     assert about["identity"]["data"] == data_hash(data["adata"]) and about["identity"]["split"] == data["split"].hash
     assert about["versions"]["torch"] == torch.__version__.split("+")[0] or about["versions"]["torch"] == torch.__version__
+    assert about["history"] == [str(line) for line in data["adata"].uns["biojepa"]["history"]] and about["history"]
     assert json.loads((folder/"split.json").read_text())["hash"] == data["split"].hash
     saved = from_pretrained(folder/"model", genes=list(data["adata"].var_names), config=small_experiment().model)
     assert weights_hash(saved.model) == weights_hash(finished.model)
