@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from biojepa.config import preset
+from biojepa.config import DEPARTURES, departures, preset
 from biojepa.data.batches import ActionBatch, CellBatch, PairBatch, pair_loader
 from biojepa.model.biojepa import BioJEPA
 from biojepa.model.predictor import CrossAttention
@@ -277,3 +277,22 @@ def test_delta_is_decoded_against_the_students_latents():
         loss = ((expected - (pairs.x_pert - x))**2).mean()
         torch.testing.assert_close(readout_step(model, pairs, actions=actions).loss, loss, atol=1e-9, rtol=1e-9)
     assert PAPER.model.delta_from == "encoder"
+
+
+# --- the table of departures
+
+def test_every_departure_is_named_and_every_switch_of_the_presets_stands_in_the_table():
+    table, paper, laptop = departures(), PAPER, preset("laptop")
+    assert {str(n) for n in range(1, 22)} <= set(table.row)
+    named = {path for d in DEPARTURES for path in d.switches}
+    for path in named: assert path in table.switch.values and hasattr(getattr(paper, path.split(".")[0]), path.split(".")[1])
+    sizes = {"n_genes", "d_model", "n_heads", "n_encoder_layers", "n_masked_predictor_layers", "n_predictor_layers"}
+    lengths = {"epochs", "batch_size", "lr", "lr_composer", "dataset"}
+    differ = {f"{part}.{k}" for part in ("model", "data", *RELEASED) for k, v in getattr(paper, part)
+              if v != getattr(getattr(laptop, part), k) and k not in sizes | lengths}
+    assert {d for d in differ - named if not d.endswith(".drop_last")} == set()  # one row stands for all four stages
+    released = {d.switches[0]: d for d in DEPARTURES if d.switches}
+    for path in ("model.latent_loss", "model.delta_from", "dynamics.target", "model.initial_values"):
+        part, field = path.split(".")
+        default = type(getattr(paper, part)).model_fields[field].default
+        assert path in released and getattr(getattr(paper, part), field) == default  # as published is the default
