@@ -7,11 +7,11 @@ __all__ = ['PUBLISHED', 'REPORT_VALUES', 'MEANING', 'METRICS', 'row_pearson', 'r
            'shift_of_last_batch', 'published_protocol', 'published_table', 'Metric', 'metric', 'r_delta',
            'r_delta_perturbed_mean', 'mse_delta', 'own_targets', 'r_top20', 'pds', 'DETable', 'observed_de',
            'top_share', 'de_overlap', 'de_direction', 'energy_between', 'energy_distance', 'effect_size', 'severity_r',
-           'severity_rho', 'coverage', 'cell_coverage', 'coverage_curve', 'evaluate']
+           'severity_rho', 'coverage', 'cell_coverage', 'evaluate']
 
 # %% ../../nbs/60_metrics.ipynb #a39a63dd
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -429,18 +429,20 @@ def severity_rho(
 def _covered(
     error:np.ndarray,       # (R, G) observed − predicted
     variance:np.ndarray,    # (R, G)
-    nominal:float,          # share the interval claims
-)->float|np.ndarray:        # (R,)
-    "Share of genes inside the Gaussian interval."
-    return (np.abs(error) <= norm.ppf(.5 + nominal/2)*np.sqrt(variance)).mean(1)
+    nominal:float|Sequence[float],  # shares the intervals claim
+)->np.ndarray:              # (R,), or (R, L) where there are L levels
+    "Share of genes inside the Gaussian interval; errors are looked at once for all levels."
+    size, sd = np.abs(error), np.sqrt(variance)
+    inside = [(size <= width*sd).mean(1) for width in norm.ppf(.5 + np.atleast_1d(nominal)/2).astype(sd.dtype)]
+    return np.stack(inside, 1) if np.ndim(nominal) else inside[0]
 
 @metric("perturbation", "coverage of mean Δ, nominal 95 %", "nominal", .95, needs=("variance",), name="coverage_95", nominal=.95)
 @metric("perturbation", "coverage of mean Δ, nominal 80 %", "nominal", .80, needs=("variance",), name="coverage_80", nominal=.80)
 @metric("perturbation", "coverage of mean Δ, nominal 50 %", "nominal", .50, needs=("variance",), name="coverage_50", nominal=.50)
 def coverage(
     pb:Pseudobulk,
-    nominal:float=.80,  # share the interval claims
-)->np.ndarray:          # (C,) always defined where a variance is given
+    nominal:float|Sequence[float]=.80,  # share the interval claims, or several
+)->np.ndarray:          # (C,), or (C, L) for L levels; always defined where a variance is given
     "Share of genes whose observed mean Δ lies in the predicted interval."
     return _covered(pb.observed - pb.predicted, pb.variance, nominal)
 
@@ -450,22 +452,13 @@ def coverage(
 def cell_coverage(
     pb:Pseudobulk,
     ps:PredictionSet,
-    nominal:float=.80,  # share the interval claims
-)->np.ndarray:          # (C,) always defined where a variance is given
+    nominal:float|Sequence[float]=.80,  # share the interval claims, or several
+)->np.ndarray:          # (C,), or (C, L) for L levels; always defined where a variance is given
     "Share of (cell, gene) values inside the predicted interval around the predicted cell."
-    inside = lambda rows: _covered(ps.observed[rows].toarray() - ps.cells_predicted(rows), ps.variance[rows], nominal).mean()
+    def inside(rows):
+        error = ps.observed[rows].toarray() - ps.cells_predicted(rows)
+        return _covered(error, ps.cells_variance(rows), nominal).mean(0)
     return np.array([inside(rows) for rows in _cells_of(pb, ps)])
-
-# %% ../../nbs/60_metrics.ipynb #42e54a8c
-def coverage_curve(
-    ps:PredictionSet,
-    nominal:Iterable[float]=tuple(np.linspace(.05, .95, 19).round(2)),  # shares the intervals claim
-)->pd.DataFrame:    # method, kind, nominal, covered (mean over conditions); no rows for a kind without a variance
-    "Coverage at many levels, of single cells and of the mean of a perturbation."
-    pb = pseudobulk(ps)
-    kinds = {"single cells": partial(cell_coverage, pb, ps) if ps.variance is not None else None, "mean of a perturbation": partial(coverage, pb) if pb.variance is not None else None}
-    rows = [dict(method=ps.name, kind=kind, nominal=p, covered=float(function(nominal=p).mean())) for kind, function in kinds.items() if function for p in nominal]
-    return pd.DataFrame(rows, columns=["method", "kind", "nominal", "covered"])
 
 # %% ../../nbs/60_metrics.ipynb #5889b522
 def _chosen(
