@@ -201,11 +201,13 @@ def _check_tables(
 def cells_delta(
     self:PredictionSet,
     rows=slice(None),   # cells: integers, booleans or a slice
+    control:np.ndarray|None=None,   # (n, G) their control cells, where they are at hand
 )->np.ndarray:          # (n, G) float32
     "Predicted Δ of some cells, not clipped; that of a group leads to control mean plus Δ from wherever the control is."
     if self.cell_delta is not None: return self.cell_delta[rows].astype(np.float32, copy=False)
-    group = self.group[rows]
-    return (self.control_mean[group] + self.delta[group] - self.control[rows].toarray()).astype(np.float32)
+    groups, at = np.unique(self.group[rows], return_inverse=True)
+    mean = (self.control_mean[groups] + self.delta[groups]).astype(np.float32)
+    return mean[at] - (self.control[rows].toarray() if control is None else control)
 
 @patch
 def cells_predicted(

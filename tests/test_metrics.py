@@ -131,6 +131,18 @@ def test_protocol_is_the_release_by_hand(ps, guess, awkward, block, monkeypatch)
         assert (found["n_cells"], found["n_perturbations"]) == (len(s), len(s.groups))
 
 
+def test_methods_on_the_same_cells_share_one_pass(ps, guess, awkward, monkeypatch):
+    "Every column is what the method scores alone; the awkward cells are others, so they get a pass of their own."
+    sets = [guess, ps, awkward, ps.with_prediction("train_mean", np.tile(ps.train_delta, (len(ps.groups), 1)))]
+    alone, passes, whole = {s.name: published_protocol(s) for s in sets}, [], m._pass_over_cells
+    monkeypatch.setattr(m, "_pass_over_cells", lambda s: (passes.append([x.name for x in s]), whole(s))[1])
+    table = published_table(sets).set_index("quantity")
+    assert passes == [["guess", "control_mean", "train_mean"], ["awkward"]]
+    assert list(table.columns) == ["report", "guess", "awkward", "control_mean", "train_mean", "meaning"]
+    for name, expected in alone.items():
+        np.testing.assert_allclose([table.loc[q, name] for q in m.MEANING], [expected[q] for q in m.MEANING], rtol=1e-12)
+
+
 def test_the_awkward_cells_are_awkward(awkward):
     "Else the test above would pass with Δ clipped, undefined cells dropped or one shift for the other."
     found, c = published_protocol(awkward), awkward.control.toarray()
