@@ -26,7 +26,7 @@ from tqdm import tqdm
 from .actions.featurizers import FeatureBank
 from .actions.gene_tables import read_table, spectral_embedding
 from .actions.vocabulary import ActionTable, Modality, parse_condition
-from .predict import PredictionSet, group_means, test_set
+from .predict import PredictionSet, check_template, group_means, test_set
 
 # %% ../nbs/51_baselines.ipynb #50bd69d3
 def control_mean(
@@ -63,10 +63,7 @@ def training_deltas(
 )->Training:
     "Pseudobulk Δ of every training condition in every cell line."
     if isinstance(adata, Training): return adata
-    if tuple(adata.var_names) != template.genes:
-        raise ValueError("adata.var_names: not the template's genes; give the AnnData that the template was made of")
-    if template.provenance.get("split") != split.hash:
-        raise ValueError(f"split: has hash {split.hash}, the template was made with {template.provenance.get('split')}; give the same split")
+    check_template(template, adata, split)
     reference = template.provenance.get("control", "cell_type")
     means = group_means(adata, split.cells(adata, "train"), split.controls(adata, "train"), "condition", reference)
     return Training(means.groups, [parse_condition(c) for c in means.groups["condition"]], means.delta, means.control, _modes(adata))

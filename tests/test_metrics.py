@@ -14,6 +14,7 @@ from biojepa.data.datasets import load_dataset
 from biojepa.data.preprocess import prepare
 from biojepa.data.splits import make_split
 from biojepa.evaluate import metrics as m
+from biojepa.evaluate.comparison import coverage_table
 from biojepa.evaluate.metrics import METRICS, evaluate, observed_de, published_protocol, published_table, published_values
 from biojepa.predict import PredictionSet, pseudobulk, test_set
 
@@ -128,6 +129,18 @@ def test_protocol_is_the_release_by_hand(ps, guess, awkward, block, monkeypatch)
             assert found[name] == pytest.approx(value, rel=1e-5, abs=1e-6), (s.name, name)
         assert found.keys() == expected.keys() | {"n_cells", "n_perturbations"} and found["n_undefined"] == n_undefined
         assert (found["n_cells"], found["n_perturbations"]) == (len(s), len(s.groups))
+
+
+def test_methods_on_the_same_cells_share_one_pass(ps, guess, awkward, monkeypatch):
+    "Every column is what the method scores alone; the awkward cells are others, so they get a pass of their own."
+    sets = [guess, ps, awkward, ps.with_prediction("train_mean", np.tile(ps.train_delta, (len(ps.groups), 1)))]
+    alone, passes, whole = {s.name: published_protocol(s) for s in sets}, [], m._pass_over_cells
+    monkeypatch.setattr(m, "_pass_over_cells", lambda s: (passes.append([x.name for x in s]), whole(s))[1])
+    table = published_table(sets).set_index("quantity")
+    assert passes == [["guess", "control_mean", "train_mean"], ["awkward"]]
+    assert list(table.columns) == ["report", "guess", "awkward", "control_mean", "train_mean", "meaning"]
+    for name, expected in alone.items():
+        np.testing.assert_allclose([table.loc[q, name] for q in m.MEANING], [expected[q] for q in m.MEANING], rtol=1e-12)
 
 
 def test_the_awkward_cells_are_awkward(awkward):
@@ -388,12 +401,33 @@ def test_coverage_of_cells(guess):
         assert m.cell_coverage(pb, guess, .8)[i] == pytest.approx(inside[rows].mean())
 
 
-def test_coverage_curve_holds_the_registered_levels(ps, guess):
-    curve = m.coverage_curve(guess, [.5, .8, .95]).set_index(["kind", "nominal"])["covered"]
+def test_several_levels_in_one_pass_are_the_registered_ones(ps, guess):
+    curve = coverage_table(guess, (.5, .8, .95)).set_index(["kind", "nominal"])["covered"]
     values = evaluate(guess, [f"{c}coverage_{n}" for c in ("", "cell_") for n in (50, 80, 95)]).groupby("metric")["value"].mean()
     for n in (50, 80, 95):
-        assert curve["mean of a perturbation", n/100] == pytest.approx(values[f"coverage_{n}"]) and curve["single cells", n/100] == pytest.approx(values[f"cell_coverage_{n}"])
-    assert m.coverage_curve(ps).empty and (np.diff(m.coverage_curve(guess).query("kind == 'single cells'")["covered"]) > 0).all()
+        assert curve["mean of a perturbation", n/100] == pytest.approx(values[f"coverage_{n}"])
+        assert curve["single cells", n/100] == pytest.approx(values[f"cell_coverage_{n}"])
+    with pytest.raises(ValueError, match="predicts no variance"): coverage_table(ps)
+    assert (np.diff(coverage_table(guess).query("kind == 'single cells'")["covered"]) > 0).all()
+
+
+def test_coverage_looks_at_each_cell_once_for_all_levels(guess, monkeypatch):
+    read, plain = [], PredictionSet.cells_predicted
+    monkeypatch.setattr(PredictionSet, "cells_predicted", lambda s, rows: (read.extend(rows), plain(s, rows))[1])
+    coverage_table(guess)
+    assert sorted(read) == list(range(len(guess)))
+
+
+def test_half_precision_moves_no_metric_by_a_thousandth(guess):
+    "Δ and variances of cells in float16; everything that reads them computes in float32 or better."
+    rng = np.random.default_rng(3)
+    full = replace(guess, variance=rng.gamma(4, .1, guess.variance.shape).astype(np.float32))
+    half = replace(full, cell_delta=full.cell_delta.astype(np.float16), variance=full.variance.astype(np.float16))
+    assert half.cells_delta([0]).dtype == half.cells_variance([0]).dtype == half.cells_predicted([0]).dtype == np.float32
+    means = [pd.concat([evaluate(s), published_values(s)]).groupby("metric")["value"].mean() for s in (full, half)]
+    assert {"cell_coverage_80", "energy_distance", "mse", "r_top20_cell", "shift"} <= set(means[0].index)
+    np.testing.assert_allclose(*means, rtol=1e-3)
+    assert means[0]["mse"] != means[1]["mse"]   # it was read in half precision
 
 
 # --- best, chance, registry -------------------------------------------------------------------------------------------

@@ -275,11 +275,11 @@ def described(adata): return (table := ActionTable.from_anndata(adata)), action_
 def plain_change(model, adata, cell, actions, p):
     "One pair through the model's public interface, without the collapse."
     x, size = torch.from_numpy(adata[cell].X.toarray()), torch.tensor([float(adata.obs.log_library_size[cell])])
-    predicted, h = model.predict_latent(x, size, actions.take([p]), collapse=False), model.teacher(x, size, None, collapse=False)
+    predicted, h = model.predict_latent(x, size, actions.take([p]), collapse=False), model.control_latents(x, size, collapse=False)
     return model.readout.delta(predicted.mean, h.genes())[0].numpy(), model.readout.variance(predicted.logvar.exp())[0].numpy()
 
 
-@pytest.mark.parametrize("switches", [{}, dict(predicts="change", readout="per_gene", library_norm=(7., 15.)), dict(value_embedding="offset", mask_keeps_gene=True)], ids=["released", "laptop", "naive"])
+@pytest.mark.parametrize("switches", [{}, dict(predicts="change", readout="per_gene", library_norm=(7., 15.), delta_from="teacher"), dict(value_embedding="offset", mask_keeps_gene=True)], ids=["released", "laptop", "naive"])
 def test_predictions_are_the_models_own_pair_by_pair(case, switches):
     adata, split = case
     model, (table, actions) = made(**switches), described(adata)
@@ -295,6 +295,32 @@ def test_predictions_are_the_models_own_pair_by_pair(case, switches):
         np.testing.assert_allclose(ps.delta_variance[p], variance[mine].mean(0)/mine.sum(), rtol=1e-4)
     plain = test_set(adata, split)
     assert (ps.cells == plain.cells).all().all() and ps.provenance["data"] == plain.provenance["data"]
+
+
+def test_a_template_is_filled_in_and_not_asked_for_again(case, template, monkeypatch):
+    adata, split = case
+    model, (table, actions) = made(), described(adata)
+    plain = predictions(model, adata, split, actions, table, progress=False)
+    monkeypatch.setattr("biojepa.predict.test_set", None)
+    given = predictions(model, adata, split, actions, table, template, progress=False)
+    np.testing.assert_array_equal(given.cell_delta, plain.cell_delta)
+    assert given.observed is template.observed and given.control is template.control
+    assert given.provenance == plain.provenance
+    with pytest.raises(ValueError, match="part, seed: the template decides that already"):
+        predictions(model, adata, split, actions, table, template, part="val", seed=1)
+    other = held_out(adata, train=TRAIN[:2], val=VAL + TRAIN[2:])
+    with pytest.raises(ValueError, match="the template was made with"):
+        predictions(model, adata, other, actions, table, template, progress=False)
+
+
+def test_half_precision_rounds_cells_and_not_means(case, template):
+    adata, split = case
+    model, (table, actions) = made(), described(adata)
+    full, half = (predictions(model, adata, split, actions, table, template, dtype=d, progress=False) for d in (np.float32, np.float16))
+    assert half.cell_delta.dtype == half.variance.dtype == np.float16
+    np.testing.assert_array_equal(half.delta, full.delta)
+    np.testing.assert_array_equal(half.delta_variance, full.delta_variance)
+    np.testing.assert_allclose(half.cells_delta(), full.cells_delta(), rtol=2**-11)
 
 
 def test_batch_size_changes_nothing(case):

@@ -212,7 +212,7 @@ def test_actions_are_described_as_released_unless_told_otherwise(data):
     assert described.actions.features.shape[1] == 1 and set(described.actions.modality[described.actions.present].tolist()) == {Modality.DNA}
     assert set(described.anchor.mode[described.anchor.present].tolist()) == {Mode.CONTROL} and set(described.anchor.modality[described.anchor.present].tolist()) == {Modality.PROTEIN}
     train = set(adata.obs.perturbation.iloc[split.cells(adata, "train")])
-    assert {described.table.perturbation[i] for i in described.pairs} == train
+    assert {described.table.perturbation[i] for i in described.aligned("train")} == train
     both = describe_actions(adata, split, features, DataConfig(tokens=("protein", "dna")))
     assert both.actions.present.sum(1).max() == 2 and both.hash != described.hash
     assert describe_actions(adata, split, features[:1]).actions.modality.max() == Modality.PROTEIN
@@ -266,7 +266,7 @@ def test_sizes_follow_the_data_with_a_warning(data, tmp_path):
 
 def test_leaking_alignment_pairs_are_refused(data, tmp_path, monkeypatch):
     describe = run_module.describe_actions
-    monkeypatch.setattr(run_module, "describe_actions", lambda *a: describe(*a)._replace(pairs=np.flatnonzero(~describe(*a).table.is_control)))
+    monkeypatch.setattr(run_module, "describe_actions", lambda *a: describe(*a)._replace(train=np.flatnonzero(~describe(*a).table.is_control)))
     with pytest.raises(ValueError, match="pairs"): run_stages(small_experiment(), **data, runs=tmp_path, **OPTIONS)
 
 

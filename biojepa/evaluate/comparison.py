@@ -63,8 +63,9 @@ def all_methods(
     features = {"sequence" if relations is None else "graph": target_features(run.features, run.table)}
     simple = run_baselines(template, adata, split, features, relations, only=baselines, seed=seed, progress=progress)
     bounds = [simple.pop(n) for n in ("oracle", "ceiling") if n in simple]
-    sets = [predictions(run, part=part, seed=seed, progress=progress), *simple.values()]
-    sets.append(predictions(exchanged_actions(run, part, seed), part=part, seed=seed, progress=progress, name="biojepa, actions exchanged"))
+    sets = [predictions(run, template=template, progress=progress), *simple.values()]
+    sets.append(predictions(exchanged_actions(run, part, seed), template=template, name="biojepa, actions exchanged",
+                            dtype=np.float16, progress=progress))
     if "gears" in peers: sets.append(gears_predictions(template, adata, split, relations, epochs=gears_epochs, seed=seed, progress=progress))
     return [*sets, *bounds]
 
@@ -115,12 +116,11 @@ def coverage_table(
     levels:Sequence[float]=tuple(np.arange(.1, 1, .1).round(1)) + (.95,),
 )->pd.DataFrame:                                # kind, nominal, covered
     "Share of observed values inside the predicted Gaussian intervals: of single cells, and of each perturbation's mean."
-    bulk, rows = pseudobulk(ps), []
-    for kind, given in (("single cells", ps.variance), ("mean of a perturbation", bulk.variance)):
-        if given is None: continue
-        rows += [dict(kind=kind, nominal=q, covered=float(np.mean(cell_coverage(bulk, ps, q) if kind == "single cells" else coverage(bulk, q)))) for q in levels]
-    if not rows: raise ValueError(f"{ps.name}: predicts no variance, so there are no intervals to check")
-    return pd.DataFrame(rows)
+    bulk, covered = pseudobulk(ps), {}
+    if ps.variance is not None: covered["single cells"] = cell_coverage(bulk, ps, levels).mean(0)
+    if bulk.variance is not None: covered["mean of a perturbation"] = coverage(bulk, levels).mean(0)
+    if not covered: raise ValueError(f"{ps.name}: predicts no variance, so there are no intervals to check")
+    return pd.concat([pd.DataFrame(dict(kind=kind, nominal=levels, covered=values)) for kind, values in covered.items()], ignore_index=True)
 
 # %% ../../nbs/68_comparison.ipynb #26e11a08
 def reading(

@@ -7,11 +7,11 @@ __all__ = ['PUBLISHED', 'REPORT_VALUES', 'MEANING', 'METRICS', 'row_pearson', 'r
            'shift_of_last_batch', 'published_protocol', 'published_table', 'Metric', 'metric', 'r_delta',
            'r_delta_perturbed_mean', 'mse_delta', 'own_targets', 'r_top20', 'pds', 'DETable', 'observed_de',
            'top_share', 'de_overlap', 'de_direction', 'energy_between', 'energy_distance', 'effect_size', 'severity_r',
-           'severity_rho', 'coverage', 'cell_coverage', 'coverage_curve', 'evaluate']
+           'severity_rho', 'coverage', 'cell_coverage', 'evaluate']
 
 # %% ../../nbs/60_metrics.ipynb #a39a63dd
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -67,10 +67,11 @@ def _cell_values(
     x:np.ndarray,           # (n, G) observed cells
     c:np.ndarray,           # (n, G) their control cells
     predicted:np.ndarray,   # (n, G) predicted Δ, not clipped
+    top:np.ndarray|None=None,   # (n, 20) genes of largest |observed Δ|, where they are known
 )->dict[str, np.ndarray]:   # (n,) each; r is NaN where it is undefined
     "What the report computes for one cell."
     delta = x - c
-    top = top_genes(delta, 20)
+    if top is None: top = top_genes(delta, 20)
     # in float64, since float32 would see a spread in a constant
     twenty = [np.take_along_axis(v, top, 1).astype(np.float64) for v in (predicted, delta)]
     flat = np.min([v.std(1) for v in twenty], axis=0) <= 1e-9
@@ -79,20 +80,24 @@ def _cell_values(
                 shift=np.abs(np.clip(c + predicted, 0, None) - c).mean(1))
 
 def _pass_over_cells(
-    ps:PredictionSet,
-    block:int=2**22,    # most numbers of one dense block
-)->tuple[pd.DataFrame, _Sums]:  # per-cell values, sums per group
-    "One pass over the test cells."
-    n, G = ps.observed.shape
-    step, sums, values = max(1, block//G), _Sums(*(np.zeros((len(ps.groups), G)) for _ in range(3))), []
-    for start in range(0, n, step):
-        rows = np.arange(start, min(start + step, n))
-        x, c, delta = ps.observed[rows].toarray(), ps.control[rows].toarray(), ps.cells_delta(rows)
-        group = ps.cells["group"].to_numpy()[rows]
-        member = sparse.csr_matrix((np.ones(len(rows)), (group, np.arange(len(rows)))), (len(ps.groups), len(rows)))
-        for total, block_values in zip(sums, (np.clip(c + delta, 0, None), x, c)): total += member @ block_values
-        values.append(pd.DataFrame(_cell_values(x, c, delta)).assign(group=group))
-    return pd.concat(values, ignore_index=True), sums
+    sets:Sequence[PredictionSet],   # methods on the same cells
+    block:int=2**22,                # most numbers of one dense block
+)->list[tuple[pd.DataFrame, _Sums]]:    # of each method: per-cell values, sums per group
+    "One pass over the test cells, for all methods."
+    (n, G), P, group = sets[0].observed.shape, len(sets[0].groups), sets[0].group
+    observed, control, *predicted = (np.zeros((P, G)) for _ in range(2 + len(sets)))
+    step, values = max(1, block//G), [[] for _ in sets]
+    for rows in (np.arange(at, min(at + step, n)) for at in range(0, n, step)):
+        x, c = sets[0].observed[rows].toarray(), sets[0].control[rows].toarray()
+        top, of_cell = top_genes(x - c, 20), (group[rows], np.arange(len(rows)))
+        member = sparse.csr_matrix((np.ones(len(rows)), of_cell), (P, len(rows)))
+        observed += member @ x
+        control += member @ c
+        for ps, total, found in zip(sets, predicted, values):
+            delta = ps.cells_delta(rows, c)
+            total += member @ np.clip(c + delta, 0, None)
+            found.append(pd.DataFrame(_cell_values(x, c, delta, top)).assign(group=group[rows]))
+    return [(pd.concat(v, ignore_index=True), _Sums(p, observed, control)) for v, p in zip(values, predicted)]
 
 # %% ../../nbs/60_metrics.ipynb #8f60e04e
 PUBLISHED = ("mse", "r_top20_cell", "r2", "r2_top50", "shift")
@@ -101,7 +106,14 @@ def published_values(
     ps:PredictionSet,
 )->pd.DataFrame:  # method, metric, condition (the guide where known), cell_type, value, n_cells, n_defined
     "The published quantities of each perturbation; cells are averaged, an undefined correlation as 0."
-    cells, sums = _pass_over_cells(ps)
+    return _values_of(ps, *_pass_over_cells([ps])[0])
+
+def _values_of(
+    ps:PredictionSet,
+    cells:pd.DataFrame,     # N rows, of `_pass_over_cells`
+    sums:_Sums,             # likewise
+)->pd.DataFrame:            # of `published_values`
+    "From cells to perturbations."
     n = np.bincount(cells["group"], minlength=len(ps.groups))
     predicted, observed, control = (total/n[:, None] for total in sums)
     defined = cells["r_top20_cell"].notna().groupby(cells["group"]).sum()
@@ -130,7 +142,14 @@ def published_protocol(
     ps:PredictionSet,
 )->dict[str, float]:  # the report's quantities, the shift over all cells, how many cells and perturbations
     "The released evaluation to the letter (report §6.2), on all cells."
-    part = {m: rows for m, rows in published_values(ps).groupby("metric")}
+    return _protocol_of(ps, published_values(ps))
+
+def _protocol_of(
+    ps:PredictionSet,
+    values:pd.DataFrame,    # of `published_values`
+)->dict[str, float]:        # of `published_protocol`
+    "From perturbations to the report's summary."
+    part = {m: rows for m, rows in values.groupby("metric")}
     cells = part["mse"]
     over = lambda m: float(np.average(part[m]["value"], weights=cells["n_cells"]))
     of_cells = {m: over(m) for m in ("mse", "r_top20_cell", "shift")}
@@ -152,12 +171,23 @@ MEANING = dict(
     shift="mean |predicted Δ| of a cell; not an accuracy: the control mean has one too, a cell's distance to the mean",
     shift_last_batch="the same, of the last 32 cells that fill a batch: what the release printed as the shift")
 
+def _all_protocols(
+    sets:Sequence[PredictionSet],
+)->dict[str, dict[str, float]]:     # method -> its `published_protocol`
+    "Cells that several methods share are passed over once."
+    shared, found = {}, {}
+    for ps in sets: shared.setdefault((id(ps.observed), id(ps.control), id(ps.cells)), []).append(ps)
+    for group in shared.values():
+        for ps, seen in zip(group, _pass_over_cells(group)):
+            found[ps.name] = _protocol_of(ps, _values_of(ps, *seen))
+    return {ps.name: found[ps.name] for ps in sets}
+
 def published_table(
     sets:Iterable[PredictionSet],       # methods on the same cells, control_mean and train_mean among them
     report:dict[str, float]=REPORT_VALUES,  # quantity -> what the report printed; nothing for what it did not
 )->pd.DataFrame:                        # one row per quantity: report, one column per method, meaning
     "Table 1: the published protocol, always beside the two constants."
-    values = {ps.name: published_protocol(ps) for ps in sets}
+    values = _all_protocols(list(sets))
     missing = {"control_mean", "train_mean"} - values.keys()
     if missing: raise ValueError(f"sets: {sorted(missing)} not among {list(values)}; these numbers cannot be read without both constants")
     table = pd.DataFrame(dict(quantity=list(MEANING), report=[report.get(q, np.nan) for q in MEANING]))
@@ -429,18 +459,20 @@ def severity_rho(
 def _covered(
     error:np.ndarray,       # (R, G) observed − predicted
     variance:np.ndarray,    # (R, G)
-    nominal:float,          # share the interval claims
-)->float|np.ndarray:        # (R,)
-    "Share of genes inside the Gaussian interval."
-    return (np.abs(error) <= norm.ppf(.5 + nominal/2)*np.sqrt(variance)).mean(1)
+    nominal:float|Sequence[float],  # shares the intervals claim
+)->np.ndarray:              # (R,), or (R, L) where there are L levels
+    "Share of genes inside the Gaussian interval; errors are looked at once for all levels."
+    size, sd = np.abs(error), np.sqrt(variance)
+    inside = [(size <= width*sd).mean(1) for width in norm.ppf(.5 + np.atleast_1d(nominal)/2).astype(sd.dtype)]
+    return np.stack(inside, 1) if np.ndim(nominal) else inside[0]
 
 @metric("perturbation", "coverage of mean Δ, nominal 95 %", "nominal", .95, needs=("variance",), name="coverage_95", nominal=.95)
 @metric("perturbation", "coverage of mean Δ, nominal 80 %", "nominal", .80, needs=("variance",), name="coverage_80", nominal=.80)
 @metric("perturbation", "coverage of mean Δ, nominal 50 %", "nominal", .50, needs=("variance",), name="coverage_50", nominal=.50)
 def coverage(
     pb:Pseudobulk,
-    nominal:float=.80,  # share the interval claims
-)->np.ndarray:          # (C,) always defined where a variance is given
+    nominal:float|Sequence[float]=.80,  # share the interval claims, or several
+)->np.ndarray:          # (C,), or (C, L) for L levels; always defined where a variance is given
     "Share of genes whose observed mean Δ lies in the predicted interval."
     return _covered(pb.observed - pb.predicted, pb.variance, nominal)
 
@@ -450,22 +482,13 @@ def coverage(
 def cell_coverage(
     pb:Pseudobulk,
     ps:PredictionSet,
-    nominal:float=.80,  # share the interval claims
-)->np.ndarray:          # (C,) always defined where a variance is given
+    nominal:float|Sequence[float]=.80,  # share the interval claims, or several
+)->np.ndarray:          # (C,), or (C, L) for L levels; always defined where a variance is given
     "Share of (cell, gene) values inside the predicted interval around the predicted cell."
-    inside = lambda rows: _covered(ps.observed[rows].toarray() - ps.cells_predicted(rows), ps.variance[rows], nominal).mean()
+    def inside(rows):
+        error = ps.observed[rows].toarray() - ps.cells_predicted(rows)
+        return _covered(error, ps.cells_variance(rows), nominal).mean(0)
     return np.array([inside(rows) for rows in _cells_of(pb, ps)])
-
-# %% ../../nbs/60_metrics.ipynb #42e54a8c
-def coverage_curve(
-    ps:PredictionSet,
-    nominal:Iterable[float]=tuple(np.linspace(.05, .95, 19).round(2)),  # shares the intervals claim
-)->pd.DataFrame:    # method, kind, nominal, covered (mean over conditions); no rows for a kind without a variance
-    "Coverage at many levels, of single cells and of the mean of a perturbation."
-    pb = pseudobulk(ps)
-    kinds = {"single cells": partial(cell_coverage, pb, ps) if ps.variance is not None else None, "mean of a perturbation": partial(coverage, pb) if pb.variance is not None else None}
-    rows = [dict(method=ps.name, kind=kind, nominal=p, covered=float(function(nominal=p).mean())) for kind, function in kinds.items() if function for p in nominal]
-    return pd.DataFrame(rows, columns=["method", "kind", "nominal", "covered"])
 
 # %% ../../nbs/60_metrics.ipynb #5889b522
 def _chosen(
