@@ -210,7 +210,8 @@ def growth(
     return upper.groupby("kind").apply(lambda t: np.polyfit(np.log(t.n_genes), np.log(t[what]), 1)[0], include_groups=False).rename(f"exponent ({what})")
 
 # %% ../nbs/72_benchmark.ipynb #08303cfd
-FORMS = {("naive", "fp32"): "0.8", ("naive", "bf16"): "0.6", ("collapsed", "fp32"): "#0173b2", ("collapsed", "bf16"): "#de8f05"}
+FORMS = {("naive", "fp32"): "0.8", ("naive", "bf16"): "0.6",
+         ("collapsed", "fp32"): "#0173b2", ("collapsed", "bf16"): "#de8f05"}  # form and precision -> colour
 
 def _speed_bars(
     ax,                     # matplotlib Axes
@@ -235,40 +236,56 @@ def plot_benchmark(
     "Speed-up over plain layers for each case, and cost against number of genes."
     ratio = "over_plain_kept" if table.over_plain_kept.notna().any() else "over_plain"
     with plt.rc_context(STYLE):
-        fig, axes = plt.subplots(1, 3, figsize=(9.6, 3.1), layout="constrained", gridspec_kw=dict(width_ratios=[1.5, 1.5, 1]))
+        widths = dict(width_ratios=[1.5, 1.5, 1])
+        fig, axes = plt.subplots(1, 3, figsize=(9.6, 3.1), layout="constrained", gridspec_kw=widths)
         for ax, (stage, rows) in zip(axes, table.groupby("stage", sort=False)):
             _speed_bars(ax, rows, ratio)
-            ax.set(title=f"{stage} step", xlabel="model size, expressed genes", ylabel="speed-up over plain fp32 layers (×)",
-                   ylim=(0, table[table.form != "plain"][[ratio, "arithmetic"]].max().max()*1.12))
+            highest = table[table.form != "plain"][[ratio, "arithmetic"]].max().max()
+            ax.set(title=f"{stage} step", xlabel="model size, expressed genes",
+                   ylabel="speed-up over plain fp32 layers (×)", ylim=(0, 1.12*highest))
         axes[0].legend(loc="upper right", fontsize=6)
         for kind, rows in cost.groupby("kind", sort=False):
-            axes[2].loglog(rows.n_genes, 1e3*rows.seconds, "o-", ms=3, lw=1, label=kind.replace(", collapsed", ",\ncollapsed"))
-        axes[2].set(xlabel="genes", ylabel="time of one attention layer (ms)", title="Cost of a cell", ylim=(None, 5e4*cost.seconds.max()))
+            label = kind.replace(", collapsed", ",\ncollapsed")
+            axes[2].loglog(rows.n_genes, 1e3*rows.seconds, "o-", ms=3, lw=1, label=label)
+        axes[2].set(xlabel="genes", ylabel="time of one attention layer (ms)", title="Cost of a cell",
+                    ylim=(None, 5e4*cost.seconds.max()))
         axes[2].legend(loc="upper left", fontsize=6)
     plt.close(fig)
     return fig
 
 # %% ../nbs/72_benchmark.ipynb #00525198
 _TIMES = lambda v: f"{v:.2f} ×" if v == v else "–"
-COLUMNS = {"stage": lambda r: r.stage, "size": lambda r: r.size, "expressed": lambda r: f"{r.expressed:.0%}", "form": lambda r: r.form,
-           "precision": lambda r: r.precision, "cells/s": lambda r: f"{r.cells_per_s:.3g}",
-           "over plain, memory kept": lambda r: _TIMES(r.over_plain_kept), "arithmetic allows": lambda r: _TIMES(r.arithmetic),
-           "over plain": lambda r: _TIMES(r.over_plain), "memory": lambda r: f"{r.memory_share:.0%}", "memory (MB)": lambda r: f"{r.memory_mb:.0f}",
-           "GFLOP/s": lambda r: f"{r.gflop_per_s:.0f}", "of peak": lambda r: f"{r.peak_share:.0%}"}  # heading -> text of a row
+COLUMNS = {  # heading -> text of a row
+    "stage": lambda r: r.stage,
+    "size": lambda r: r.size,
+    "expressed": lambda r: f"{r.expressed:.0%}",
+    "form": lambda r: r.form,
+    "precision": lambda r: r.precision,
+    "cells/s": lambda r: f"{r.cells_per_s:.3g}",
+    "over plain, memory kept": lambda r: _TIMES(r.over_plain_kept),
+    "arithmetic allows": lambda r: _TIMES(r.arithmetic),
+    "over plain": lambda r: _TIMES(r.over_plain),
+    "memory": lambda r: f"{r.memory_share:.0%}",
+    "memory (MB)": lambda r: f"{r.memory_mb:.0f}",
+    "GFLOP/s": lambda r: f"{r.gflop_per_s:.0f}",
+    "of peak": lambda r: f"{r.peak_share:.0%}",
+}
 
 def as_markdown(
     table:pd.DataFrame,     # from `run_cases`
 )->str:
     "The table for the README, with what it was measured on."
     lines = [f"| {' | '.join(COLUMNS)} |", "|" + "---|"*len(COLUMNS)]
-    for r in table.to_dict("records"): lines.append(f"| {' | '.join(text(SimpleNamespace(**r)) for text in COLUMNS.values())} |")
+    for row in table.to_dict("records"):
+        lines.append(f"| {' | '.join(text(SimpleNamespace(**row)) for text in COLUMNS.values())} |")
     first = table.iloc[0]
     batches = ", ".join(f"{n} ({s})" for s, n in dict(zip(table["size"], table.n_cells)).items())
     note = (f"One training step, forward and backward, on {first.machine}, torch {first.torch}. Batch {batches}. "
-            "*Plain*: textbook layers, one token per gene, fp32. A process returns freed memory to the system, which clears it page by page when the "
-            "next step takes it again; *over plain, memory kept* compares with plain layers whose memory is kept, as ours is. *Arithmetic allows* is the "
-            "ratio of the floating-point operations of plain and this form: what collapsing could bring in fp32 at the same rate. *Naive*: our layers, "
-            "one token per gene. Memory is what the step adds to the process's peak; peak is the machine's own matrix product.")
+            "*Plain*: textbook layers, one token per gene, fp32. A process returns freed memory to the system, which clears "
+            "it page by page when the next step takes it again; *over plain, memory kept* compares with plain layers whose "
+            "memory is kept, as ours is. *Arithmetic allows* is the ratio of the floating-point operations of plain and "
+            "this form: what collapsing could bring in fp32 at the same rate. *Naive*: our layers, one token per gene. "
+            "Memory is what the step adds to the process's peak; peak is the machine's own matrix product.")
     return "\n".join(["# Benchmark", "", note, "", *lines, ""])
 
 # %% ../nbs/72_benchmark.ipynb #32aafb97

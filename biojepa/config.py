@@ -61,11 +61,13 @@ class ModelConfig(Frozen):
     @model_validator(mode="after")
     def _check(self):
         if self.d_model % self.n_heads:
-            raise ValueError(f"d_model: found {self.d_model}, not divisible by n_heads {self.n_heads}; choose a multiple")
+            raise ValueError(f"d_model: found {self.d_model}, not divisible by n_heads {self.n_heads}; "
+                             "choose a multiple")
         if not self.library_norm[1] > 0:
             raise ValueError(f"library_norm: found {self.library_norm}; the second number divides, give a positive one")
         if self.intervenes and self.predicts != "change":
-            raise ValueError(f"intervenes: needs predicts='change', found {self.predicts!r}; what follows is added to the changed cell's latents")
+            raise ValueError(f"intervenes: needs predicts='change', found {self.predicts!r}; "
+                             "what follows is added to the changed cell's latents")
         if self.logvar_min >= self.logvar_max:
             raise ValueError(f"logvar_min: found {self.logvar_min}, not below logvar_max {self.logvar_max}")
         return self
@@ -85,10 +87,10 @@ class StageConfig(Frozen):
     pairs:Literal["train", "all"] = "train"  # align: of training perturbations, or of all of them
     held_out_by:Literal["target", "pair"] = "target"  # align: what a tenth is kept aside of, to look at
     same_target_negatives:bool = False       # align: guides of one target repel each other
-    target:Literal["cell", "mean"] = "cell"  # dynamics: latents of one perturbed cell, or the mean change of its perturbation
+    target:Literal["cell", "mean"] = "cell"  # dynamics: latents of a perturbed cell, or its perturbation's mean change
     feature_noise:float = Field(0., ge=0)    # align: noise on features, relative to their size
-    action_noise:float = Field(0., ge=0)     # dynamics with target "mean": noise on action latents, relative to their size
-    latents:Literal["predicted", "observed"] = "predicted"  # readout: trained on the predictor's latents, or on the perturbed cell's
+    action_noise:float = Field(0., ge=0)     # dynamics with target "mean": noise on action latents, of their size
+    latents:Literal["predicted", "observed"] = "predicted"  # readout: trained on predicted latents, or the teacher's
 
 # %% ../nbs/01_config.ipynb #b0b480bf
 class DataConfig(Frozen):
@@ -107,15 +109,15 @@ class DataConfig(Frozen):
     guides_from:str|None = None              # raw .h5ad of the same cells that knows the guide of each
     features:Literal["kmer", "pretrained"] = "kmer"       # of sequences: counts, or ESM-2 and NTv3 as released
     pooling:Literal["residues", "tokens"] = "residues"    # of ESM-2: without start and end, or, as released, with them
-    relations:str|None = None                # csv or parquet of gene pairs; if given, a target's place in this graph stands for its protein
+    relations:str|None = None                # table of gene pairs; a target's place in this graph then stands for its protein
     relations_db:str|None = None             # only the pairs with this value in a column `db`
     expression_space:Literal["log1p", "log1p_twice"] = "log1p"
     n_top_genes:PositiveInt|None = None      # variable genes to keep, chosen on training cells; all if None
     split:Literal["simulation", "guide", "combination", "cell_type", "custom"] = "simulation"
     split_seed:int = 1
-    held_out:tuple[str, ...]|None = None     # what is held out: targets, combinations, cell lines, by the kind of split; None: drawn
+    held_out:tuple[str, ...]|None = None     # targets, combinations or cell lines, by the kind of split; None: drawn
     keep:tuple[str, ...]|None = None         # further entries of the file's obs or uns to carry along
-    tokens:tuple[Literal["protein", "chemical", "dna"], ...]|None = None  # what an action is described by in dynamics; None: guide DNA where known, as released
+    tokens:tuple[Literal["protein", "chemical", "dna"], ...]|None = None  # an action's in dynamics; None: guide DNA, as released
 
 # %% ../nbs/01_config.ipynb #6695553a
 class ExperimentConfig(Frozen):
@@ -135,8 +137,9 @@ MEANING_OF_DEFAULTS = 2  # rises when what a configuration stands for changes: n
 def config_hash(
     config:BaseModel,  # any configuration
 )->str:                # 12 hexadecimal digits
-    "Identifies a configuration; a switch that stands at its default does not count, so a new one leaves hashes as they are."
-    return object_hash([type(config).__name__, MEANING_OF_DEFAULTS, config.model_dump(mode="json", exclude_defaults=True)])
+    "Identifies a configuration; switches at their defaults do not count, so a new one leaves hashes as they are."
+    set_ones = config.model_dump(mode="json", exclude_defaults=True)
+    return object_hash([type(config).__name__, MEANING_OF_DEFAULTS, set_ones])
 
 # %% ../nbs/01_config.ipynb #d7afcd90
 def _stages(
@@ -159,15 +162,17 @@ def preset(
     small = dict(n_heads=4, n_encoder_layers=2, n_masked_predictor_layers=2, n_predictor_layers=2)
     if name == "paper":
         pairs = dict(pairs="all", held_out_by="pair", same_target_negatives=True)
-        further = dict(pretrain={}, align=pairs, dynamics=dict(fixed_controls=True), readout=dict(fixed_controls=True))
-        stages = _stages((100, 1000, 20, 20), (64, 128, 32, 32), **{s: dict(drop_last=True, **f) for s, f in further.items()})
+        fixed = dict(fixed_controls=True)
+        further = {s: dict(drop_last=True) | f for s, f in dict(pretrain={}, align=pairs, dynamics=fixed, readout=fixed).items()}
+        stages = _stages((100, 1000, 20, 20), (64, 128, 32, 32), **further)
         data = DataConfig(dataset="replogle_k562_essential", features="pretrained", pooling="tokens")
         return ExperimentConfig(name=name, model=ModelConfig(), data=data, **stages)
     if name == "laptop":
-        switches = dict(library_norm=(7., 15.), mask_context=False, predicts="change", intervenes=True, readout="per_gene",
-                        ema_momentum=0.99, delta_from="teacher", initial_values="fan_in")
-        stages = _stages((2, 100, 4, 1), (32, 128, 16, 32), pretrain=dict(lr=1e-3), align=dict(feature_noise=3.),
-                         dynamics=dict(lr=3e-3, target="mean", action_noise=2.), readout=dict(lr=1e-4, latents="observed"))
+        switches = dict(library_norm=(7., 15.), initial_values="fan_in", ema_momentum=0.99, mask_context=False,
+                        predicts="change", intervenes=True, readout="per_gene", delta_from="teacher")
+        further = dict(pretrain=dict(lr=1e-3), align=dict(feature_noise=3.), readout=dict(lr=1e-4, latents="observed"),
+                       dynamics=dict(lr=3e-3, target="mean", action_noise=2.))
+        stages = _stages((2, 100, 4, 1), (32, 128, 16, 32), **further)
         return ExperimentConfig(name=name, model=ModelConfig(n_genes=600, d_model=32, **small, **switches),
                                 data=DataConfig(tokens=("protein", "dna")), **stages)
     if name == "smoke":
@@ -185,45 +190,57 @@ class Departure(NamedTuple):
     changes:str = ""    # what it changes, where that was measured
 
 DEPARTURES = (
-    Departure("1", "logs data twice, and takes the library size from logged data", "log1p once; `log1p_twice` does as the release",
+    Departure("1", "logs data twice, and takes the library size from logged data", "once; `log1p_twice` as the release",
               ("data.expression_space",), "twin, control mean: MSE 0.34 → 0.67, R² of top 50 0.67 → −0.20"),
     Departure("2", "absolute distance (§5.1), where §5.1.1 writes a squared one", "both", ("model.latent_loss",)),
-    Departure("3", "moments over all tokens of all cells, which gene identity alone satisfies", "or over cells, at each gene",
-              ("model.vicreg_over",), "latents that know only the gene: hinge 0.01 over tokens, 0.99 over cells (notebook 37)"),
-    Departure("4", "all hidden genes are one token, and all unexpressed ones another", "genes can keep their identity",
-              ("model.mask_keeps_gene", "model.value_embedding"), "tokens of a cell: notebook 31"),
-    Departure("5", "one action token, so cross-attention adds one vector to every token", "guide and protein as two tokens",
-              ("data.tokens",), "792,576 parameters without gradient with one token (notebook 35)"),
-    Departure("6", "dynamics trained on masked controls, used on whole ones", "or trained as used", ("model.mask_context",)),
-    Departure("7", "alignment pairs of all targets, test targets' included; a tenth of the pairs aside",
+    Departure("3", "moments over all tokens of all cells, which gene identity satisfies", "or over cells, at each gene",
+              ("model.vicreg_over",), "latents that know only the gene: hinge 0.01 over tokens, 0.99 over cells (37)"),
+    Departure("4", "all hidden genes are one token, all unexpressed ones another", "genes can keep their identity",
+              ("model.mask_keeps_gene", "model.value_embedding"), "number of tokens (31)"),
+    Departure("5", "one action token: cross-attention adds one vector to every token", "guide and protein as two tokens",
+              ("data.tokens",), "792,576 parameters without gradient with one token (35)"),
+    Departure("6", "dynamics trained on masked controls, used on whole ones", "or trained as used",
+              ("model.mask_context",), "one step of the ladder of 43"),
+    Departure("7", "alignment pairs of all targets, test targets' too; a tenth of the pairs aside",
               "or of training targets, a tenth of the targets aside", ("align.pairs", "align.held_out_by")),
-    Departure("8", "retrieval evaluation marks guides as proteins", "an error: modalities are typed (notebook 34)"),
-    Departure("9", "four training loops, one of which saves another stage's optimiser", "one loop (notebook 40)"),
+    Departure("8", "retrieval evaluation marks guides as proteins", "an error: modalities are typed (34)"),
+    Departure("9", "four training loops, one of which saves another stage's optimiser", "one loop (40)"),
     Departure("10", "pretraining: variance and covariance of the student's latents, the teacher's added", "as released",
-              (), "on the predictor's output the encoder collapses (notebook 41)"),
-    Departure("11", "dynamics: likelihood at hidden genes among queries for all, moments of all means, no distance",
-              "as released with `cell`; `mean` has the perturbation's mean change as its target", ("dynamics.target",), "notebook 43"),
-    Departure("12", "protocol: unclipped Δ, undefined correlations are 0, the last 13 cells left out, one batch's shift printed",
-              "as released, on all cells; both shifts", (), "a constant Δ of −0.2: r 0, where clipping first gives 0.99 (notebook 60)"),
-    Departure("13", "align, readout: AdamW's decay 0.01, no clipping; all stages: whole batches only", "each stage's own numbers",
-              ("align.weight_decay", "align.clip_norm", "readout.weight_decay", "readout.clip_norm", "pretrain.drop_last")),
-    Departure("14", "Δ decoded against the student's latents of the control cell", "or against the teacher's", ("model.delta_from",)),
-    Departure("15", "five targets outside GEARS' graph are dropped before the split is drawn", "a list on the card, `columns.drop`",
-              (), "without it about 74 of 272 released test targets stay test targets"),
-    Departure("16", "guides joined by barcode, proteins by gene", "companions of the card (notebook 15)", ("data.guides_from",)),
-    Departure("17", "one control for each cell, drawn once", "or drawn anew in each epoch", ("dynamics.fixed_controls", "readout.fixed_controls")),
-    Departure("18", "ESM-2 averaged over start and end tokens, too", "or over residues", ("data.features", "data.pooling")),
+              (), "on the predictor's output instead the encoder collapses (41)"),
+    Departure("11", "dynamics: likelihood at hidden genes, queries and moments of all, no distance",
+              "as released with `cell`; with `mean` the target is the perturbation's mean change",
+              ("dynamics.target",), "the ladder of 43"),
+    Departure("12", "protocol: unclipped Δ, undefined correlations are 0, the last 13 cells left out, one batch's shift",
+              "as released, on all cells; both shifts", (),
+              "a constant Δ of −0.2: r 0, where clipping first gives 0.99 (60)"),
+    Departure("13", "align, readout: AdamW's decay 0.01, no clipping; in all stages whole batches only",
+              "each stage's own numbers; the paper preset sets `drop_last` in all four",
+              ("align.weight_decay", "align.clip_norm", "readout.weight_decay", "readout.clip_norm",
+               "pretrain.drop_last")),
+    Departure("14", "Δ decoded against the student's latents of the control cell", "or against the teacher's",
+              ("model.delta_from",)),
+    Departure("15", "five targets outside GEARS' graph are dropped before the split is drawn",
+              "a list on the card, `drop` of load_dataset (11)", (),
+              "without it about 74 of 272 released test targets stay test targets"),
+    Departure("16", "guides joined by barcode, proteins by gene", "companions of the card (15)", ("data.guides_from",)),
+    Departure("17", "one control for each cell, drawn once", "or anew in each epoch",
+              ("dynamics.fixed_controls", "readout.fixed_controls")),
+    Departure("18", "ESM-2 and NTv3; ESM-2 averaged over start and end tokens, too", "k-mers; or over residues",
+              ("data.features", "data.pooling"), "a row moves by 42 % of its length at 1 residue, 0.3 % at 400 (22)"),
     Departure("19", "guides of one target are each other's negatives", "or not", ("align.same_target_negatives",)),
-    Departure("20", "probes, retrieval and votes by definitions of its own", "released numbers stand only beside ours of the same definition"),
-    Departure("21", "linear attention to action tokens", "as released", (), "softmax was no better (notebook 35)"),
-    Departure("+", "gene embeddings of 0.02, modes of 1, torch's own projections", "or all by fan-in", ("model.initial_values",)),
-    Departure("+", "log library size as it is", "standardised", ("model.library_norm",), "notebook 32"),
+    Departure("20", "probes, directions and votes by definitions of its own",
+              "released numbers stand only beside ours of the same definition (62, 65, 69)"),
+    Departure("21", "linear attention to action tokens", "as released", (), "softmax was no better (35)"),
+    Departure("+", "gene embeddings of 0.02, modes of 1, torch's own projections", "or all by fan-in",
+              ("model.initial_values",), "distance between tokens at the start (32)"),
+    Departure("+", "log library size as it is", "standardised", ("model.library_norm",), "the same (32)"),
     Departure("+", "the predictor gives the perturbed latent", "or its change; the targeted gene's own change first",
-              ("model.predicts", "model.intervenes"), "notebook 43"),
+              ("model.predicts", "model.intervenes"), "the ladder of 43"),
     Departure("+", "one readout for all genes, trained on predicted latents", "one a gene, on observed latents",
-              ("model.readout", "readout.latents"), "notebook 44"),
-    Departure("+", "no noise on features or actions", "noise against few targets", ("align.feature_noise", "dynamics.action_noise"), "notebook 43"),
-    Departure("+", "teacher follows with 0.996", "0.99 for short runs", ("model.ema_momentum",)),
+              ("model.readout", "readout.latents"), "the table of 44"),
+    Departure("+", "no noise on features or actions", "noise, against few targets",
+              ("align.feature_noise", "dynamics.action_noise"), "the ladder of 43"),
+    Departure("+", "the teacher follows with 0.996", "0.99 for short runs", ("model.ema_momentum",)),
 )
 
 # %% ../nbs/01_config.ipynb #d0a1b2c5
@@ -236,7 +253,8 @@ def departures()->pd.DataFrame:  # one row per switch: row, released, here, swit
     rows = []
     for d in DEPARTURES:
         for k, path in enumerate(d.switches or ("–",)):
-            about = dict(row=d.row, released=d.released, here=d.here) if not k else dict(row="", released="", here="")
+            about = dict(row=d.row, released=d.released, here=d.here)
+            if k: about = dict.fromkeys(about, "")
             held = {n: value(e, path) if d.switches else "" for n, e in presets.items()}
             rows.append(about | dict(switch=path) | held | dict(changes=d.changes if not k else ""))
     return pd.DataFrame(rows)

@@ -56,11 +56,12 @@ def predicted_delta(model, screen, part, n_controls=64)->pd.DataFrame:
     adata, rows = screen.adata, screen.split.controls(screen.adata, "train")
     rows = np.random.default_rng(0).permutation(rows)[:n_controls]
     x, size = dense_rows(adata.X, rows), torch.from_numpy(adata.obs.log_library_size.to_numpy(np.float32)[rows])
-    z, h = model.encoder(x, size), model.teacher(x, size)
+    z, control = model.encoder(x, size), model.control_latents(x, size)
     deltas = {}
     for p in screen.table.rows(adata, screen.split, part):
         z_hat = model.act(z, x, size, screen.actions.take(torch.full((len(rows),), int(p)))).mean
-        deltas.setdefault(screen.table.condition[p], []).append(model.readout.delta(z_hat, h.x, None, h.index).mean(0).numpy())
+        delta = model.readout.delta(z_hat, control.x, None, control.index)
+        deltas.setdefault(screen.table.condition[p], []).append(delta.mean(0).numpy())
     return pd.DataFrame({c: np.mean(d, 0) for c, d in deltas.items()}).T
 
 

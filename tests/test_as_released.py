@@ -1,11 +1,13 @@
 """What is called "as published" against the released formulas, written here from their definitions.
 
-1. Pretraining loss and its gradient: 25 L1 at hidden genes + 25 hinge + 1 covariance of the student's latents, the teacher's added.
-2. Dynamics loss and its gradient: 25 NLL at hidden genes + 25 hinge + 1 covariance of the means of all genes, no distance.
+1. Pretraining loss and its gradient: 25 L1 at hidden genes + 25 hinge + 1 covariance of the student's latents, the
+   teacher's added.
+2. Dynamics loss and its gradient: 25 NLL at hidden genes + 25 hinge + 1 covariance of all genes' means, no distance.
 3. Initial values: standard deviations of every part as released.
 4. Optimisers: rates, weight decay, clipping, steps per epoch of each stage.
-5. Controls stay, guides of one target repel each other, pairs come from all targets, a tenth of the pairs is kept aside.
+5. Controls stay, guides of one target repel each other, pairs are of all targets, a tenth of the pairs is kept aside.
 6. Cross-attention is linear attention, the adapter's GELU is exact, Δ is decoded against the student's latents.
+7. Every departure stands in one table, and the table knows every switch in which two presets differ.
 """
 import math
 
@@ -14,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from biojepa.config import preset
+from biojepa.config import DEPARTURES, departures, preset
 from biojepa.data.batches import ActionBatch, CellBatch, PairBatch, pair_loader
 from biojepa.model.biojepa import BioJEPA
 from biojepa.model.predictor import CrossAttention
@@ -68,7 +70,8 @@ def released_dynamics(model, pairs, actions, mask, shortcut):
     with torch.no_grad(): z = model.encoder(pairs.x_ctrl, pairs.log_library_size_ctrl, mask, collapse=False)
     h = model.teacher(pairs.x_pert, pairs.log_library_size_pert, None, collapse=False).x
     mean, logvar = model.predictor(z, model.composer(actions), actions.present, shortcut=shortcut)
-    likelihood = [.5*(logvar[b, g] + (h[b, g] - mean[b, g])**2/logvar[b, g].exp()) for b, g in mask.nonzero().tolist()]
+    hidden = mask.nonzero().tolist()
+    likelihood = [.5*(logvar[b, g] + (h[b, g] - mean[b, g])**2/logvar[b, g].exp()) for b, g in hidden]
     return 25*torch.cat(likelihood).mean() + regularisation(mean, h)
 
 
@@ -139,8 +142,8 @@ def test_initial_standard_deviations():
         assert layer.bias.abs().max() <= bound and std(layer.bias) == pytest.approx(bound/math.sqrt(3), rel=.15)
     for p in model.composer.film.parameters(): assert not p.any()
     truncated = .8796  # standard deviation of a standard normal cut at ±2
-    linear = [m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and not n.startswith(("composer", "teacher"))]
-    for layer in linear:
+    linear = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    for layer in (m for n, m in linear.items() if not n.startswith(("composer", "teacher"))):
         bound = 2/math.sqrt(layer.in_features)
         assert not layer.bias.any() and layer.weight.abs().max() <= bound*(1 + 1e-6)
         assert std(layer.weight) == pytest.approx(truncated*bound/2, rel=.12)
@@ -221,7 +224,7 @@ def test_alignment_pairs_are_the_released_ones(screen):
     model, actions, built = stages(screen)
     pairs = actions.anchor.present.any(1) & actions.positive.present.any(1)
     kept_aside = max(1, round(.1*int(pairs.sum())))
-    assert built["align"].loader.n_items == int(pairs.sum()) - kept_aside  # test targets included, a tenth of the pairs aside
+    assert built["align"].loader.n_items == int(pairs.sum()) - kept_aside  # test targets' pairs are among them
     batch = next(iter(built["align"].loader))
     anchor, positive = (F.normalize(model.composer(a)[:, 0], dim=-1) for a in (batch.anchor, batch.positive))
     logits, target = (anchor @ positive.T/.07).double(), batch.target
@@ -262,7 +265,8 @@ def test_the_adapters_gelu_is_exact():
     first, norm, _, last = model.predictor.adapter
     action = torch.randn(3, 1, 320).double()
     u = norm(first(action))
-    torch.testing.assert_close(model.predictor.adapter(action), last(u*.5*(1 + torch.erf(u/math.sqrt(2)))), atol=1e-12, rtol=1e-12)
+    expected = last(u*.5*(1 + torch.erf(u/math.sqrt(2))))
+    torch.testing.assert_close(model.predictor.adapter(action), expected, atol=1e-12, rtol=1e-12)
 
 
 def test_delta_is_decoded_against_the_students_latents():
@@ -277,3 +281,23 @@ def test_delta_is_decoded_against_the_students_latents():
         loss = ((expected - (pairs.x_pert - x))**2).mean()
         torch.testing.assert_close(readout_step(model, pairs, actions=actions).loss, loss, atol=1e-9, rtol=1e-9)
     assert PAPER.model.delta_from == "encoder"
+
+
+# --- the table of departures
+
+def test_every_departure_is_named_and_every_switch_of_the_presets_stands_in_the_table():
+    table, paper, laptop = departures(), PAPER, preset("laptop")
+    assert {str(n) for n in range(1, 22)} <= set(table.row)
+    named = {path for d in DEPARTURES for path in d.switches}
+    for part, field in (path.split(".") for path in named): assert hasattr(getattr(paper, part), field)
+    assert named <= set(table.switch)
+    sizes = {"n_genes", "d_model", "n_heads", "n_encoder_layers", "n_masked_predictor_layers", "n_predictor_layers"}
+    lengths = {"epochs", "batch_size", "lr", "lr_composer", "dataset"}
+    differ = {f"{part}.{k}" for part in ("model", "data", *RELEASED) for k, v in getattr(paper, part)
+              if v != getattr(getattr(laptop, part), k) and k not in sizes | lengths}
+    assert {d for d in differ - named if not d.endswith(".drop_last")} == set()  # one row stands for all four stages
+    released = {d.switches[0]: d for d in DEPARTURES if d.switches}
+    for path in ("model.latent_loss", "model.delta_from", "dynamics.target", "model.initial_values"):
+        part, field = path.split(".")
+        default = type(getattr(paper, part)).model_fields[field].default
+        assert path in released and getattr(getattr(paper, part), field) == default  # as published is the default

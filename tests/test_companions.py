@@ -5,7 +5,7 @@
 gene's primary name, then a synonym that one entry claims. 5. Companions are fetched like datasets. 6. What features
 need is asked for before anything is trained, and nothing else is fetched.
 """
-import gzip, json, os, subprocess, sys, warnings, zipfile
+import gzip, json, os, subprocess, sys, warnings
 from pathlib import Path
 
 import anndata as ad
@@ -76,35 +76,12 @@ def kmers(sequence):
 
 # --- 1 tables ---------------------------------------------------------------------------------------------------------
 
-MAIN = "http://schemas.openxmlformats.org/spreadsheetml/2006/main"
-LINK = "http://schemas.openxmlformats.org/officeDocument/2006/relationships"
-SHEET = f'<worksheet xmlns="{MAIN}"><sheetData>%s</sheetData></worksheet>'
-ROWS = ['<row r="1"><c r="A1" t="s"><v>0</v></c><c r="B1" t="s"><v>1</v></c>'
-        '<c r="C1" t="inlineStr"><is><t>both?</t></is></c></row>',
-        '<row r="2"><c r="A2" t="s"><v>2</v></c><c r="B2"><v>2.5</v></c><c r="C2" t="b"><v>1</v></c></row>',
-        '<row r="3"><c r="A3"/><c r="C3" t="b"><v>0</v></c></row>']
-
-
-def workbook(path, target):
-    "Written by hand: the second sheet has shared, inline and formatted text, a number, truth values, and gaps."
-    with zipfile.ZipFile(path, "w") as z:
-        z.writestr("xl/workbook.xml", f'<workbook xmlns="{MAIN}" xmlns:r="{LINK}"><sheets>'
-                   '<sheet name="TabA" sheetId="1" r:id="rId2"/><sheet name="TabB" sheetId="2" r:id="rId1"/>'
-                   '</sheets></workbook>')
-        z.writestr("xl/_rels/workbook.xml.rels",
-                   '<Relationships xmlns="http://schemas.openxmlformats.org/package/2006/relationships">'
-                   f'<Relationship Id="rId1" Target="{target}"/>'
-                   '<Relationship Id="rId2" Target="worksheets/sheet1.xml"/></Relationships>')
-        z.writestr("xl/sharedStrings.xml", f'<sst xmlns="{MAIN}"><si><t>gene</t></si><si><t>n</t></si>'
-                   '<si><r><t>TP</t></r><r><t>53 &amp; B</t></r></si></sst>')
-        z.writestr("xl/worksheets/sheet7.xml", SHEET % "".join(ROWS))
-        z.writestr("xl/worksheets/sheet1.xml", SHEET % ROWS[0])
-    return path
-
-
-@pytest.mark.parametrize("target", ["worksheets/sheet7.xml", "/xl/worksheets/sheet7.xml"])
-def test_a_workbook_is_read_as_it_was_written(tmp_path, target):
-    path = workbook(tmp_path/"t.xlsx", target)
+def test_a_workbook_is_read_as_it_was_written(tmp_path):
+    path = tmp_path/"t.xlsx"
+    written = pd.DataFrame({"gene": ["TP53 & B", None], "n": [2.5, None], "both?": [True, False]})
+    with pd.ExcelWriter(path) as book:
+        written[:0].to_excel(book, sheet_name="TabA", index=False)
+        written.to_excel(book, sheet_name="TabB", index=False)
     expected = pd.DataFrame({"gene": ["TP53 & B", np.nan], "n": ["2.5", np.nan], "both?": ["True", "False"]})
     pd.testing.assert_frame_equal(read_table(path, "TabB"), expected, check_dtype=False)
     assert list(read_table(path)) == ["gene", "n", "both?"] and not len(read_table(path))

@@ -40,6 +40,7 @@ def test_parameters_are_tagged_typed_and_explained(name):
     cells = json.loads((PATHS.nbs/f"{name}.ipynb").read_text())["cells"]
     tagged = [c for c in cells if "parameters" in c["metadata"].get("tags", [])]
     assert len(tagged) == 1
+    assert sum("settings=settings" in "".join(c["source"]) for c in cells) == 1 and "settings: str" in "".join(tagged[0]["source"])
     for line in "".join(tagged[0]["source"]).splitlines():
         if line.strip(): assert ": " in line.split("=")[0] and "#" in line, f"{line!r}: give a type and a comment"
 

@@ -15,7 +15,7 @@ from biojepa.core import PATHS, file_hash
 from biojepa.model.biojepa import from_pretrained
 from biojepa.training import run as run_module
 from biojepa.training.loop import make_fabric
-from biojepa.training.run import (STAGES, changed_by, data_hash, default_features, describe_actions, experiment_of, load_data, main, parser, run_folder, run_stages)
+from biojepa.training.run import (STAGES, changed_by, data_hash, default_features, describe_actions, experiment_of, load_data, main, named_experiment, parser, run_folder, run_stages)
 from biojepa.training.state import Checkpointer, read_log, weights_hash
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -122,6 +122,7 @@ def test_a_run_leaves_what_it_was_made_of(finished, data):
     about = json.loads((folder/"run.json").read_text())
     assert about["identity"]["data"] == data_hash(data["adata"]) and about["identity"]["split"] == data["split"].hash
     assert about["versions"]["torch"] == torch.__version__.split("+")[0] or about["versions"]["torch"] == torch.__version__
+    assert about["history"] == [str(line) for line in data["adata"].uns["biojepa"]["history"]] and about["history"]
     assert json.loads((folder/"split.json").read_text())["hash"] == data["split"].hash
     saved = from_pretrained(folder/"model", genes=list(data["adata"].var_names), config=small_experiment().model)
     assert weights_hash(saved.model) == weights_hash(finished.model)
@@ -211,7 +212,7 @@ def test_actions_are_described_as_released_unless_told_otherwise(data):
     assert described.actions.features.shape[1] == 1 and set(described.actions.modality[described.actions.present].tolist()) == {Modality.DNA}
     assert set(described.anchor.mode[described.anchor.present].tolist()) == {Mode.CONTROL} and set(described.anchor.modality[described.anchor.present].tolist()) == {Modality.PROTEIN}
     train = set(adata.obs.perturbation.iloc[split.cells(adata, "train")])
-    assert {described.table.perturbation[i] for i in described.pairs} == train
+    assert {described.table.perturbation[i] for i in described.aligned("train")} == train
     both = describe_actions(adata, split, features, DataConfig(tokens=("protein", "dna")))
     assert both.actions.present.sum(1).max() == 2 and both.hash != described.hash
     assert describe_actions(adata, split, features[:1]).actions.modality.max() == Modality.PROTEIN
@@ -265,7 +266,7 @@ def test_sizes_follow_the_data_with_a_warning(data, tmp_path):
 
 def test_leaking_alignment_pairs_are_refused(data, tmp_path, monkeypatch):
     describe = run_module.describe_actions
-    monkeypatch.setattr(run_module, "describe_actions", lambda *a: describe(*a)._replace(pairs=np.flatnonzero(~describe(*a).table.is_control)))
+    monkeypatch.setattr(run_module, "describe_actions", lambda *a: describe(*a)._replace(train=np.flatnonzero(~describe(*a).table.is_control)))
     with pytest.raises(ValueError, match="pairs"): run_stages(small_experiment(), **data, runs=tmp_path, **OPTIONS)
 
 
@@ -289,6 +290,13 @@ def test_options_reach_the_configuration(tmp_path):
         dataset="cells.h5ad", condition="gene", control="nt", batch="lane", cell_type="line", guide="sgrna", tokens=("protein", "dna")) and found.seed == 4
     found = parse("--set model.vicreg_over=cells model.library_norm=[9,0.5] pretrain.epochs=3 data.n_top_genes=200 readout.clip_norm=null")
     assert (found.model.vicreg_over, found.model.library_norm, found.pretrain.epochs, found.data.n_top_genes, found.readout.clip_norm) == ("cells", (9., .5), 3, 200, None)
+    text = "model.vicreg_over=cells model.library_norm=[9,0.5] pretrain.epochs=3 readout.clip_norm=null"
+    assert named_experiment("paper", settings=text) == parse(f"--preset paper --set {text}")
+    assert named_experiment("paper", seed=1, dataset="a.h5ad", settings="seed=2 data.dataset=b.h5ad").data.dataset == "b.h5ad"
+    for wrong in ("epochs", "=3", "pretrain.epochs = 3"):
+        with pytest.raises(ValueError, match="settings .--set.: found .*; write field=value"): named_experiment(settings=wrong)
+    with pytest.raises(ValueError, match="found 'seed=1' beside run 'of-mine'.*give one of the two"):
+        named_experiment(run="of-mine", settings="seed=1")
     (tmp_path/"config.json").write_text(json.dumps(preset("smoke").changed(seed=5).model_dump(mode="json")))
     assert parse(f"--config {tmp_path/'config.json'}") == preset("smoke").changed(seed=5)
 

@@ -7,11 +7,10 @@ __all__ = ['WITHOUT_DOWNLOAD', 'read_table', 'read_guides', 'join_guides', 'read
            'join_proteins', 'fetch_companion', 'load_screen']
 
 # %% ../../nbs/15_companions.ipynb #15c00002
-import re, warnings, zipfile
+import warnings, zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
-from xml.etree import ElementTree
 
 import anndata as ad
 import h5py
@@ -24,40 +23,6 @@ from .datasets import Companion, DatasetCard, DownloadError, SchemaError, fetch_
 from .datasets import load_dataset, parse_condition, perturbation_names, read_card
 
 # %% ../../nbs/15_companions.ipynb #15c00021
-_BOOK = "{http://schemas.openxmlformats.org/spreadsheetml/2006/main}"
-_LINK = "{http://schemas.openxmlformats.org/officeDocument/2006/relationships}id"
-
-def _texts(parts:Iterable)->list[str]:
-    "The text of each element, whose pieces may be formatted differently."
-    return ["".join(t.text or "" for t in part.iter(f"{_BOOK}t")) for part in parts]
-
-def _cell_value(cell, shared:list[str])->str|None:
-    "What a cell of a sheet holds."
-    value = cell.findtext(f"{_BOOK}v")
-    if cell.get("t") == "s": return shared[int(value)]
-    if cell.get("t") == "inlineStr": return _texts([cell])[0]
-    if cell.get("t") == "b": return str(value == "1")
-    return value or None
-
-def _read_sheet(
-    path:Path,          # .xlsx
-    sheet:str|None,     # its name; the first if None
-)->pd.DataFrame:        # text, NaN where a cell is empty; the first row names the columns
-    "One sheet of a workbook."
-    with zipfile.ZipFile(path) as book:
-        part = lambda name: ElementTree.fromstring(book.read(name))
-        sheets = {s.get("name"): s.get(_LINK) for s in part("xl/workbook.xml").iter(f"{_BOOK}sheet")}
-        if sheet not in (None, *sheets):
-            raise ValueError(f"{path}: found no sheet {sheet!r}; there are {', '.join(sheets)}")
-        links = {r.get("Id"): r.get("Target") for r in part("xl/_rels/workbook.xml.rels")}
-        file = links[sheets[sheet or next(iter(sheets))]]
-        table = part(file.removeprefix("/") if file.startswith("/") else f"xl/{file}")
-        shared = _texts(part("xl/sharedStrings.xml")) if "xl/sharedStrings.xml" in book.namelist() else []
-    column = lambda cell: re.match("[A-Z]+", cell.get("r"))[0]
-    rows = [{column(c): _cell_value(c, shared) for c in row.iter(f"{_BOOK}c")} for row in table.iter(f"{_BOOK}row")]
-    names = rows[0] if rows else {}
-    return pd.DataFrame(rows[1:], columns=list(names)).rename(columns=names).replace({None: np.nan})
-
 def read_table(
     source:pd.DataFrame|str|Path,   # a table, or a path to .csv, .tsv (or .gz of these), .parquet or .xlsx
     sheet:str|None=None,            # of a workbook; the first if None
@@ -73,8 +38,11 @@ def read_table(
     if kind != ".xlsx":
         raise ValueError(f"{path}: found the ending {path.suffix!r}; convert the table to csv, tsv, parquet or xlsx "
                          "(embeddings also npz)")
-    try: return _read_sheet(path, sheet)
-    except (zipfile.BadZipFile, KeyError, ElementTree.ParseError) as error:
+    try:
+        with pd.ExcelFile(path, engine="openpyxl") as book:
+            if sheet in (None, *book.sheet_names): return book.parse(0 if sheet is None else sheet, dtype=str)
+            raise ValueError(f"{path}: found no sheet {sheet!r}; there are {', '.join(book.sheet_names)}")
+    except (zipfile.BadZipFile, KeyError) as error:
         what = f"{type(error).__name__}: {error}"
         raise ValueError(f"{path}: not a readable workbook ({what}); save it again, or as csv") from error
 

@@ -124,7 +124,7 @@ class ActionPredictor(nn.Module):
         query = self.query.weight.expand(len(action), -1, -1).to(context.x.dtype)
         x, multiplicity = torch.cat([context.x, query], 1), None
         if context.weight is not None:
-            multiplicity = torch.cat([context.weight, torch.ones_like(query[..., 0], dtype=context.weight.dtype)], 1)
+            multiplicity = torch.cat([context.weight, torch.ones_like(query[..., 0]).to(context.weight)], 1)
         for i, block in enumerate(self.blocks):  # nobody reads what the context would become in the last block
             first = n if shortcut and i == len(self.blocks) - 1 else 0
             x = run_block(block, self.checkpoint_activations, x, multiplicity, action, present, shortcut, first)
@@ -139,4 +139,5 @@ def check_actions(
 ):
     "Refuse actions that do not fit the model; a ValueError says what was found."
     if action.ndim != 3 or action.shape[-1] != d_action or len(action) != len(context.x):
-        raise ValueError(f"action: found shape {tuple(action.shape)}; give ({len(context.x)} cells, tokens, {d_action})")
+        raise ValueError(f"action: found shape {tuple(action.shape)}; "
+                         f"give ({len(context.x)} cells, tokens, {d_action})")

@@ -7,7 +7,7 @@ __all__ = ['StepOutput', 'Stage', 'train_only', 'one_cycle', 'Meter', 'choose_pr
            'rate_columns', 'should_stop', 'fit', 'effective_rank', 'encoder_latents', 'CollapseMonitor']
 
 # %% ../../nbs/40_loop.ipynb #0fb1416c
-import json, math, time, warnings
+import json, math, sys, time, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -322,9 +322,12 @@ def _run(training:_Training, log:TrainingLog, about:dict, every:_Every, early_st
 # %% ../../nbs/40_loop.ipynb #034cee57
 @contextmanager
 def _watched(training:_Training):
-    "A progress bar inside; what interrupts the run says where it can go on."
+    "A progress bar inside, seldom drawn where each drawing is kept; what interrupts the run says where it can go on."
+    seconds = .1 if sys.stderr.isatty() else 5.     # a file, or a notebook, which grows by every drawing
+    bar = tqdm(total=training.total, initial=training.step_number, desc=training.stage.name, mininterval=seconds,
+               disable=not training.progress, dynamic_ncols=True)
     try:
-        with tqdm(total=training.total, initial=training.step_number, desc=training.stage.name, disable=not training.progress, dynamic_ncols=True) as bar: yield bar
+        with bar: yield bar
     except KeyboardInterrupt:
         steps = training.checkpoints.steps()
         raise KeyboardInterrupt(f"stage {training.stage.name!r}: interrupted at step {training.step_number} of {training.total}; "

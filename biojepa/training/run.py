@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'STAGES', 'load_data', 'data_hash', 'default_features', 'read_relations', 'completed', 'Actions',
            'describe_actions', 'sized_to', 'Run', 'run_folder', 'open_folder', 'build_stage', 'watched',
-           'predicted_latents', 'run_stages', 'run_seeds', 'changed_by', 'named_experiment', 'read_config', 'parser',
-           'experiment_of', 'main']
+           'predicted_latents', 'run_stages', 'run_seeds', 'changed_by', 'parse_settings', 'named_experiment',
+           'read_config', 'parser', 'experiment_of', 'main']
 
 # %% ../../nbs/45_run.ipynb #15562a16
 import argparse, json, platform, warnings
@@ -236,7 +236,7 @@ def open_folder(
     folder:Path,                    # of the run
     experiment:ExperimentConfig,    # as used
     identity:dict[str, str],        # hashes of data, split and features
-    about:dict[str, str],           # device and precision
+    about:dict,                     # device and precision; what was done to the data
 )->None:
     "Write config.json and run.json, or compare with what is there."
     path, identity, versions = folder/"run.json", dict(config=config_hash(experiment), **identity), _versions()
@@ -325,7 +325,9 @@ def run_stages(
     folder = run_folder(experiment, runs)
     identity = dict(data=data_hash(adata), split=split.hash, features=actions.hash)
     if fabric.is_global_zero:
-        open_folder(folder, experiment, identity, dict(device=str(fabric.device), devices=fabric.world_size, precision=fabric.strategy.precision.precision))
+        about = dict(device=str(fabric.device), devices=fabric.world_size, precision=fabric.strategy.precision.precision,
+                     history=[str(line) for line in adata.uns["biojepa"].get("history", ())])
+        open_folder(folder, experiment, identity, about)
         split.save(folder/"split.json")
     with own_randomness(experiment.seed): model = BioJEPA(experiment.model)
     logs = {}
@@ -379,18 +381,36 @@ def changed_by(
         node[last] = value
     return ExperimentConfig(**tree)
 
+# %% ../../nbs/45_run.ipynb #5e77106a
+def parse_settings(
+    settings:str|Sequence[str], # "part.field=value", separated by spaces if one text; a value is JSON, or else a word
+)->dict:                        # "part.field" -> value, for `changed_by`
+    "Fields of the configuration as they are written on a command line."
+    fields = {}
+    for text in settings.split() if isinstance(settings, str) else settings:
+        field, equals, value = text.partition("=")
+        if not field or not equals:
+            raise ValueError(f"settings (--set): found {text!r}; write field=value without spaces in it, as model.d_model=16")
+        try: fields[field] = json.loads(value)
+        except json.JSONDecodeError: fields[field] = value
+    return fields
+
 # %% ../../nbs/45_run.ipynb #c75893cd
 def named_experiment(
     preset_name:str="laptop",   # "smoke", "laptop" or "paper"
     run:str|Path|None=None,     # folder of an earlier run, whose configuration is taken instead
     seed:int=0,                 # of weights, masks and order
+    settings:str="",            # further fields, as `parse_settings` reads them; they win over what is said elsewhere
     **data,                     # fields of `DataConfig`; None: the preset's; `guide_seq`, `held_out` and `keep` may be names separated by commas
 )->ExperimentConfig:
     "The experiment that a paper notebook's parameters describe."
+    if run and settings:
+        raise ValueError(f"settings: found {settings!r} beside run {str(run)!r}, which has its own; give one of the two")
     if run: return ExperimentConfig(**read_config(Path(run)/"config.json"))
     for name in ("guide_seq", "held_out", "keep"):
         if isinstance(text := data.get(name), str): data[name] = [x.strip() for x in text.split(",")]
-    return changed_by(preset(preset_name), {f"data.{k}": v for k, v in data.items() if v is not None} | dict(seed=seed))
+    given = {f"data.{k}": v for k, v in data.items() if v is not None} | dict(seed=seed)
+    return changed_by(preset(preset_name), given | parse_settings(settings))
 
 def read_config(
     path:Path,  # config.json of a run
@@ -451,12 +471,7 @@ def experiment_of(
              "relations", "relations_db", "tokens")
     data = {k: getattr(args, k) for k in names} | dict(dataset=args.data, features=_kind(args.features))
     fields = {f"data.{k}": v for k, v in data.items() if v is not None} | ({"seed": args.seed} if args.seed is not None else {})
-    for text in args.set:
-        field, equals, value = text.partition("=")
-        if not equals: raise ValueError(f"--set: found {text!r}; write field=value")
-        try: fields[field] = json.loads(value)
-        except json.JSONDecodeError: fields[field] = value
-    return changed_by(experiment, fields)
+    return changed_by(experiment, fields | parse_settings(args.set))
 
 # %% ../../nbs/45_run.ipynb #3f8d20c6
 def _kind(
