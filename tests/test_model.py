@@ -15,7 +15,7 @@ from biojepa.model.attention import MLP, Linear, LinearAttention
 from biojepa.model.biojepa import BioJEPA, from_pretrained, save_pretrained
 from biojepa.model.encoder import CellEncoder
 from biojepa.model.predictor import ActionPredictor
-from biojepa.model.tokens import TokenSet, random_gene_mask
+from biojepa.model.tokens import TokenSet, list_genes, random_gene_mask
 from training_cases import alive
 
 G = 40

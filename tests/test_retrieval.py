@@ -191,7 +191,7 @@ def test_model_answers_as_the_naive_form_and_encodes_each_cell_once(case, model,
             p = table.perturbation.index(sheet.groups["perturbation"].iloc[i])
             with torch.no_grad():
                 predicted = model.predict_latent(x, size, actions.take(torch.full((3,), p)), collapse=False).mean
-                expected = model.readout.delta(predicted, model.teacher(x, size, None, False).x).mean(0)
+                expected = model.readout.delta(predicted, model.control_latents(x, size, False).x).mean(0)
             assert answer.delta[i] == pytest.approx(expected.numpy(), abs=1e-5)
 
 
