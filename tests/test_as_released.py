@@ -22,11 +22,9 @@ from biojepa.model.biojepa import BioJEPA
 from biojepa.model.predictor import CrossAttention
 from biojepa.model.tokens import TokenSet, random_gene_mask
 from biojepa.predict import change
-from biojepa.training.align import align_stage, align_step
-from biojepa.training.dynamics import dynamics_stage
+from biojepa.training.align import align_step
 from biojepa.training.loop import one_cycle
-from biojepa.training.pretrain import pretrain_stage
-from biojepa.training.readout import readout_stage, readout_step
+from biojepa.training.readout import readout_step
 from training_cases import alive, small_data, small_experiment
 
 PAPER = preset("paper")
