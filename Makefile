@@ -15,11 +15,11 @@ test: $(READY)          # export in step and notebooks clean, then the notebooks
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q --ignore tests/test_repo.py
 
 notebooks: $(READY)     # re-execute the library notebooks in place; paper notebooks (80-99) run by papermill
-	for nb in nbs/index.ipynb nbs/[0-7]*.ipynb; do $(BIN)/jupyter execute --inplace $$nb || exit 1; done
+	for nb in nbs/index.ipynb nbs/[0-9]_*/*.ipynb; do $(BIN)/jupyter execute --inplace $$nb || exit 1; done
 	$(BIN)/nbdev_clean && $(BIN)/nbdev_export
 
 docs: $(READY)          # the notebooks as a searchable site in _docs: python -m http.server -d _docs
-	$(BIN)/python -m biojepa.site
+	$(BIN)/python -m biojepa.report.site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -f _proc/mkdocs.yml
 
 figures: $(READY)       # every paper notebook on the default run; figures/ and its MANIFEST.json
@@ -27,7 +27,7 @@ figures: $(READY)       # every paper notebook on the default run; figures/ and 
 	for nb in nbs/8*.ipynb nbs/9*.ipynb; do $(BIN)/papermill $$nb runs/$$(basename $$nb) --progress-bar || exit 1; done
 
 bench: $(READY)         # collapsed against naive: figures/benchmark.csv, .md and .png
-	$(BIN)/python -m biojepa.benchmark
+	$(BIN)/python -m biojepa.report.speed
 
 $(READY): requirements.lock pyproject.toml
 	$(PYTHON) -m venv .venv

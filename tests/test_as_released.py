@@ -15,17 +15,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from training_cases import alive, small_data, small_experiment
 
 from biojepa.config import DEPARTURES, departures, preset
 from biojepa.data.batches import ActionBatch, CellBatch, PairBatch, pair_loader
 from biojepa.model.biojepa import BioJEPA
 from biojepa.model.predictor import CrossAttention
 from biojepa.model.tokens import TokenSet, random_gene_mask
-from biojepa.predict import change
+from biojepa.predict.model import change
 from biojepa.training.align import align_step
 from biojepa.training.loop import one_cycle
 from biojepa.training.readout import readout_step
-from training_cases import alive, small_data, small_experiment
 
 PAPER = preset("paper")
 G = 40
@@ -163,7 +163,8 @@ def screen(): return small_data()
 
 def stages(screen, **changes):
     "All four stages of a small screen with the paper's optimisers."
-    from biojepa.training.run import build_stage, describe_actions
+    from biojepa.actions.describe import describe_actions
+    from biojepa.training.run import build_stage
     experiment = small_experiment()
     batches = dict(pretrain=16, align=5, dynamics=16, readout=16)
     short = {s: getattr(PAPER, s).changed(epochs=2, batch_size=n) for s, n in batches.items()}

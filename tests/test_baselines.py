@@ -13,15 +13,19 @@ from sklearn.neighbors import NearestNeighbors
 
 from biojepa.actions.featurizers import FeatureBank, featurize
 from biojepa.actions.vocabulary import ActionTable, Modality
-from biojepa import baselines as baselines_module
-from biojepa.baselines import (Training, additive, choose, control_mean, diffusion_kernel, feature_kernel, gaussian_process, graph_features, graph_neighbours, leave_one_out, nearest_neighbours,
-                               noise_ceiling, oracle, random_forest, related, ridge, run_baselines, shuffle_features, split_half_ceiling, sum_features, target_features, train_mean, training_deltas,
-                               with_own_gene)
 from biojepa.data.datasets import load_dataset
 from biojepa.data.preprocess import prepare
 from biojepa.data.simulate import SimulationSpec, simulate_perturb_seq
 from biojepa.data.splits import make_split
-from biojepa.predict import PredictionSet, group_means, pseudobulk, test_set, train_mean_delta
+from biojepa.predict import baselines as baselines_module
+from biojepa.predict.baselines import (
+    Training, additive, choose, control_mean, diffusion_kernel, feature_kernel, gaussian_process,
+    graph_features, graph_neighbours, leave_one_out, nearest_neighbours, noise_ceiling, oracle, random_forest,
+    related, ridge, run_baselines, shuffle_features, split_half_ceiling, sum_features, target_features,
+    train_mean, training_deltas, with_own_gene
+)
+from biojepa.predict.means import group_means, train_mean_delta
+from biojepa.predict.sets import PredictionSet, pseudobulk, test_set
 
 
 def simulated(**options):

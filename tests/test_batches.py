@@ -1,5 +1,7 @@
 "Batches against the plain forms: dense slices, explicit loops, a chi-square test, an uninterrupted run."
-import gc, time, warnings
+import gc
+import time
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,8 +13,10 @@ import scipy.sparse as sp
 import torch
 from scipy.stats import chisquare, kstest
 
-from biojepa.data.batches import (ActionBatch, BatchLoader, CellBatch, PairBatch, action_loader, align_genes, cell_loader, counter_uniform,
-                                  dense_rows, match_controls, pair_loader, row_source)
+from biojepa.data.batches import (
+    ActionBatch, BatchLoader, CellBatch, PairBatch, action_loader, align_genes, cell_loader, counter_uniform,
+    dense_rows, match_controls, pair_loader, row_source
+)
 from biojepa.data.datasets import load_dataset
 from biojepa.data.preprocess import prepare
 from biojepa.data.simulate import SimulationSpec, simulate_perturb_seq

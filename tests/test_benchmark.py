@@ -1,7 +1,7 @@
 "Every row of the benchmark can be measured: each preset, stage and form makes a step, and the forms give one loss."
 import pytest
 
-from biojepa.benchmark import Case, all_cases, run_cases, training_step
+from biojepa.report.speed import Case, all_cases, run_cases, training_step
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "dynamics"])

@@ -10,7 +10,7 @@ from scipy.integrate import quad
 
 from biojepa.evaluate import calibration as c
 from biojepa.evaluate.metrics import cell_coverage, coverage
-from biojepa.predict import PredictionSet, pseudobulk
+from biojepa.predict.sets import PredictionSet, pseudobulk
 
 
 def known(claim=1., seed=0, P=30, n_cells=20, G=40, sd=(.2, .8), equal=True, noise=stats.norm):

@@ -5,7 +5,12 @@
 gene's primary name, then a synonym that one entry claims. 5. Companions are fetched like datasets. 6. What features
 need is asked for before anything is trained, and nothing else is fetched.
 """
-import gzip, json, os, subprocess, sys, warnings
+import gzip
+import json
+import os
+import subprocess
+import sys
+import warnings
 from pathlib import Path
 
 import anndata as ad
@@ -16,17 +21,23 @@ import pytest
 import scipy.sparse as sp
 
 from biojepa.actions import pretrained
+from biojepa.actions.describe import default_features, describe_actions
 from biojepa.actions.featurizers import action_batch, featurize
 from biojepa.actions.pretrained import MissingWeightsError, pretrained_features, write_random_esm2
 from biojepa.actions.vocabulary import ActionTable, Modality
-from biojepa.config import DataConfig, preset
+from biojepa.cli import experiment_of, parser
+from biojepa.config import DataConfig, named_experiment, preset
 from biojepa.core import PATHS, file_hash
 from biojepa.data import companions
-from biojepa.data.companions import (fetch_companion, join_barcodes, join_guides, join_proteins, load_screen,
-                                     read_barcodes, read_guides, read_proteins, read_table)
-from biojepa.data.datasets import Companion, DatasetCard, DownloadError, SchemaError, load_dataset, read_card
+from biojepa.data.companions import (
+    fetch_companion, join_barcodes, join_guides, join_proteins, load_screen, read_barcodes, read_guides,
+    read_proteins, read_table
+)
+from biojepa.data.conditions import SchemaError
+from biojepa.data.datasets import load_dataset
+from biojepa.data.download import Companion, DatasetCard, DownloadError, read_card
 from biojepa.data.splits import make_split
-from biojepa.training.run import default_features, describe_actions, experiment_of, load_data, named_experiment, parser
+from biojepa.training.run import load_data
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_datasets import Server, warned

@@ -1,5 +1,21 @@
 "Cards, the download path against a faulty server on this machine, and everything a file can get wrong."
-import errno, hashlib, importlib.util, io, json, os, pickle, re, signal, subprocess, sys, tempfile, threading, time, tracemalloc, warnings, zipfile
+import errno
+import hashlib
+import importlib.util
+import io
+import json
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import tracemalloc
+import warnings
+import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -14,8 +30,9 @@ from hypothesis import given, settings, strategies as st
 
 from biojepa.core import PATHS, file_hash
 from biojepa.data import datasets
-from biojepa.data.datasets import (Columns, DatasetCard, DownloadError, SchemaError, condition_name, fetch, list_cards, load_dataset,
-                                   parse_condition, read_card)
+from biojepa.data.conditions import SchemaError, condition_name, parse_condition
+from biojepa.data.datasets import load_dataset
+from biojepa.data.download import Columns, DatasetCard, DownloadError, fetch, list_cards, read_card
 from biojepa.data.simulate import SimulationSpec, simulate_perturb_seq
 
 GEARS = {"norman", "adamson", "dixit", "replogle_k562_essential", "replogle_rpe1_essential"}

@@ -15,8 +15,10 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from biojepa.actions import featurizers as F
-from biojepa.actions.featurizers import (FEATURIZERS, FeatureBank, KmerHash, MissingFeatureError, SequenceFeaturizer, action_batch,
-                                         clean_sequence, concatenate, default_width, featurize, featurizer)
+from biojepa.actions.featurizers import (
+    FEATURIZERS, FeatureBank, KmerHash, MissingFeatureError, SequenceFeaturizer, action_batch, clean_sequence,
+    concatenate, default_width, featurize, featurizer
+)
 from biojepa.actions.vocabulary import ActionTable, Modality, Mode
 
 RNG = np.random.default_rng(0)

@@ -8,7 +8,7 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, confusion_m
 
 from biojepa.evaluate import gene_level as g
 from biojepa.evaluate.metrics import METRICS, DETable
-from biojepa.predict import PredictionSet, Pseudobulk
+from biojepa.predict.sets import PredictionSet, Pseudobulk
 
 C, G = 24, 300
 

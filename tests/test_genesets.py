@@ -6,9 +6,10 @@ from scipy import stats
 from sklearn.metrics.pairwise import cosine_similarity
 from sklearn.neighbors import NearestNeighbors
 
-from biojepa.data.datasets import load_dataset, read_card
+from biojepa.data.datasets import load_dataset
+from biojepa.data.download import read_card
 from biojepa.data.preprocess import prepare
-from biojepa.evaluate import genesets as g
+from biojepa.explore import genesets as g
 
 LABELS = pd.Series(np.repeat(np.arange(8), 15), [f"g{i}" for i in range(120)])
 

@@ -2,17 +2,18 @@
 import numpy as np
 import pytest
 import torch
+from training_cases import small_data
 
 from biojepa.actions.featurizers import action_batch, featurize
 from biojepa.actions.vocabulary import ActionTable, Modality
-from biojepa.baselines import own_changes, train_mean, with_own_gene
 from biojepa.config import ModelConfig
 from biojepa.data.batches import ActionBatch, match_controls
 from biojepa.model.biojepa import BioJEPA
-from biojepa.predict import predictions, test_set
+from biojepa.predict.baselines import own_changes, train_mean, with_own_gene
+from biojepa.predict.model import predictions
+from biojepa.predict.sets import test_set
 from biojepa.training.align import jittered
 from biojepa.training.dynamics import learn_interventions_, mean_changes, targeted_values
-from training_cases import small_data
 
 G = 40
 

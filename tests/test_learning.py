@@ -1,17 +1,18 @@
 "That the model learns, not only runs: the default preset on the simulator, against the train mean, with features shuffled, and as published."
+import learning
 import numpy as np
 import pytest
 import torch
 
-import learning
 from biojepa.actions.featurizers import featurize
 from biojepa.actions.vocabulary import Modality
-from biojepa.baselines import nearest_neighbours, ridge, target_features, train_mean, with_own_gene
 from biojepa.config import preset
 from biojepa.data.batches import cell_loader
 from biojepa.model.biojepa import BioJEPA
-from biojepa.predict import predictions, pseudobulk, test_set
-from biojepa.training.loop import effective_rank, encoder_latents
+from biojepa.predict.baselines import nearest_neighbours, ridge, target_features, train_mean, with_own_gene
+from biojepa.predict.model import predictions
+from biojepa.predict.sets import pseudobulk, test_set
+from biojepa.training.monitor import effective_rank, encoder_latents
 
 
 def test_interval_of_a_known_mean():

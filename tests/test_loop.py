@@ -1,5 +1,14 @@
 "The training loop against a loop written out, and against everything that can interrupt it."
-import errno, json, os, random, re, resource, signal, sys, types, warnings
+import errno
+import json
+import os
+import random
+import re
+import resource
+import signal
+import sys
+import types
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -12,9 +21,14 @@ from biojepa.config import StageConfig, preset
 from biojepa.data.batches import ActionBatch, ActionPairBatch, BatchLoader, CellBatch
 from biojepa.model.biojepa import BioJEPA
 from biojepa.training import loop
-from biojepa.training.loop import (CollapseMonitor, Meter, Stage, StepOutput, choose_precision, effective_rank, encoder_latents, fit, make_fabric, one_cycle,
-                                   pieces_of, should_stop, train_only)
-from biojepa.training.state import Checkpointer, TrainingLog, get_randomness, read_log, set_randomness, step_seed, weights_hash
+from biojepa.training.checkpoints import (
+    Checkpointer, TrainingLog, get_randomness, read_log, set_randomness, step_seed, weights_hash
+)
+from biojepa.training.loop import (
+    Meter, Stage, StepOutput, choose_precision, fit, make_fabric, one_cycle, pieces_of, should_stop,
+    train_only
+)
+from biojepa.training.monitor import CollapseMonitor, effective_rank, encoder_latents
 
 torch.set_num_threads(1)
 X = torch.randn(60, 3, generator=torch.Generator().manual_seed(0))

@@ -10,8 +10,10 @@ from scipy.stats import rankdata
 from torch.utils.flop_counter import FlopCounterMode
 
 from biojepa.model import losses
-from biojepa.model.losses import (covariance_loss, gaussian_nll, info_nce, latent_distance, retrieval_accuracy, retrieval_rank,
-                                  spread, variance_loss)
+from biojepa.model.losses import (
+    covariance_loss, gaussian_nll, info_nce, latent_distance, retrieval_accuracy, retrieval_rank, spread,
+    variance_loss
+)
 
 F64 = torch.float64
 

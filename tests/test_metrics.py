@@ -14,9 +14,11 @@ from biojepa.data.datasets import load_dataset
 from biojepa.data.preprocess import prepare
 from biojepa.data.splits import make_split
 from biojepa.evaluate import metrics as m
-from biojepa.evaluate.comparison import coverage_table
-from biojepa.evaluate.metrics import METRICS, evaluate, observed_de, published_protocol, published_table, published_values
-from biojepa.predict import PredictionSet, pseudobulk, test_set
+from biojepa.evaluate.compare import coverage_table
+from biojepa.evaluate.metrics import (
+    METRICS, evaluate, observed_de, published_protocol, published_table, published_values
+)
+from biojepa.predict.sets import PredictionSet, pseudobulk, test_set
 
 N_GENES = 60
 

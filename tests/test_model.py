@@ -1,22 +1,25 @@
 "The model against independent references, and the collapse of equal tokens against the naive form."
-import json, subprocess, sys
+import json
+import subprocess
+import sys
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
+from training_cases import alive
 
 from biojepa.config import preset
 from biojepa.core import n_params
 from biojepa.data.batches import ActionBatch, CellBatch, PairBatch
 from biojepa.model import attention as attention_module
-from biojepa.model.attention import MLP, Linear, LinearAttention
-from biojepa.model.biojepa import BioJEPA, from_pretrained, save_pretrained
+from biojepa.model.biojepa import BioJEPA
 from biojepa.model.encoder import CellEncoder
+from biojepa.model.kernels import MLP, Linear, LinearAttention
 from biojepa.model.predictor import ActionPredictor
+from biojepa.model.saving import from_pretrained, save_pretrained
 from biojepa.model.tokens import TokenSet, list_genes, random_gene_mask
-from training_cases import alive
 
 G = 40
 SMALL = preset("smoke").model.changed(n_genes=G, n_encoder_layers=2)

@@ -1,10 +1,13 @@
 "Every paper notebook runs by papermill on the smoke preset, and enters what it writes into the manifest."
-import json, os, subprocess, sys
+import json
+import os
+import subprocess
+import sys
 
 import pytest
 
 from biojepa.core import PATHS
-from biojepa.report import check_manifest
+from biojepa.report.manifest import check_manifest
 
 NOTEBOOKS = sorted(p.stem for p in PATHS.nbs.glob("[89]*.ipynb"))
 

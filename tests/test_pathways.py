@@ -7,14 +7,16 @@ import torch
 from biojepa.actions.featurizers import action_batch, featurize
 from biojepa.actions.vocabulary import ActionTable, Modality
 from biojepa.config import preset
-from biojepa.data.datasets import load_dataset, read_card
+from biojepa.data.datasets import load_dataset
+from biojepa.data.download import read_card
 from biojepa.data.preprocess import prepare
 from biojepa.data.splits import make_split
-from biojepa.evaluate import pathways as g
-from biojepa.evaluate.genesets import gene_relation, label_relation, released_neighbours, released_ratio
-from biojepa.evaluate.probes import gene_embeddings
+from biojepa.explore import pathways as g
+from biojepa.explore.genesets import gene_relation, label_relation, released_neighbours, released_ratio
+from biojepa.explore.probes import gene_embeddings
 from biojepa.model.biojepa import BioJEPA
-from biojepa.predict import group_means, predictions
+from biojepa.predict.means import group_means
+from biojepa.predict.model import predictions
 
 
 @pytest.fixture(scope="module")

@@ -10,14 +10,14 @@ import scipy.sparse as sp
 import torch
 from scipy import stats
 
-from biojepa import peers
 from biojepa.data.datasets import load_dataset
 from biojepa.data.preprocess import prepare
 from biojepa.data.simulate import SimulationSpec, simulate_perturb_seq
 from biojepa.data.splits import make_split
 from biojepa.evaluate.metrics import pds
-from biojepa.peers import coexpression, gears_predictions, relation_graph
-from biojepa.predict import pseudobulk, test_set
+from biojepa.predict import peers
+from biojepa.predict.peers import coexpression, gears_predictions, relation_graph
+from biojepa.predict.sets import pseudobulk, test_set
 
 
 def screen(**options):

@@ -7,16 +7,20 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 import torch
+from training_cases import alive
 
 from biojepa.actions.featurizers import FeatureBank, MissingFeatureError, action_batch
 from biojepa.actions.vocabulary import ActionTable, Modality, Mode
 from biojepa.config import ModelConfig, preset
 from biojepa.data.batches import pair_loader
 from biojepa.data.splits import make_split
-from biojepa.model.biojepa import BioJEPA, Pretrained, save_pretrained
-from biojepa.predict import PredictionSet, changes, group_means, predict, predictions, pseudobulk, test_set, train_mean_delta
+from biojepa.model.biojepa import BioJEPA
+from biojepa.model.saving import Pretrained, save_pretrained
+from biojepa.predict.anndata import predict
+from biojepa.predict.means import group_means, train_mean_delta
+from biojepa.predict.model import changes, predictions
+from biojepa.predict.sets import PredictionSet, pseudobulk, test_set
 from biojepa.training.run import Run
-from training_cases import alive
 
 TRAIN, VAL, TEST = ["A+ctrl", "B+ctrl", "A+B"], ["C+ctrl"], ["D+ctrl", "E+ctrl", "A+D"]
 
@@ -301,7 +305,7 @@ def test_a_template_is_filled_in_and_not_asked_for_again(case, template, monkeyp
     adata, split = case
     model, (table, actions) = made(), described(adata)
     plain = predictions(model, adata, split, actions, table, progress=False)
-    monkeypatch.setattr("biojepa.predict.test_set", None)
+    monkeypatch.setattr("biojepa.predict.model.test_set", None)
     given = predictions(model, adata, split, actions, table, template, progress=False)
     np.testing.assert_array_equal(given.cell_delta, plain.cell_delta)
     assert given.observed is template.observed and given.control is template.control
@@ -450,6 +454,7 @@ def test_bad_input_is_refused_by_name(case, tmp_path):
 def test_a_finished_run_answers_unseen_targets_in_five_lines(tmp_path):
     "As in the README."
     from training_cases import OPTIONS, small_data, small_experiment
+
     from biojepa.training.run import run_stages
     data = small_data()
     run = run_stages(small_experiment(), **data, runs=tmp_path, **OPTIONS)

@@ -1,5 +1,7 @@
 "Preprocessing against scanpy and closed forms, the malformed inputs, and the memory it needs."
-import json, subprocess, sys
+import json
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import anndata as ad
@@ -8,7 +10,8 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from biojepa.data.datasets import SchemaError, load_dataset
+from biojepa.data.conditions import SchemaError
+from biojepa.data.datasets import load_dataset
 from biojepa.data.preprocess import _blocks, _row_sums, cells_hash, normalize, prepare, validate
 
 

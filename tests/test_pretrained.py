@@ -5,16 +5,17 @@ import pickle
 import numpy as np
 import pytest
 import torch
-
 from anndata import AnnData
 
 from biojepa.actions import pretrained
+from biojepa.actions.describe import default_features
 from biojepa.actions.featurizers import action_batch, featurize
-from biojepa.actions.pretrained import (SOURCES, Esm2Fair, Esm2HF, MissingWeightsError, NucleotideTransformer, find_weights,
-                                        load_esm_fair, weights_hash, write_random_esm2)
+from biojepa.actions.pretrained import (
+    SOURCES, Esm2Fair, Esm2HF, MissingWeightsError, NucleotideTransformer, find_weights, load_esm_fair,
+    weights_hash, write_random_esm2
+)
 from biojepa.actions.vocabulary import ActionTable, Modality, Mode
 from biojepa.config import DataConfig
-from biojepa.training.run import default_features
 
 RNG = np.random.default_rng(0)
 PROTEINS = {f"p{n}": "".join(RNG.choice(list("ACDEFGHIKLMNPQRSTVWY"), n)) for n in (1, 7, 60, 200)} | {"rare": "MUXBZO"}
@@ -265,7 +266,9 @@ BASES = ["A", "T", "C", "G", "N", "<unk>", "<pad>", "<mask>", "<cls>", "<eos>", 
 @pytest.fixture(scope="module")
 def ntv3(tmp_path_factory):
     "A folder as the hub serves it: code, configuration, tokenizer, safetensors."
-    import importlib.util, sys
+    import importlib.util
+    import sys
+
     from safetensors.torch import save_file
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     folder = tmp_path_factory.mktemp("NTv3_stand_in")

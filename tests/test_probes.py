@@ -17,7 +17,7 @@ from sklearn.preprocessing import StandardScaler
 
 from biojepa.config import preset
 from biojepa.data.batches import dense_rows
-from biojepa.evaluate import probes as p
+from biojepa.explore import probes as p
 from biojepa.model.biojepa import BioJEPA
 from biojepa.model.tokens import TokenSet
 

@@ -7,7 +7,15 @@ guides. 1. What a cut connection or a killed process leaves is never taken for t
 4. Table 1 stands beside the report's values and both constants. 5. The run says which cells were left out and how many
 guides and proteins were joined. 6. Its notebook does not grow with the number of steps.
 """
-import io, json, os, re, signal, subprocess, sys, time, zipfile
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import zipfile
 from pathlib import Path
 
 import anndata as ad
@@ -64,7 +72,7 @@ def packed(cells, path):
 
 def card(archive, guides, proteins):
     "The project's card, with the addresses of this test and tables of simpler kinds."
-    head, table, rest = (PATHS.root/f"data/cards/{NAME}.toml").read_text().partition("[companions.guides]")
+    head, table, rest = (PATHS.cards/f"{NAME}.toml").read_text().partition("[companions.guides]")
     columns = re.findall(r"^(?:guide|gene|sequence) = .*$", rest.partition("\n[")[0], re.M)
     return "\n".join([re.sub(r"^url = .*$", f'url = "{archive}"', head, flags=re.M),
                       table, 'file = "guides.csv.gz"', f'url = "{guides}"', *columns,

@@ -4,7 +4,12 @@
 3. A file with anything but tensors and plain containers is refused, and nothing in it is run.
 4. Saved in our own format, a converted model answers the same.
 """
-import io, math, os, pickle, re, zipfile
+import io
+import math
+import os
+import pickle
+import re
+import zipfile
 from dataclasses import dataclass
 
 import pytest
@@ -12,8 +17,8 @@ import torch
 
 from biojepa.config import preset
 from biojepa.data.batches import ActionBatch
-from biojepa.model.biojepa import from_pretrained, save_pretrained
 from biojepa.model.released import convert_released
+from biojepa.model.saving import from_pretrained, save_pretrained
 
 G, D, HIDDEN, ACTION, MODE, MODES = 11, 16, 32, 9, 6, 10
 WIDTHS = (8, 7, 10)  # protein, chemical, DNA

@@ -1,20 +1,31 @@
 "What keeps the repository honest: exports in step, notebooks clean, imports downwards, one version, one set of pins."
-import ast, configparser, json, re, tomllib
+import ast
+import configparser
+import json
+import re
+import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
+from execnb.nbio import read_nb
 from nbdev.clean import clean_nb
 from nbdev.export import nb_export
-from execnb.nbio import read_nb
 
 from biojepa import __version__
 from biojepa.core import PATHS
 
-NOTEBOOKS = sorted(PATHS.nbs.glob("*.ipynb"))
+NOTEBOOKS = sorted(PATHS.nbs.rglob("*.ipynb"))
+LIBRARY = [n for n in NOTEBOOKS if n.parent != PATHS.nbs]
+PAPER = [n for n in NOTEBOOKS if n.parent == PATHS.nbs and n.stem != "index"]
 SETTINGS = configparser.ConfigParser()
 SETTINGS.read(PATHS.root/"settings.ini")
 SETTINGS = SETTINGS["DEFAULT"]
+
+
+def place(path):
+    "Folder and name of a notebook, as `3_model/09_losses`."
+    return path.relative_to(PATHS.nbs).with_suffix("").as_posix()
 
 
 def cells(path): return json.loads(path.read_text())["cells"]
@@ -40,7 +51,7 @@ def package_imports(path):
         if isinstance(node, ast.Import): yield from (n.name for n in node.names if n.name.split(".")[0] == "biojepa")
 
 
-@pytest.mark.parametrize("notebook", MODULES.values(), ids=lambda p: p.stem)
+@pytest.mark.parametrize("notebook", MODULES.values(), ids=place)
 def test_exported_module_is_in_step_with_its_notebook(notebook, tmp_path):
     module = module_of(notebook)
     nb_export(notebook, lib_path=tmp_path/"biojepa")  # the folder name decides which imports become relative
@@ -54,7 +65,7 @@ def test_every_module_has_a_notebook():
     assert {f for f in files if not f.endswith(("__init__", "_modidx"))} == set(MODULES)
 
 
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=place)
 def test_notebook_is_clean_light_and_without_machine_paths(notebook):
     nb, before = read_nb(notebook), read_nb(notebook)
     clean_nb(nb, allowed_cell_metadata_keys={"tags"}, clean_ids=True)
@@ -65,14 +76,14 @@ def test_notebook_is_clean_light_and_without_machine_paths(notebook):
     assert '"output_type": "error"' not in text, f"{notebook.name} holds a traceback"
 
 
-@pytest.mark.parametrize("notebook", [n for n in NOTEBOOKS if n.stem[0] in "01234567"], ids=lambda p: p.stem)
+@pytest.mark.parametrize("notebook", LIBRARY, ids=place)
 def test_library_notebook_is_committed_with_its_outputs(notebook):
     code = [c for c in cells(notebook) if c["cell_type"] == "code"]
     assert any(c["outputs"] for c in code), f"{notebook.name} has no outputs; run make notebooks"
     assert cells(notebook)[0]["cell_type"] == "markdown" and "\n> " in "".join(cells(notebook)[0]["source"])
 
 
-@pytest.mark.parametrize("notebook", [n for n in NOTEBOOKS if n.stem[0] in "89"], ids=lambda p: p.stem)
+@pytest.mark.parametrize("notebook", PAPER, ids=place)
 def test_paper_notebook_is_skipped_by_nbdev_and_has_parameters(notebook):
     first = cells(notebook)[0]
     assert first["cell_type"] == "raw" and "skip_exec: true" in "".join(first["source"])
@@ -80,12 +91,33 @@ def test_paper_notebook_is_skipped_by_nbdev_and_has_parameters(notebook):
     assert module_of(notebook) is None, "a paper notebook holds no logic of its own"
 
 
+@pytest.mark.parametrize("notebook", LIBRARY, ids=place)
+def test_a_folder_of_notebooks_is_a_folder_of_the_package(notebook):
+    folder, name = re.fullmatch(r"\d_(\w+)", notebook.parent.name)[1], re.fullmatch(r"\d\d_(\w+)", notebook.stem)[1]
+    top_level = {"0_base/01_core", "0_base/02_config", "4_training/09_cli"}
+    expected = f"biojepa.{name}" if place(notebook) in top_level else f"biojepa.{folder}.{name}"
+    assert module_of(notebook) == expected
+
+
+def test_numbers_of_folders_and_notebooks_have_no_gap():
+    folders = sorted({n.parent.name for n in LIBRARY})
+    assert [f[0] for f in folders] == [str(i) for i in range(len(folders))]
+    for folder in folders:
+        numbers = [int(n.stem[:2]) for n in LIBRARY if n.parent.name == folder]
+        assert numbers == list(range(1, len(numbers) + 1)), folder
+
+
 @pytest.mark.parametrize("module", MODULES, ids=str)
-def test_module_imports_only_from_lower_notebooks(module):
-    number = lambda m: int(MODULES[m].name[:2])
+def test_module_imports_only_from_what_stands_before_it(module):
     for imported in package_imports(PATHS.root/Path(*module.split(".")).with_suffix(".py")):
         assert imported in MODULES, f"{module} imports {imported}, which no notebook exports"
-        assert number(imported) < number(module), f"{module} (notebook {number(module)}) imports upwards: {imported}"
+        assert place(MODULES[imported]) < place(MODULES[module]), f"{module} imports upwards: {imported}"
+
+
+def test_plots_import_nothing_else_of_the_package():
+    for module in (m for m in MODULES if m.startswith("biojepa.plots.")):
+        imported = set(package_imports(PATHS.root/Path(*module.split(".")).with_suffix(".py")))
+        assert all(m.startswith("biojepa.plots.") or m == "biojepa.core" for m in imported), module
 
 
 def pins(lines):

@@ -1,5 +1,7 @@
 "Artefacts are listed with what they were made from, and a change is seen."
-import hashlib, json, tracemalloc
+import hashlib
+import json
+import tracemalloc
 
 import numpy as np
 import pandas as pd
@@ -9,7 +11,8 @@ from anndata import AnnData
 from matplotlib.figure import Figure
 
 from biojepa.core import PATHS
-from biojepa.report import Report, check_manifest, commit, gene_table, read_manifest, versions
+from biojepa.report.manifest import Report, check_manifest, commit, read_manifest, versions
+from biojepa.report.tables import gene_table
 
 TABLE = pd.DataFrame(dict(a=[1, 2]))
 

@@ -7,7 +7,6 @@ from scipy import stats
 
 from biojepa.actions.featurizers import FeatureBank, action_batch
 from biojepa.actions.vocabulary import ActionTable, Modality
-from biojepa.baselines import oracle, ridge, target_features, train_mean
 from biojepa.config import ModelConfig
 from biojepa.data.batches import dense_rows
 from biojepa.data.datasets import load_dataset
@@ -16,7 +15,8 @@ from biojepa.data.simulate import SimulationSpec, simulate_perturb_seq
 from biojepa.data.splits import make_split
 from biojepa.evaluate import retrieval as r
 from biojepa.model.biojepa import BioJEPA
-from biojepa.predict import pseudobulk, test_set
+from biojepa.predict.baselines import oracle, ridge, target_features, train_mean
+from biojepa.predict.sets import pseudobulk, test_set
 
 torch.set_num_threads(1)
 

@@ -1,5 +1,8 @@
 "Four stages in one folder: killed, shared among processes, called again, called wrongly."
-import json, os, subprocess, sys
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import anndata as ad
@@ -8,15 +11,17 @@ import pandas as pd
 import pytest
 import torch
 
+from biojepa.actions.describe import default_features, describe_actions
 from biojepa.actions.featurizers import featurize
 from biojepa.actions.vocabulary import Modality, Mode
-from biojepa.config import DataConfig, config_hash, preset
+from biojepa.cli import experiment_of, main, parser
+from biojepa.config import DataConfig, changed_by, config_hash, named_experiment, preset
 from biojepa.core import PATHS, file_hash
-from biojepa.model.biojepa import from_pretrained
+from biojepa.model.saving import from_pretrained
 from biojepa.training import run as run_module
+from biojepa.training.checkpoints import Checkpointer, read_log, weights_hash
 from biojepa.training.loop import make_fabric
-from biojepa.training.run import (STAGES, changed_by, data_hash, default_features, describe_actions, experiment_of, load_data, main, named_experiment, parser, run_folder, run_stages)
-from biojepa.training.state import Checkpointer, read_log, weights_hash
+from biojepa.training.run import STAGES, data_hash, load_data, run_folder, run_stages
 
 sys.path.insert(0, str(Path(__file__).parent))
 import training_cases
@@ -100,7 +105,7 @@ def test_two_processes_give_the_losses_of_one_with_twice_the_batch(tmp_path):
 @pytest.mark.slow
 def test_torchrun_and_the_module_itself_start_two_processes(tmp_path):
     sizes = [f"{s}.epochs=1" for s in STAGES] + ["pretrain.batch_size=256", "dynamics.batch_size=256", "readout.batch_size=256", "data.split=guide", "model.d_model=8"]
-    command = ["-m", "biojepa.training.run", "--preset", "smoke", "--accelerator", "cpu", "--no-progress", "--set", *sizes]
+    command = ["-m", "biojepa.cli", "--preset", "smoke", "--accelerator", "cpu", "--no-progress", "--set", *sizes]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     logs = {}
     for name, start in dict(one=[sys.executable, *command], two=[sys.executable, *command, "--devices", "2"],

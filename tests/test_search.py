@@ -1,5 +1,8 @@
 "Searching for actions: many actions from one context, energies of states, rankings, recovery, and screens that are interrupted."
-import json, os, signal, time
+import json
+import os
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -7,17 +10,21 @@ import pandas as pd
 import pytest
 import torch
 from torch import nn
+from training_cases import alive, in_child, small_data
 
 from biojepa.actions.featurizers import action_batch
 from biojepa.actions.vocabulary import ActionTable
 from biojepa.config import ModelConfig
 from biojepa.data.batches import ActionBatch, dense_rows, row_source
-from biojepa.evaluate import search
 from biojepa.evaluate.retrieval import retrieval_table
-from biojepa.evaluate.search import Measure, TargetState, measure_of, optimise_action, pair_actions, rank_actions, ranking, recovered, screen_energies, state_energy, target_state, wanted_states
-from biojepa.many_actions import encode_context, predict_many, predict_naively, time_forms
-from biojepa.model.biojepa import BioJEPA, Pretrained, save_pretrained
-from training_cases import alive, in_child, small_data
+from biojepa.explore import search
+from biojepa.explore.search import (
+    Measure, TargetState, measure_of, optimise_action, pair_actions, rank_actions, ranking, recovered,
+    screen_energies, state_energy, target_state, wanted_states
+)
+from biojepa.model.biojepa import BioJEPA
+from biojepa.model.saving import Pretrained, save_pretrained
+from biojepa.predict.many import encode_context, predict_many, predict_naively, time_forms
 
 G = 40
 torch.set_num_threads(1)

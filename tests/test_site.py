@@ -1,12 +1,15 @@
 "The documentation site: every page built, no broken link, nothing fetched, every public name documented."
-import json, re, subprocess, sys
+import json
+import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
 from biojepa.core import PATHS
-from biojepa.site import link_names, mathml, write_pages
+from biojepa.report.site import link_names, mathml, write_pages
 
 
 class Links(HTMLParser):
@@ -36,37 +39,39 @@ def parsed(path):
 
 
 def test_every_notebook_has_a_page_and_no_link_or_picture_is_broken(site):
-    pages = {p.name: parsed(p) for p in site.glob("*.html")}
-    assert {f"{n.stem}.html" for n in PATHS.nbs.glob("[0-9]*.ipynb")} | {"index.html", "map.html"} <= set(pages)
+    pages = {p.relative_to(site).as_posix(): parsed(p) for p in site.rglob("*.html")}
+    assert {n.relative_to(PATHS.nbs).with_suffix(".html").as_posix() for n in PATHS.nbs.rglob("[0-9]*.ipynb")} | {"index.html", "map.html"} <= set(pages)
     links = 0
     for name, page in pages.items():
         if name == "404.html": continue  # its links start from the site's root, wherever that is
         assert not [f for f in page.fetched if re.match(r"(https?:)?//", f)], f"{name} fetches from the network"
-        assert all((site/f.split("?")[0].split("#")[0]).exists() for f in page.fetched if not f.startswith("data:"))
+        assert all(((site/name).parent/f.split("?")[0].split("#")[0]).exists() for f in page.fetched if not f.startswith("data:"))
         for href in page.found:
             if re.match(r"https?:|mailto:", href): continue
             file, _, anchor = href.partition("#")
             links += 1
-            assert not file or (site/file).exists(), f"{name} links to {href}"
-            if anchor and (file or name) in pages: assert anchor in pages[file or name].ids, f"{name} links to {href}"
+            target = ((site/name).parent/file).resolve() if file else site/name
+            assert target.exists(), f"{name} links to {href}"
+            shown = target.relative_to(site.resolve() if file else site).as_posix()
+            if anchor and shown in pages: assert anchor in pages[shown].ids, f"{name} links to {href}"
     assert links > 1000
 
 
 def test_search_finds_an_exported_name_with_its_comments(site):
     found = [d for d in json.loads((site/"search"/"search_index.json").read_text())["docs"] if d["title"] == "run_stages"]
-    assert [d["location"] for d in found] == ["45_run.html#run_stages"] and "where run folders live" in found[0]["text"]
+    assert [d["location"] for d in found] == ["4_training/08_run.html#run_stages"] and "where run folders live" in found[0]["text"]
 
 
 def test_public_names_are_on_the_page_of_their_notebook(site):
     from biojepa.model import attention
-    text = (site/"30_attention.html").read_text()
+    text = (site/"3_model/01_attention.html").read_text()
     classes = [n for n in attention.__all__ if callable(getattr(attention, n))]
     assert classes and all(f'id="{n.lower()}"' in text for n in classes)
     assert str(PATHS.root) not in re.sub(r"<script.*?</script>", "", text)
 
 
 def test_no_page_shows_a_path_of_one_machine_or_raw_latex(site):
-    for path in site.glob("*.html"):
+    for path in site.rglob("*.html"):
         assert str(PATHS.root) + "/" not in path.read_text(), path.name
         assert "$$" not in re.sub(r"<(script|code|pre).*?</\1>", "", path.read_text(), flags=re.S), path.name
 

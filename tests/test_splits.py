@@ -1,5 +1,10 @@
 "Splits against cell-gears and by brute force; a leak planted for every check; bad input."
-import json, pickle, random, subprocess, sys, warnings
+import json
+import pickle
+import random
+import subprocess
+import sys
+import warnings
 from dataclasses import replace
 from itertools import combinations
 
@@ -12,7 +17,8 @@ import scipy.sparse as sp
 import torch
 
 from biojepa.core import object_hash
-from biojepa.data.datasets import load_dataset, read_card
+from biojepa.data.datasets import load_dataset
+from biojepa.data.download import read_card
 from biojepa.data.preprocess import prepare
 from biojepa.data.simulate import SimulationSpec, simulate_perturb_seq
 from biojepa.data.splits import PARTS, LeakageError, Split, check_leakage, make_split

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from training_cases import small_data
 
 from biojepa.actions.featurizers import action_batch, featurize
 from biojepa.actions.vocabulary import ActionTable, Modality, Mode
@@ -15,11 +16,13 @@ from biojepa.data.preprocess import prepare
 from biojepa.data.splits import make_split
 from biojepa.model.biojepa import BioJEPA
 from biojepa.training.align import align_stage, align_step, hold_out_targets, retrieval_report
-from biojepa.training.dynamics import dynamics_stage, dynamics_step, gene_maps, mean_changes, mean_targets, noisy
-from biojepa.training.loop import CollapseMonitor, fit
+from biojepa.training.dynamics import (
+    dynamics_stage, dynamics_step, gene_maps, mean_changes, mean_targets, noisy
+)
+from biojepa.training.loop import fit
+from biojepa.training.monitor import CollapseMonitor
 from biojepa.training.pretrain import pretrain, pretrain_stage, pretrain_step
 from biojepa.training.readout import readout_stage, readout_step
-from training_cases import small_data
 
 SHORT = StageConfig(epochs=1, batch_size=256, lr=1e-3)
 

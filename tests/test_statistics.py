@@ -6,8 +6,10 @@ from scipy import stats
 
 from biojepa.evaluate.metrics import METRICS
 from biojepa.evaluate.statistics import (
-    _draw_means, _draws, bootstrap_ci, bootstrap_panel, hierarchical_bootstrap, paired_bootstrap, scaled_score, summarise)
-from biojepa.predict import Pseudobulk
+    _draw_means, _draws, bootstrap_ci, bootstrap_panel, hierarchical_bootstrap, paired_bootstrap,
+    scaled_score, summarise
+)
+from biojepa.predict.sets import Pseudobulk
 
 
 def test_interval_is_scipys():

@@ -6,15 +6,18 @@ import pandas as pd
 import pytest
 import torch
 
-from biojepa.baselines import oracle
 from biojepa.config import config_hash, preset
 from biojepa.data.splits import check_leakage
 from biojepa.evaluate.metrics import METRICS
 from biojepa.evaluate.statistics import bootstrap_ci, paired_bootstrap
-from biojepa.evaluate.transfer import (REFERENCE, SCORED, case_data, dataset_cases, on_genes, run_cases, scaled_screen, score_case, seen_elsewhere, simulated_cases, some_genes,
-                                       transfer_cases, transfer_reading, transfer_table, unseen_targets, variants, wide_table)
-from biojepa.predict import pseudobulk, test_set as template_of
-from biojepa.transfer_plots import plot_transfer
+from biojepa.evaluate.transfer import (
+    REFERENCE, SCORED, case_data, dataset_cases, on_genes, run_cases, scaled_screen, score_case,
+    seen_elsewhere, simulated_cases, some_genes, transfer_cases, transfer_reading, transfer_table,
+    unseen_targets, variants, wide_table
+)
+from biojepa.plots.transfer import plot_transfer
+from biojepa.predict.baselines import oracle
+from biojepa.predict.sets import pseudobulk, test_set as template_of
 
 CASES = {c.name: c for c in simulated_cases(preset("smoke"))}
 DATA = {}

@@ -1,5 +1,11 @@
 "Small runs for the training tests, and a program that kills, damages, resumes and shares them; not a test file itself."
-import json, os, random, signal, sys, time, warnings
+import json
+import os
+import random
+import signal
+import sys
+import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +15,8 @@ import torch
 from biojepa.actions.featurizers import featurize
 from biojepa.actions.vocabulary import ActionTable, Modality
 from biojepa.config import ExperimentConfig, ModelConfig, StageConfig
-from biojepa.data.datasets import load_dataset, read_card
+from biojepa.data.datasets import load_dataset
+from biojepa.data.download import read_card
 from biojepa.data.preprocess import prepare
 from biojepa.data.splits import make_split
 from biojepa.training import loop
