@@ -60,7 +60,8 @@ class ModelConfig(Frozen):
     predicts:Literal["latent", "change"] = "latent"  # what the action predictor gives
     intervenes:bool = False                  # change the targeted gene's own value first
     readout:Literal["shared", "per_gene"] = "shared"
-    delta_from:Literal["encoder", "teacher"] = "encoder"  # whose latents of the control cell Δ is decoded against
+    delta_from: Literal["encoder",
+                        "teacher"] = "encoder"  # whose latents of the control cell Δ is decoded against
 
     @model_validator(mode="after")
     def _check(self):
@@ -68,7 +69,8 @@ class ModelConfig(Frozen):
             raise ValueError(f"d_model: found {self.d_model}, not divisible by n_heads {self.n_heads}; "
                              "choose a multiple")
         if not self.library_norm[1] > 0:
-            raise ValueError(f"library_norm: found {self.library_norm}; the second number divides, give a positive one")
+            raise ValueError(
+                f"library_norm: found {self.library_norm}; the second number divides, give a positive one")
         if self.intervenes and self.predicts != "change":
             raise ValueError(f"intervenes: needs predicts='change', found {self.predicts!r}; "
                              "what follows is added to the changed cell's latents")
@@ -87,14 +89,17 @@ class StageConfig(Frozen):
     clip_norm:float|None = 1.                # largest gradient norm
     drop_last:bool = False                   # leave out the last batch of an epoch where it is short
     lr_composer:float|None = None            # peak learning rate of the composer, where it differs
-    fixed_controls:bool = False              # dynamics, readout: each cell keeps one control, instead of one an epoch
+    fixed_controls: bool = False  # dynamics, readout: each cell keeps one control, instead of one an epoch
     pairs:Literal["train", "all"] = "train"  # align: of training perturbations, or of all of them
     held_out_by:Literal["target", "pair"] = "target"  # align: what a tenth is kept aside of, to look at
     same_target_negatives:bool = False       # align: guides of one target repel each other
-    target:Literal["cell", "mean"] = "cell"  # dynamics: latents of a perturbed cell, or its perturbation's mean change
+    target: Literal[
+        "cell", "mean"] = "cell"  # dynamics: latents of a perturbed cell, or its perturbation's mean change
     feature_noise:float = Field(0., ge=0)    # align: noise on features, relative to their size
-    action_noise:float = Field(0., ge=0)     # dynamics with target "mean": noise on action latents, of their size
-    latents:Literal["predicted", "observed"] = "predicted"  # readout: trained on predicted latents, or the teacher's
+    action_noise: float = Field(0.,
+                                ge=0)  # dynamics with target "mean": noise on action latents, of their size
+    latents: Literal["predicted",
+                     "observed"] = "predicted"  # readout: trained on predicted latents, or the teacher's
 
 # %% ../nbs/0_base/02_config.ipynb #b0b480bf
 class DataConfig(Frozen):
@@ -108,20 +113,23 @@ class DataConfig(Frozen):
     guide_seq:tuple[str, ...]|None = None    # columns of guide DNA
     mode:str|None = None                     # column of the mode of action, or one for all, e.g. "crispri"
     library_size:str|None = None             # column of total counts, for files without counts
-    guides:str|None = None                   # table of guides, genes and DNA; None: the card's, or what the file holds
-    proteins:str|None = None                 # table of genes and amino acids; None: the card's, or what the file holds
+    guides: str | None = None  # table of guides, genes and DNA; None: the card's, or what the file holds
+    proteins: str | None = None  # table of genes and amino acids; None: the card's, or what the file holds
     guides_from:str|None = None              # raw .h5ad of the same cells that knows the guide of each
     features:Literal["kmer", "pretrained"] = "kmer"       # of sequences: counts, or ESM-2 and NTv3 as released
-    pooling:Literal["residues", "tokens"] = "residues"    # of ESM-2: without start and end, or, as released, with them
-    relations:str|None = None                # table of gene pairs; a target's place in this graph then stands for its protein
+    pooling: Literal["residues",
+                     "tokens"] = "residues"  # of ESM-2: without start and end, or, as released, with them
+    relations: str | None = None  # table of gene pairs; a target's place in this graph then stands for its protein
     relations_db:str|None = None             # only the pairs with this value in a column `db`
     expression_space:Literal["log1p", "log1p_twice"] = "log1p"
     n_top_genes:PositiveInt|None = None      # variable genes to keep, chosen on training cells; all if None
     split:Literal["simulation", "guide", "combination", "cell_type", "custom"] = "simulation"
     split_seed:int = 1
-    held_out:tuple[str, ...]|None = None     # targets, combinations or cell lines, by the kind of split; None: drawn
+    held_out: tuple[
+        str, ...] | None = None  # targets, combinations or cell lines, by the kind of split; None: drawn
     keep:tuple[str, ...]|None = None         # further entries of the file's obs or uns to carry along
-    tokens:tuple[Literal["protein", "chemical", "dna"], ...]|None = None  # an action's in dynamics; None: guide DNA, as released
+    tokens: tuple[Literal["protein", "chemical", "dna"],
+                  ...] | None = None  # an action's in dynamics; None: guide DNA, as released
 
 # %% ../nbs/0_base/02_config.ipynb #6695553a
 class ExperimentConfig(Frozen):
@@ -167,14 +175,19 @@ def preset(
     if name == "paper":
         pairs = dict(pairs="all", held_out_by="pair", same_target_negatives=True)
         fixed = dict(fixed_controls=True)
-        further = {s: dict(drop_last=True) | f for s, f in dict(pretrain={}, align=pairs, dynamics=fixed, readout=fixed).items()}
+        further = {
+            s: dict(drop_last=True) | f
+            for s, f in dict(pretrain={}, align=pairs, dynamics=fixed, readout=fixed).items()
+        }
         stages = _stages((100, 1000, 20, 20), (64, 128, 32, 32), **further)
         data = DataConfig(dataset="replogle_k562_essential", features="pretrained", pooling="tokens")
         return ExperimentConfig(name=name, model=ModelConfig(), data=data, **stages)
     if name == "laptop":
         switches = dict(library_norm=(7., 15.), initial_values="fan_in", ema_momentum=0.99, mask_context=False,
                         predicts="change", intervenes=True, readout="per_gene", delta_from="teacher")
-        further = dict(pretrain=dict(lr=1e-3), align=dict(feature_noise=3.), readout=dict(lr=1e-4, latents="observed"),
+        further = dict(pretrain=dict(lr=1e-3),
+                       align=dict(feature_noise=3.),
+                       readout=dict(lr=1e-4, latents="observed"),
                        dynamics=dict(lr=3e-3, target="mean", action_noise=2.))
         stages = _stages((2, 100, 4, 1), (32, 128, 16, 32), **further)
         return ExperimentConfig(name=name, model=ModelConfig(n_genes=600, d_model=32, **small, **switches),
@@ -194,57 +207,77 @@ class Departure(NamedTuple):
     changes:str = ""    # what it changes, where that was measured
 
 DEPARTURES = (
-    Departure("1", "logs data twice, and takes the library size from logged data", "once; `log1p_twice` as the release",
-              ("data.expression_space",), "twin, control mean: MSE 0.34 → 0.67, R² of top 50 0.67 → −0.20"),
-    Departure("2", "absolute distance (§5.1), where §5.1.1 writes a squared one", "both", ("model.latent_loss",)),
-    Departure("3", "moments over all tokens of all cells, which gene identity satisfies", "or over cells, at each gene",
-              ("model.vicreg_over",), "latents that know only the gene: hinge 0.01 over tokens, 0.99 over cells (model/losses)"),
-    Departure("4", "all hidden genes are one token, all unexpressed ones another", "genes can keep their identity",
-              ("model.mask_keeps_gene", "model.value_embedding"), "number of tokens (model/tokens)"),
-    Departure("5", "one action token: cross-attention adds one vector to every token", "guide and protein as two tokens",
-              ("data.tokens",), "792,576 parameters without gradient with one token (model/predictor)"),
+    Departure("1", "logs data twice, and takes the library size from logged data",
+              "once; `log1p_twice` as the release", ("data.expression_space", ),
+              "twin, control mean: MSE 0.34 → 0.67, R² of top 50 0.67 → −0.20"),
+    Departure("2", "absolute distance (§5.1), where §5.1.1 writes a squared one", "both",
+              ("model.latent_loss", )),
+    Departure("3", "moments over all tokens of all cells, which gene identity satisfies",
+              "or over cells, at each gene", ("model.vicreg_over", ),
+              "latents that know only the gene: hinge 0.01 over tokens, 0.99 over cells (model/losses)"),
+    Departure("4", "all hidden genes are one token, all unexpressed ones another",
+              "genes can keep their identity", ("model.mask_keeps_gene", "model.value_embedding"),
+              "number of tokens (model/tokens)"),
+    Departure("5", "one action token: cross-attention adds one vector to every token",
+              "guide and protein as two tokens", ("data.tokens", ),
+              "792,576 parameters without gradient with one token (model/predictor)"),
     Departure("6", "dynamics trained on masked controls, used on whole ones", "or trained as used",
-              ("model.mask_context",), "one step of the ladder of training/dynamics"),
+              ("model.mask_context", ), "one step of the ladder of training/dynamics"),
     Departure("7", "alignment pairs of all targets, test targets' too; a tenth of the pairs aside",
               "or of training targets, a tenth of the targets aside", ("align.pairs", "align.held_out_by")),
-    Departure("8", "retrieval evaluation marks guides as proteins", "an error: modalities are typed (model/composer)"),
-    Departure("9", "four training loops, one of which saves another stage's optimiser", "one loop (training/loop)"),
-    Departure("10", "pretraining: variance and covariance of the student's latents, the teacher's added", "as released",
-              (), "on the predictor's output instead the encoder collapses (training/pretrain)"),
+    Departure("8", "retrieval evaluation marks guides as proteins",
+              "an error: modalities are typed (model/composer)"),
+    Departure("9", "four training loops, one of which saves another stage's optimiser",
+              "one loop (training/loop)"),
+    Departure("10", "pretraining: variance and covariance of the student's latents, the teacher's added",
+              "as released", (),
+              "on the predictor's output instead the encoder collapses (training/pretrain)"),
     Departure("11", "dynamics: likelihood at hidden genes, queries and moments of all, no distance",
               "as released with `cell`; with `mean` the target is the perturbation's mean change",
-              ("dynamics.target",), "the ladder of training/dynamics"),
-    Departure("12", "protocol: unclipped Δ, undefined correlations are 0, the last 13 cells left out, one batch's shift",
-              "as released, on all cells; both shifts", (),
-              "a constant Δ of −0.2: r 0, where clipping first gives 0.99 (evaluate/metrics)"),
+              ("dynamics.target", ), "the ladder of training/dynamics"),
+    Departure(
+        "12",
+        "protocol: unclipped Δ, undefined correlations are 0, the last 13 cells left out, one batch's shift",
+        "as released, on all cells; both shifts", (),
+        "a constant Δ of −0.2: r 0, where clipping first gives 0.99 (evaluate/metrics)"),
     Departure("13", "align, readout: AdamW's decay 0.01, no clipping; in all stages whole batches only",
               "each stage's own numbers; the paper preset sets `drop_last` in all four",
               ("align.weight_decay", "align.clip_norm", "readout.weight_decay", "readout.clip_norm",
                "pretrain.drop_last")),
-    Departure("14", "Δ decoded against the student's latents of the control cell", "or against the teacher's",
-              ("model.delta_from",)),
+    Departure("14", "Δ decoded against the student's latents of the control cell",
+              "or against the teacher's", ("model.delta_from", )),
     Departure("15", "five targets outside GEARS' graph are dropped before the split is drawn",
               "a list on the card, `drop` of load_dataset (data/datasets)", (),
               "without it about 74 of 272 released test targets stay test targets"),
-    Departure("16", "guides joined by barcode, proteins by gene", "companions of the card (data/companions)", ("data.guides_from",)),
+    Departure("16", "guides joined by barcode, proteins by gene",
+              "companions of the card (data/companions)", ("data.guides_from", )),
     Departure("17", "one control for each cell, drawn once", "or anew in each epoch",
               ("dynamics.fixed_controls", "readout.fixed_controls")),
-    Departure("18", "ESM-2 and NTv3; ESM-2 averaged over start and end tokens, too", "k-mers; or over residues",
-              ("data.features", "data.pooling"), "a row moves by 42 % of its length at 1 residue, 0.3 % at 400 (actions/pretrained)"),
-    Departure("19", "guides of one target are each other's negatives", "or not", ("align.same_target_negatives",)),
-    Departure("20", "probes, directions and votes by definitions of its own",
-              "released numbers stand only beside ours of the same definition (evaluate/gene_level, explore/probes, explore/pathways)"),
-    Departure("21", "linear attention to action tokens", "as released", (), "softmax was no better (model/predictor)"),
+    Departure("18", "ESM-2 and NTv3; ESM-2 averaged over start and end tokens, too",
+              "k-mers; or over residues", ("data.features", "data.pooling"),
+              "a row moves by 42 % of its length at 1 residue, 0.3 % at 400 (actions/pretrained)"),
+    Departure("19", "guides of one target are each other's negatives", "or not",
+              ("align.same_target_negatives", )),
+    Departure(
+        "20", "probes, directions and votes by definitions of its own",
+        "released numbers stand only beside ours of the same definition (evaluate/gene_level, explore/probes, "
+        "explore/pathways)"
+    ),
+    Departure("21", "linear attention to action tokens", "as released", (),
+              "softmax was no better (model/predictor)"),
     Departure("+", "gene embeddings of 0.02, modes of 1, torch's own projections", "or all by fan-in",
-              ("model.initial_values",), "distance between tokens at the start (model/encoder)"),
-    Departure("+", "log library size as it is", "standardised", ("model.library_norm",), "the same (model/encoder)"),
-    Departure("+", "the predictor gives the perturbed latent", "or its change; the targeted gene's own change first",
-              ("model.predicts", "model.intervenes"), "the ladder of training/dynamics"),
-    Departure("+", "one readout for all genes, trained on predicted latents", "one a gene, on observed latents",
-              ("model.readout", "readout.latents"), "the table of training/readout"),
+              ("model.initial_values", ), "distance between tokens at the start (model/encoder)"),
+    Departure("+", "log library size as it is", "standardised", ("model.library_norm", ),
+              "the same (model/encoder)"),
+    Departure("+", "the predictor gives the perturbed latent",
+              "or its change; the targeted gene's own change first", ("model.predicts", "model.intervenes"),
+              "the ladder of training/dynamics"),
+    Departure("+", "one readout for all genes, trained on predicted latents",
+              "one a gene, on observed latents", ("model.readout", "readout.latents"),
+              "the table of training/readout"),
     Departure("+", "no noise on features or actions", "noise, against few targets",
               ("align.feature_noise", "dynamics.action_noise"), "the ladder of training/dynamics"),
-    Departure("+", "the teacher follows with 0.996", "0.99 for short runs", ("model.ema_momentum",)),
+    Departure("+", "the teacher follows with 0.996", "0.99 for short runs", ("model.ema_momentum", )),
 )
 
 # %% ../nbs/0_base/02_config.ipynb #d0a1b2c5
@@ -273,8 +306,13 @@ def changed_by(
     for field, value in fields.items():
         *parents, last = field.split(".")
         node = tree
-        for name in parents: node = node.get(name) if isinstance(node, dict) else None
-        if not isinstance(node, dict) or last not in node: raise ValueError(f"the configuration has no field {field!r}; {'.'.join(parents) or 'it'} has {', '.join(node) if isinstance(node, dict) else 'none'}")
+        for name in parents:
+            node = node.get(name) if isinstance(node, dict) else None
+        if not isinstance(node, dict) or last not in node:
+            raise ValueError(
+                f"the configuration has no field {field!r}; {'.'.join(parents) or 'it'} has "
+                f"{', '.join(node) if isinstance(node, dict) else 'none'}"
+            )
         node[last] = value
     return ExperimentConfig(**tree)
 
@@ -287,7 +325,9 @@ def parse_settings(
     for text in settings.split() if isinstance(settings, str) else settings:
         field, equals, value = text.partition("=")
         if not field or not equals:
-            raise ValueError(f"settings (--set): found {text!r}; write field=value without spaces in it, as model.d_model=16")
+            raise ValueError(
+                f"settings (--set): found {text!r}; write field=value without spaces in it, as model.d_model=16"
+            )
         try: fields[field] = json.loads(value)
         except json.JSONDecodeError: fields[field] = value
     return fields
@@ -302,7 +342,8 @@ def named_experiment(
 )->ExperimentConfig:
     "The experiment that a paper notebook's parameters describe."
     if run and settings:
-        raise ValueError(f"settings: found {settings!r} beside run {str(run)!r}, which has its own; give one of the two")
+        raise ValueError(
+            f"settings: found {settings!r} beside run {str(run)!r}, which has its own; give one of the two")
     if run: return ExperimentConfig(**read_config(Path(run)/"config.json"))
     for name in ("guide_seq", "held_out", "keep"):
         if isinstance(text := data.get(name), str): data[name] = [x.strip() for x in text.split(",")]
@@ -313,6 +354,7 @@ def read_config(
     path:Path,  # config.json of a run
 )->dict:
     "A saved configuration, or an error with its name."
-    if not path.is_file(): raise ValueError(f"{path}: no such file; give the folder of a run, as runs/<hash>-<seed>")
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; give the folder of a run, as runs/<hash>-<seed>")
     try: return json.loads(path.read_text())
     except ValueError as error: raise ValueError(f"{path}: not readable as JSON ({error})") from error

@@ -41,8 +41,12 @@ def project_paths(
 )->SimpleNamespace:    # root, nbs, cards, splits, raw, processed, figures, runs
     "Every folder of the project, absolute; `BIOJEPA_CARDS`, `_SPLITS`, `_RAW` and `_PROCESSED` move those of the data."
     package = Path(__file__).resolve().parent if "__file__" in globals() else root/"biojepa"
-    usual = dict(cards=package/"data"/"cards") | {name: root/"data"/name for name in ("splits", "raw", "processed")}
-    data = {name: Path(os.environ.get(f"BIOJEPA_{name.upper()}") or path).resolve() for name, path in usual.items()}
+    usual = dict(cards=package/"data"/
+                 "cards") | {name: root/"data"/name for name in ("splits", "raw", "processed")}
+    data = {
+        name: Path(os.environ.get(f"BIOJEPA_{name.upper()}") or path).resolve()
+        for name, path in usual.items()
+    }
     return SimpleNamespace(root=root, nbs=root/"nbs", **data, figures=root/"figures", runs=root/"runs")
 
 PATHS = project_paths(find_root())

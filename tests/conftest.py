@@ -7,7 +7,9 @@ import torch
 
 from biojepa.core import PATHS
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs deaf to Ctrl-C, which some tests send
+signal.signal(
+    signal.SIGINT,
+    signal.default_int_handler)  # a shell starts background jobs deaf to Ctrl-C, which some tests send
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 

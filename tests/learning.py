@@ -26,9 +26,14 @@ class Screen:
         self.adata = prepare(load_dataset("simulated"))
         self.split, self.table = make_split(self.adata, seed=1), ActionTable.from_anndata(self.adata)
         guides = {g: s for g, s, t in zip(self.table.guide_id, self.table.guide_seqs, self.table.targets) if t}
-        bank = dict(protein=featurize("kmer", self.adata.uns["protein_sequences"], modality=Modality.PROTEIN, progress=False, cache=False),
+        bank = dict(protein=featurize("kmer",
+                                      self.adata.uns["protein_sequences"],
+                                      modality=Modality.PROTEIN,
+                                      progress=False,
+                                      cache=False),
                     dna=featurize("kmer", guides, modality=Modality.DNA, progress=False, cache=False))
-        self.anchor, self.positive = action_batch(self.table, bank["protein"], mode=Mode.CONTROL), action_batch(self.table, bank["dna"])
+        self.anchor, self.positive = action_batch(self.table, bank["protein"],
+                                                  mode=Mode.CONTROL), action_batch(self.table, bank["dna"])
         self.actions = action_batch(self.table, [bank[b] for b in banks], genes=self.adata.var_names)
         if shuffle is not None: self._shuffle(shuffle)
         self.train, self.test = (self.table.rows(self.adata, self.split, part) for part in ("train", "test"))
@@ -38,7 +43,8 @@ class Screen:
         for i, t in enumerate(self.table.targets):
             if t: rows.setdefault(t, []).append(i)
         targets, source = list(rows), np.arange(len(self.table))
-        for a, b in zip(targets, np.random.default_rng(seed).permutation(len(targets))): source[rows[a]] = np.resize(rows[targets[b]], len(rows[a]))
+        for a, b in zip(targets, np.random.default_rng(seed).permutation(len(targets))):
+            source[rows[a]] = np.resize(rows[targets[b]], len(rows[a]))
         self.actions, self.anchor = (x.take(torch.from_numpy(source)) for x in (self.actions, self.anchor))
 
 
@@ -47,7 +53,8 @@ def pseudobulk_delta(adata)->pd.DataFrame:
     x, ctrl = adata.X.toarray(), (adata.obs.condition == "ctrl").to_numpy()
     batch = adata.obs.batch.astype(str).to_numpy()
     mean = {b: x[ctrl & (batch == b)].mean(0) for b in np.unique(batch)}
-    return pd.DataFrame(x - np.stack([mean[b] for b in batch]))[~ctrl].groupby(adata.obs.condition.astype(str).to_numpy()[~ctrl]).mean()
+    return pd.DataFrame(x - np.stack([mean[b] for b in batch]))[~ctrl].groupby(
+        adata.obs.condition.astype(str).to_numpy()[~ctrl]).mean()
 
 
 @torch.no_grad()
@@ -77,10 +84,21 @@ def score(model, screen, part="test")->dict[str, float]:
     observed, predicted = pseudobulk_delta(screen.adata), predicted_delta(model, screen, part)
     mean = observed.loc[sorted({screen.table.condition[p] for p in screen.train})].mean(0)
     r = lambda a, b: np.corrcoef(a, b)[0, 1]
-    table = pd.DataFrame({c: dict(model=r(predicted.loc[c], observed.loc[c]), train_mean=r(mean, observed.loc[c]),
-                                  specific=r(predicted.loc[c] - predicted.mean(0), observed.loc[c] - mean)) for c in predicted.index}).T
+    table = pd.DataFrame({
+        c:
+        dict(model=r(predicted.loc[c], observed.loc[c]),
+             train_mean=r(mean, observed.loc[c]),
+             specific=r(predicted.loc[c] - predicted.mean(0), observed.loc[c] - mean))
+        for c in predicted.index
+    }).T
     difference, low, high = paired_interval(table.model - table.train_mean)
-    return dict(n=len(table), model=table.model.mean(), train_mean=table.train_mean.mean(), difference=difference, low=low, high=high, specific=table.specific.mean())
+    return dict(n=len(table),
+                model=table.model.mean(),
+                train_mean=table.train_mean.mean(),
+                difference=difference,
+                low=low,
+                high=high,
+                specific=table.specific.mean())
 
 
 def run(screen, experiment:ExperimentConfig, folder:Path, seed=0, **options):  # model, logs, seconds
@@ -88,10 +106,35 @@ def run(screen, experiment:ExperimentConfig, folder:Path, seed=0, **options):  #
     torch.manual_seed(seed)
     model, logs, seconds = BioJEPA(experiment.model), {}, {}
     e, a = experiment, screen.adata
-    stages = dict(pretrain=lambda: pretrain(model, a, screen.split, e.pretrain, folder/"pretrain", seed, progress=False, **options),
-                  align=lambda: align(model, screen.anchor, screen.positive, screen.table.target_codes, screen.train, e.align, folder/"align", seed, progress=False),
-                  dynamics=lambda: train_dynamics(model, a, screen.split, screen.actions, e.dynamics, folder/"dynamics", seed, progress=False, **options),
-                  readout=lambda: fit_readout(model, a, screen.split, screen.actions, e.readout, folder/"readout", seed, progress=False, **options))
+    stages = dict(pretrain=lambda: pretrain(
+        model, a, screen.split, e.pretrain, folder/"pretrain", seed, progress=False, **options),
+                  align=lambda: align(model,
+                                      screen.anchor,
+                                      screen.positive,
+                                      screen.table.target_codes,
+                                      screen.train,
+                                      e.align,
+                                      folder/"align",
+                                      seed,
+                                      progress=False),
+                  dynamics=lambda: train_dynamics(model,
+                                                  a,
+                                                  screen.split,
+                                                  screen.actions,
+                                                  e.dynamics,
+                                                  folder/"dynamics",
+                                                  seed,
+                                                  progress=False,
+                                                  **options),
+                  readout=lambda: fit_readout(model,
+                                              a,
+                                              screen.split,
+                                              screen.actions,
+                                              e.readout,
+                                              folder/"readout",
+                                              seed,
+                                              progress=False,
+                                              **options))
     for name, stage in stages.items():
         start = time.perf_counter()
         logs[name] = stage()

@@ -61,7 +61,8 @@ def released_pretraining(model, cells, mask):
     z = model.encoder(cells.x, cells.log_library_size, mask, collapse=False).x
     z_hat = model.masked_predictor(TokenSet(z)).x
     h = model.teacher(cells.x, cells.log_library_size, None, collapse=False).x
-    return 25*torch.cat([(z_hat - h)[b, g].abs() for b, g in mask.nonzero().tolist()]).mean() + regularisation(z, h)
+    return 25*torch.cat([(z_hat - h)[b, g].abs()
+                         for b, g in mask.nonzero().tolist()]).mean() + regularisation(z, h)
 
 
 def released_dynamics(model, pairs, actions, mask, shortcut):
@@ -104,7 +105,8 @@ def value_and_gradient(model, loss):
 def test_losses_and_gradients_are_the_released_formulas(stage, seed, collapse):
     model, (cells, pairs, actions, mask) = double_model(seed), double_batch(seed)
     if stage == "pretrain":
-        ours, reference = model.pretrain_loss(cells, mask, collapse=collapse), released_pretraining(model, cells, mask)
+        ours = model.pretrain_loss(cells, mask, collapse=collapse)
+        reference = released_pretraining(model, cells, mask)
     else:
         ours = model.dynamics_loss(pairs, actions, mask, collapse=collapse)
         reference = released_dynamics(model, pairs, actions, mask, shortcut=collapse)
@@ -121,8 +123,10 @@ def test_the_teachers_terms_are_constants_and_no_distance_is_in_the_dynamics():
     loss = model.dynamics_loss(pairs, actions, mask)
     assert "invariance" not in loss._fields
     for part in (loss.teacher_variance, loss.teacher_covariance): assert not part.requires_grad
-    assert loss.total.item() == pytest.approx(25*loss.nll.item() + 25*(loss.variance + loss.teacher_variance).item()
-                                              + (loss.covariance + loss.teacher_covariance).item(), rel=1e-12)
+    assert loss.total.item() == pytest.approx(
+        25*loss.nll.item() + 25*(loss.variance + loss.teacher_variance).item() +
+        (loss.covariance + loss.teacher_covariance).item(),
+        rel=1e-12)
 
 
 # --- initial values
@@ -136,7 +140,8 @@ def test_initial_standard_deviations():
     assert std(model.composer.mode.weight) == pytest.approx(1, rel=.1)
     for layer, fan_in in zip(model.composer.content.values(), (320, 768, 1536)):
         bound = 1/math.sqrt(fan_in)  # uniform within ± this, weights and biases
-        assert layer.weight.abs().max() <= bound and std(layer.weight) == pytest.approx(bound/math.sqrt(3), rel=.02)
+        assert layer.weight.abs().max() <= bound and std(layer.weight) == pytest.approx(bound/math.sqrt(3),
+                                                                                        rel=.02)
         assert layer.bias.abs().max() <= bound and std(layer.bias) == pytest.approx(bound/math.sqrt(3), rel=.15)
     for p in model.composer.film.parameters(): assert not p.any()
     truncated = .8796  # standard deviation of a standard normal cut at ±2
@@ -198,7 +203,8 @@ def test_optimisers_are_the_released_ones(screen, name):
 def test_an_epoch_has_whole_batches_only(screen):
     for name, stage in stages(screen)[2].items():
         batch_size = stage.loader.batch_size
-        assert len(stage.loader) == stage.loader.n_items // batch_size >= 1 and stage.loader.n_items % batch_size, name
+        assert len(stage.loader
+                   ) == stage.loader.n_items // batch_size >= 1 and stage.loader.n_items % batch_size, name
         assert all(len(batch.target if name == "align" else batch[0]) == batch_size for batch in stage.loader)
 
 
@@ -229,10 +235,16 @@ def test_alignment_pairs_are_the_released_ones(screen):
     logits, target = (anchor @ positive.T/.07).double(), batch.target
     assert len(target.unique()) < len(target)
     def info_nce(repels):
-        rows = [torch.stack([logits[i, j] for j in range(len(target)) if i == j or repels or target[i] != target[j]])
-                for i in range(len(target))]
+        rows = [
+            torch.stack(
+                [logits[i, j] for j in range(len(target)) if i == j or repels or target[i] != target[j]])
+            for i in range(len(target))
+        ]
         return -torch.stack([logits[i, i] - row.exp().sum().log() for i, row in enumerate(rows)]).mean()
-    torch.testing.assert_close(built["align"].step(model, batch, None).loss.double(), info_nce(True), rtol=1e-5, atol=0)
+    torch.testing.assert_close(built["align"].step(model, batch, None).loss.double(),
+                               info_nce(True),
+                               rtol=1e-5,
+                               atol=0)
     torch.testing.assert_close(align_step(model, batch).loss.double(), info_nce(False), rtol=1e-5, atol=0)
     assert info_nce(False) < info_nce(True)
 
@@ -255,8 +267,14 @@ def test_cross_attention_is_linear_attention(n_tokens):
                 kernel = [(phi(q[b, t, at])*phi(k[b, a, at])).sum() for a in range(n_tokens)]
                 expected[b, t, at] = sum(w*v[b, a, at] for a, w in enumerate(kernel))/(sum(kernel) + 1e-6)
     present = torch.ones(2, n_tokens).bool()
-    torch.testing.assert_close(cross(x, action, present, shortcut=False), cross.out(expected), atol=1e-9, rtol=1e-9)
-    torch.testing.assert_close(cross(x, action, present).expand(-1, 5, -1), cross.out(expected), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(cross(x, action, present, shortcut=False),
+                               cross.out(expected),
+                               atol=1e-9,
+                               rtol=1e-9)
+    torch.testing.assert_close(cross(x, action, present).expand(-1, 5, -1),
+                               cross.out(expected),
+                               atol=1e-5,
+                               rtol=1e-5)
 
 
 def test_the_adapters_gelu_is_exact():
@@ -290,13 +308,18 @@ def test_every_departure_is_named_and_every_switch_of_the_presets_stands_in_the_
     named = {path for d in DEPARTURES for path in d.switches}
     for part, field in (path.split(".") for path in named): assert hasattr(getattr(paper, part), field)
     assert named <= set(table.switch)
-    sizes = {"n_genes", "d_model", "n_heads", "n_encoder_layers", "n_masked_predictor_layers", "n_predictor_layers"}
+    sizes = {
+        "n_genes", "d_model", "n_heads", "n_encoder_layers", "n_masked_predictor_layers",
+        "n_predictor_layers"
+    }
     lengths = {"epochs", "batch_size", "lr", "lr_composer", "dataset"}
     differ = {f"{part}.{k}" for part in ("model", "data", *RELEASED) for k, v in getattr(paper, part)
               if v != getattr(getattr(laptop, part), k) and k not in sizes | lengths}
-    assert {d for d in differ - named if not d.endswith(".drop_last")} == set()  # one row stands for all four stages
+    assert {d for d in differ - named
+            if not d.endswith(".drop_last")} == set()  # one row stands for all four stages
     released = {d.switches[0]: d for d in DEPARTURES if d.switches}
     for path in ("model.latent_loss", "model.delta_from", "dynamics.target", "model.initial_values"):
         part, field = path.split(".")
         default = type(getattr(paper, part)).model_fields[field].default
-        assert path in released and getattr(getattr(paper, part), field) == default  # as published is the default
+        assert path in released and getattr(getattr(paper, part),
+                                            field) == default  # as published is the default

@@ -29,8 +29,19 @@ from biojepa.predict.sets import PredictionSet, pseudobulk, test_set
 
 
 def simulated(**options):
-    adata = simulate_perturb_seq(SimulationSpec(**dict(n_genes=120, n_cells=2000, n_targets=24, n_modules=4, n_doubles=8, n_batches=2, control_fraction=.2, seed=1) | options))
-    adata.uns["biojepa"] = dict(schema_version=1, source="simulated", expression_space="counts", history=np.array([], dtype=object))
+    adata = simulate_perturb_seq(
+        SimulationSpec(**dict(n_genes=120,
+                              n_cells=2000,
+                              n_targets=24,
+                              n_modules=4,
+                              n_doubles=8,
+                              n_batches=2,
+                              control_fraction=.2,
+                              seed=1) | options))
+    adata.uns["biojepa"] = dict(schema_version=1,
+                                source="simulated",
+                                expression_space="counts",
+                                history=np.array([], dtype=object))
     return prepare(adata)
 
 
@@ -39,30 +50,42 @@ def case():
     "A screen of two lines with doubles, its split, its template, features, a graph."
     adata = simulated(n_cell_types=2)
     conditions = np.random.default_rng(0).permutation(sorted(set(adata.obs["condition"]) - {"ctrl"})).tolist()
-    split = make_split(adata, "custom", held_out=dict(train=conditions[8:], test=conditions[:8]), allow_empty_val=True)
+    split = make_split(adata,
+                       "custom",
+                       held_out=dict(train=conditions[8:], test=conditions[:8]),
+                       allow_empty_val=True)
     genes = ActionTable.from_anndata(adata).genes
     features = pd.DataFrame(np.random.default_rng(1).normal(size=(len(genes), 6)), index=genes)
     module = pd.Series(adata.uns["truth"]["module"], index=adata.var_names)
-    relations = pd.DataFrame([(a, b) for a in genes for b in genes if a < b and module[a] == module[b]], columns=["a", "b"])
+    relations = pd.DataFrame([(a, b) for a in genes for b in genes if a < b and module[a] == module[b]],
+                             columns=["a", "b"])
     return adata, split, test_set(adata, split), features, relations
 
 
 def makers(features, relations):
-    return dict(train_mean=train_mean, ridge=lambda *g: ridge(*g, features), nearest_neighbours=lambda *g: nearest_neighbours(*g, features),
-                random_forest=lambda *g: random_forest(*g, features, trees=10), gaussian_process=lambda *g: gaussian_process(*g, feature_kernel(features)),
-                graph=lambda *g: gaussian_process(*g, diffusion_kernel(relations, features.index)), graph_neighbours=lambda *g: graph_neighbours(*g, relations), additive=additive)
+    return dict(train_mean=train_mean,
+                ridge=lambda *g: ridge(*g, features),
+                nearest_neighbours=lambda *g: nearest_neighbours(*g, features),
+                random_forest=lambda *g: random_forest(*g, features, trees=10),
+                gaussian_process=lambda *g: gaussian_process(*g, feature_kernel(features)),
+                graph=lambda *g: gaussian_process(*g, diffusion_kernel(relations, features.index)),
+                graph_neighbours=lambda *g: graph_neighbours(*g, relations),
+                additive=additive)
 
 
 def blank(conditions, n_genes):
     "A template with one cell per condition and nothing expressed."
     n, genes = len(conditions), tuple(f"g{i}" for i in range(n_genes))
     about = dict(perturbation=conditions, condition=conditions, cell_type="a")
-    cells = pd.DataFrame(about | dict(batch="0", group=np.arange(n), control="c"), index=[f"cell{i}" for i in range(n)])
+    cells = pd.DataFrame(about | dict(batch="0", group=np.arange(n), control="c"),
+                         index=[f"cell{i}" for i in range(n)])
     none, zero = sp.csr_matrix((n, n_genes), dtype=np.float32), np.zeros((n, n_genes))
-    return PredictionSet("control_mean", genes, cells, none, none, pd.DataFrame(about | dict(n_cells=1)), zero, zero, np.zeros(n_genes), "log1p")
+    return PredictionSet("control_mean", genes, cells, none, none, pd.DataFrame(about | dict(n_cells=1)),
+                         zero, zero, np.zeros(n_genes), "log1p")
 
 
-NAMES = ("train_mean", "ridge", "nearest_neighbours", "random_forest", "gaussian_process", "graph", "graph_neighbours", "additive")
+NAMES = ("train_mean", "ridge", "nearest_neighbours", "random_forest", "gaussian_process", "graph",
+         "graph_neighbours", "additive")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -76,7 +99,8 @@ def test_no_baseline_sees_a_test_cell_and_each_sees_training(case, name):
         return make(test_set(changed, split), changed, split)
     before, after = make(template, adata, split), with_values(split.cells(adata, "test"), 5.)
     np.testing.assert_array_equal(before.delta, after.delta)
-    if before.delta_variance is not None: np.testing.assert_array_equal(before.delta_variance, after.delta_variance)
+    if before.delta_variance is not None:
+        np.testing.assert_array_equal(before.delta_variance, after.delta_variance)
     assert np.abs(with_values(split.cells(adata, "train")[:300], 5.).delta - before.delta).max() > .1
     assert before.cell_delta is None and (before.cells == template.cells).all().all()
 
@@ -95,12 +119,17 @@ def one_line(seed=0, noise=.1, **options):
     "A screen of one line, singles only, whose training responses are linear in features: expression is overwritten."
     adata = simulated(n_cell_types=1, n_doubles=0, **options)
     targets = sorted(set(adata.obs["condition"]) - {"ctrl"})
-    split = make_split(adata, "custom", held_out=dict(train=targets[6:], test=targets[:6]), allow_empty_val=True)
+    split = make_split(adata,
+                       "custom",
+                       held_out=dict(train=targets[6:], test=targets[:6]),
+                       allow_empty_val=True)
     rng = np.random.default_rng(seed)
     features = pd.DataFrame(rng.normal(size=(len(targets), 3)), index=[t.split("+")[0] for t in targets])
     weight = rng.normal(size=(3, adata.n_vars))
-    row = adata.obs["condition"].astype(str).str.split("+").str[0].map({g: i for i, g in enumerate(features.index)})
-    effect = np.where(row.notna().to_numpy()[:, None], features.to_numpy()[row.fillna(0).astype(int)] @ weight, 0)
+    row = adata.obs["condition"].astype(str).str.split("+").str[0].map(
+        {g: i for i, g in enumerate(features.index)})
+    effect = np.where(row.notna().to_numpy()[:, None],
+                      features.to_numpy()[row.fillna(0).astype(int)]@weight, 0)
     adata.X = sp.csr_matrix((8 + effect/3 + noise*rng.normal(size=adata.shape)).astype(np.float32))
     return adata, split, test_set(adata, split), features, targets
 
@@ -108,7 +137,8 @@ def one_line(seed=0, noise=.1, **options):
 def test_ridge_is_scikit_learns_at_its_penalty():
     adata, split, template, features, targets = one_line()
     training = training_deltas(template, adata, split)
-    X, Q = (features.loc[[c.split("+")[0] for c in groups["condition"]]].to_numpy() for groups in (training.groups, template.groups))
+    X, Q = (features.loc[[c.split("+")[0] for c in groups["condition"]]].to_numpy()
+            for groups in (training.groups, template.groups))
     X, Q = ((z - X.mean(0))/np.sqrt(((X - X.mean(0))**2).sum(1).mean()) for z in (X, Q))
     for penalty in (.1, 3.):
         ps = ridge(template, adata, split, features, penalties=(penalty,))
@@ -123,18 +153,27 @@ def test_ridge_is_scikit_learns_at_its_penalty():
 def test_shuffled_features_tell_nothing():
     adata, split, template, features, _ = one_line()
     bulk = pseudobulk(ridge(template, adata, split, shuffle_features(features)))
-    assert np.mean([np.corrcoef(o - bulk.train_delta, p - bulk.train_delta)[0, 1] for o, p in zip(bulk.observed, bulk.predicted)]) < .5
+    assert np.mean([
+        np.corrcoef(o - bulk.train_delta, p - bulk.train_delta)[0, 1]
+        for o, p in zip(bulk.observed, bulk.predicted)
+    ]) < .5
     dealt = shuffle_features(features, seed=3)
-    assert not (dealt.to_numpy() == features.to_numpy()).all(1).any() and sorted(dealt[0]) == sorted(features[0]) and (dealt.index == features.index).all()
+    assert not (dealt.to_numpy() == features.to_numpy()).all(1).any() and sorted(dealt[0]) == sorted(
+        features[0]) and (dealt.index == features.index).all()
 
 
 def test_neighbours_are_scikit_learns():
     adata, split, template, features, _ = one_line()
     training = training_deltas(template, adata, split)
-    X, Q = (features.loc[[c.split("+")[0] for c in groups["condition"]]].to_numpy() for groups in (training.groups, template.groups))
-    nearest = NearestNeighbors(n_neighbors=4, metric="cosine").fit(X - X.mean(0)).kneighbors(Q - X.mean(0), return_distance=False)
+    X, Q = (features.loc[[c.split("+")[0] for c in groups["condition"]]].to_numpy()
+            for groups in (training.groups, template.groups))
+    nearest = NearestNeighbors(n_neighbors=4,
+                               metric="cosine").fit(X - X.mean(0)).kneighbors(Q - X.mean(0),
+                                                                              return_distance=False)
     ps = nearest_neighbours(template, adata, split, features, k=(4,), shrink=.3)
-    np.testing.assert_allclose(ps.delta, .7*training.delta[nearest].mean(1) + .3*training.delta.mean(0), atol=1e-9)
+    np.testing.assert_allclose(ps.delta,
+                               .7*training.delta[nearest].mean(1) + .3*training.delta.mean(0),
+                               atol=1e-9)
     assert ps.provenance["lines"]["line1"]["chosen"] == 4
 
 
@@ -155,15 +194,18 @@ def test_the_best_value_is_the_one_that_predicts_left_out_rows_best():
 def test_gaussian_process_is_scikit_learns():
     adata, split, template, features, _ = one_line(noise=.3)
     training, kernel = training_deltas(template, adata, split), feature_kernel(features)
-    X, Q = (features.loc[[c.split("+")[0] for c in groups["condition"]]].to_numpy() for groups in (training.groups, template.groups))
+    X, Q = (features.loc[[c.split("+")[0] for c in groups["condition"]]].to_numpy()
+            for groups in (training.groups, template.groups))
     distance = ((features.to_numpy()[:, None] - features.to_numpy())**2).sum(-1)
     length = np.sqrt(np.median(distance[~np.eye(len(features), dtype=bool)]))
-    process = GaussianProcessRegressor(RBF(length), alpha=.2, optimizer=None).fit(X, training.delta - training.delta.mean(0))
+    process = GaussianProcessRegressor(RBF(length), alpha=.2,
+                                       optimizer=None).fit(X, training.delta - training.delta.mean(0))
     mean, sd = process.predict(Q, return_std=True)
     ps = gaussian_process(template, adata, split, kernel, noise=.2, components=1000)
     np.testing.assert_allclose(ps.delta, training.delta.mean(0) + mean, atol=1e-8)
     ratio = ps.delta_variance/(sd.reshape(len(mean), -1)[:, :1]**2 + .2)
-    np.testing.assert_allclose(ratio, np.tile(ratio[0], (len(mean), 1)), rtol=1e-6)     # the same up to each gene's scale
+    np.testing.assert_allclose(ratio, np.tile(ratio[0], (len(mean), 1)),
+                               rtol=1e-6)  # the same up to each gene's scale
 
 
 def test_leaving_one_out_in_closed_form_is_leaving_it_out():
@@ -201,21 +243,28 @@ def test_diffusion_is_a_sum_of_matrix_powers():
 
 def test_graph_neighbours_are_those_of_a_loop(case):
     adata, split, template, _, relations = case
-    ps, training = graph_neighbours(template, adata, split, relations, shrink=.25), training_deltas(template, adata, split)
+    ps = graph_neighbours(template, adata, split, relations, shrink=.25)
+    training = training_deltas(template, adata, split)
     pairs = {frozenset(p) for p in relations.to_numpy()}
     near = lambda s, t: any(a == b or frozenset((a, b)) in pairs for a in s for b in t)
     for p, group in template.groups.iterrows():
         targets = set(group.condition.split("+")) - {"ctrl"}
         rows = [i for i, t in enumerate(training.targets) if training.groups.cell_type[i] == group.cell_type]
         like, mean = [i for i in rows if near(targets, training.targets[i])], training.delta[rows].mean(0)
-        np.testing.assert_allclose(ps.delta[p], .75*training.delta[like].mean(0) + .25*mean if like else mean, atol=1e-12)
+        np.testing.assert_allclose(ps.delta[p],
+                                   .75*training.delta[like].mean(0) + .25*mean if like else mean,
+                                   atol=1e-12)
 
 
 def test_additive_is_the_sum_of_what_training_shows_alone(case):
     adata, conditions = case[0], sorted(set(case[0].obs["condition"]) - {"ctrl"})
     doubles = [c for c in conditions if "ctrl" not in c]
-    hidden = [*doubles[:4], doubles[0].split("+")[0] + "+ctrl"]     # one member of the first double is never seen
-    split = make_split(adata, "custom", held_out=dict(train=[c for c in conditions if c not in hidden], test=hidden), allow_empty_val=True)
+    hidden = [*doubles[:4],
+              doubles[0].split("+")[0] + "+ctrl"]  # one member of the first double is never seen
+    split = make_split(adata,
+                       "custom",
+                       held_out=dict(train=[c for c in conditions if c not in hidden], test=hidden),
+                       allow_empty_val=True)
     template = test_set(adata, split)
     ps, training = additive(template, adata, split), training_deltas(template, adata, split)
     checked = set()
@@ -237,27 +286,37 @@ def test_additive_beats_the_mean_on_additive_doubles():
     doubles = sorted(c for c in set(adata.obs["condition"]) if "+" in c and "ctrl" not in c)
     split = make_split(adata, "combination", held_out=doubles[:6], allow_empty_val=True)
     template = test_set(adata, split)
-    r = {s.name: np.mean([np.corrcoef(o, p)[0, 1] for o, p in zip(b.observed, b.predicted)]) for s in (train_mean(template), additive(template, adata, split)) for b in [pseudobulk(s)]}
+    r = {
+        s.name: np.mean([np.corrcoef(o, p)[0, 1] for o, p in zip(b.observed, b.predicted)])
+        for s in (train_mean(template), additive(template, adata, split)) for b in [pseudobulk(s)]
+    }
     assert r["additive"] > r["train_mean"] + .2
 
 
 def test_lines_learn_from_their_own_rows_and_a_new_line_from_all(case):
     adata, split, template, *_ = case
-    ps = ridge(template, adata, split, pd.DataFrame(np.ones((1, 2)), index=["nobody"]))     # everything falls back
+    ps = ridge(template, adata, split, pd.DataFrame(np.ones((1, 2)),
+                                                    index=["nobody"]))  # everything falls back
     training = training_deltas(template, adata, split)
     for line in ("line1", "line2"):
         mine = (template.groups.cell_type == line).to_numpy()
-        np.testing.assert_allclose(ps.delta[mine], np.tile(training.delta[training.groups.cell_type == line].mean(0), (mine.sum(), 1)))
+        np.testing.assert_allclose(
+            ps.delta[mine],
+            np.tile(training.delta[training.groups.cell_type == line].mean(0), (mine.sum(), 1)))
     assert ps.provenance["n_fallback"] == 8 and len(ps.provenance["fallback"]) == 8
     held_out = make_split(adata, "cell_type", held_out=["line2"], val_lines=0, allow_empty_val=True)
     other = test_set(adata, held_out)
-    np.testing.assert_allclose(ridge(other, adata, held_out, pd.DataFrame(np.ones((1, 2)), index=["nobody"])).delta[0], training_deltas(other, adata, held_out).delta.mean(0))
+    np.testing.assert_allclose(
+        ridge(other, adata, held_out, pd.DataFrame(np.ones((1, 2)), index=["nobody"])).delta[0],
+        training_deltas(other, adata, held_out).delta.mean(0))
 
 
 def test_features_of_targets():
     adata = simulated(n_cell_types=1)
     table = ActionTable.from_anndata(adata)
-    proteins = FeatureBank(table.genes[:-2], np.random.default_rng(0).normal(size=(len(table.genes) - 2, 4)), Modality.PROTEIN, {})
+    proteins = FeatureBank(table.genes[:-2],
+                           np.random.default_rng(0).normal(size=(len(table.genes) - 2, 4)),
+                           Modality.PROTEIN, {})
     keys = sorted({s for seqs in table.guide_seqs for s in seqs})
     guides = FeatureBank(tuple(keys), np.random.default_rng(1).normal(size=(len(keys), 3)), Modality.DNA, {})
     both = target_features([proteins, guides], table)
@@ -273,7 +332,8 @@ def test_features_of_targets():
 def test_graph_features_name_who_is_there():
     ring = pd.DataFrame(dict(a=[f"g{i}" for i in range(30)], b=[f"g{(i + 1) % 30}" for i in range(30)]))
     assert list(graph_features(ring, ["g3", "nobody", "g1"], width=4).index) == ["g3", "g1"]
-    with pytest.raises(ValueError, match="none of 1 targets is in the graph"): graph_features(ring, ["nobody"], width=4)
+    with pytest.raises(ValueError, match="none of 1 targets is in the graph"):
+        graph_features(ring, ["nobody"], width=4)
 
 
 # ---- ceiling and oracle ----
@@ -291,11 +351,19 @@ def test_halves_share_no_cell_and_are_the_means_they_say(case, control):
     if control == "cell_type":  # the two halves of the controls make up all of them
         x, p = adata.to_df(), 0
         group = ps.groups.iloc[p]
-        first = [c for c in rest if (template.cells.loc[c, ["perturbation", "cell_type"]] == group[["perturbation", "cell_type"]]).all()]
+        first = [
+            c for c in rest
+            if (template.cells.loc[c, ["perturbation", "cell_type"]] == group[["perturbation", "cell_type"]]
+                ).all()
+        ]
         reference = x.loc[first].mean().to_numpy() - ps.delta[p]
-        n = adata.obs.query("condition == 'ctrl' and cell_type == @group.cell_type").groupby("batch", observed=True).size()
+        n = adata.obs.query("condition == 'ctrl' and cell_type == @group.cell_type").groupby(
+            "batch", observed=True).size()
         whole = (reference*(n//2).sum() + ps.control_mean[p]*(n - n//2).sum())/n.sum()
-        np.testing.assert_allclose(whole, template.control_mean[(template.groups.cell_type == group.cell_type).to_numpy()][0], rtol=1e-5)
+        np.testing.assert_allclose(
+            whole,
+            template.control_mean[(template.groups.cell_type == group.cell_type).to_numpy()][0],
+            rtol=1e-5)
         assert not np.allclose(reference, ps.control_mean[p], atol=1e-3)
     again = split_half_ceiling(template, adata, split, seed=1)
     assert set(again.cells.index) != set(ps.cells.index)
@@ -303,7 +371,8 @@ def test_halves_share_no_cell_and_are_the_means_they_say(case, control):
 
 def test_pure_noise_has_no_ceiling_and_pure_signal_has_the_highest():
     adata, split, template, *_ = one_line(noise=1e-4)
-    r = lambda s: np.mean([np.corrcoef(o, p)[0, 1] for b in [pseudobulk(s)] for o, p in zip(b.observed, b.predicted)])
+    r = lambda s: np.mean(
+        [np.corrcoef(o, p)[0, 1] for b in [pseudobulk(s)] for o, p in zip(b.observed, b.predicted)])
     assert r(split_half_ceiling(template, adata, split)) > .999
     adata.X = sp.csr_matrix(np.random.default_rng(0).random(adata.shape, dtype=np.float32))
     assert abs(r(split_half_ceiling(test_set(adata, split), adata, split))) < .1
@@ -322,27 +391,36 @@ def test_single_cells_cannot_be_halved():
     adata, split, template, *_ = one_line(n_cells=400)
     first = adata.obs.groupby("perturbation", observed=True).head(1).index
     few = adata[adata.obs_names.isin(first) | (adata.obs.condition == "ctrl")].copy()
-    with pytest.raises(ValueError, match="no perturbation of this part has two cells"): split_half_ceiling(test_set(few, split), few, split)
+    with pytest.raises(ValueError, match="no perturbation of this part has two cells"):
+        split_half_ceiling(test_set(few, split), few, split)
     lone = adata.obs.query("condition == 'ctrl'").groupby("batch", observed=True).head(1).index
     some = adata[(adata.obs.condition != "ctrl") | adata.obs_names.isin(lone)].copy()
-    with pytest.raises(ValueError, match="no gem group has two controls"): split_half_ceiling(test_set(some, split), some, split)
+    with pytest.raises(ValueError, match="no gem group has two controls"):
+        split_half_ceiling(test_set(some, split), some, split)
 
 
 def test_oracle_reads_either_kind_of_truth(case):
     adata, split, template, *_ = case
     ps, truth = oracle(template, adata, as_delta=False), adata.uns["truth"]
     for p, group in template.groups.iterrows():
-        line, row = list(truth["cell_type"]).index(group.cell_type), list(truth["condition"]).index(group.condition)
+        line = list(truth["cell_type"]).index(group.cell_type)
+        row = list(truth["condition"]).index(group.condition)
         np.testing.assert_array_equal(ps.delta[p], truth["log_fold_by_cell_type"][line, row])
     changed = oracle(template, adata)
-    np.testing.assert_allclose(np.expm1(template.control_mean + changed.delta), np.expm1(template.control_mean)*np.exp(ps.delta), rtol=1e-9)
+    np.testing.assert_allclose(np.expm1(template.control_mean + changed.delta),
+                               np.expm1(template.control_mean)*np.exp(ps.delta),
+                               rtol=1e-9)
     genes = sorted({t for c in template.groups.condition for t in set(c.split("+")) - {"ctrl"}})
-    table = pd.DataFrame(np.random.default_rng(0).normal(size=(len(genes), adata.n_vars)), index=genes, columns=adata.var_names)
+    table = pd.DataFrame(np.random.default_rng(0).normal(size=(len(genes), adata.n_vars)),
+                         index=genes,
+                         columns=adata.var_names)
     named = oracle(template, adata, log_fold=table.iloc[:, ::-1], as_delta=False)
     double = next(i for i, c in enumerate(template.groups.condition) if "ctrl" not in c)
-    np.testing.assert_allclose(named.delta[double], table.loc[template.groups.condition[double].split("+")].sum(0))
+    np.testing.assert_allclose(named.delta[double],
+                               table.loc[template.groups.condition[double].split("+")].sum(0))
     with pytest.raises(ValueError, match="no row for"): oracle(template, adata, log_fold=table.iloc[1:])
-    with pytest.raises(ValueError, match="log_fold: 3 genes are missing"): oracle(template, adata, log_fold=table.iloc[:, 3:])
+    with pytest.raises(ValueError, match="log_fold: 3 genes are missing"):
+        oracle(template, adata, log_fold=table.iloc[:, 3:])
     bare = adata.copy()
     del bare.uns["truth"]
     with pytest.raises(ValueError, match="holds neither 'truth' nor 'true_log_fold'"): oracle(template, bare)
@@ -353,25 +431,40 @@ def test_oracle_reads_either_kind_of_truth(case):
 def test_run_baselines_makes_what_the_data_allow(case):
     adata, split, template, features, relations = case
     sets = run_baselines(template, adata, split, dict(random=features), relations, progress=False)
-    assert set(sets) == {"control_mean", "train_mean", "train_mean, own gene", "nearest_neighbours, random, own gene", "random_forest, random, own gene", "ridge, random", "nearest_neighbours, random", "random_forest, random", "gaussian_process, random", "shuffled ridge, random",
-                         "graph_neighbours", "gaussian_process, graph", "additive", "ceiling", "oracle"}
+    assert set(sets) == {
+        "control_mean", "train_mean", "train_mean, own gene", "nearest_neighbours, random, own gene",
+        "random_forest, random, own gene", "ridge, random", "nearest_neighbours, random",
+        "random_forest, random", "gaussian_process, random", "shuffled ridge, random", "graph_neighbours",
+        "gaussian_process, graph", "additive", "ceiling", "oracle"
+    }
     assert all(s.name == name and s.provenance["split"] == split.hash for name, s in sets.items())
-    assert list(run_baselines(template, adata, split, only=["ceiling", "train_mean"], progress=False)) == ["ceiling", "train_mean"]
-    with pytest.raises(ValueError, match="only: found ridge; these data allow control_mean"): run_baselines(template, adata, split, only=["ridge"])
+    assert list(run_baselines(template, adata, split, only=["ceiling", "train_mean"],
+                              progress=False)) == ["ceiling", "train_mean"]
+    with pytest.raises(ValueError, match="only: found ridge; these data allow control_mean"):
+        run_baselines(template, adata, split, only=["ridge"])
 
 
 def test_training_cells_are_read_once_and_nothing_is_learned_twice(case, monkeypatch):
     adata, split, template, features, relations = case
     read, grown = [], []
     means, forest = baselines_module.group_means, baselines_module.RandomForestRegressor
-    monkeypatch.setattr(baselines_module, "group_means", lambda adata, rows, *a: read.append(len(rows)) or means(adata, rows, *a))
-    monkeypatch.setattr(baselines_module, "RandomForestRegressor", lambda *a, **k: grown.append(a) or forest(*a, **k))
-    names = ["train_mean, own gene", "ridge, x", "random_forest, x", "random_forest, x, own gene", "nearest_neighbours, x, own gene", "gaussian_process, x"]
+    monkeypatch.setattr(baselines_module, "group_means",
+                        lambda adata, rows, *a: read.append(len(rows)) or means(adata, rows, *a))
+    monkeypatch.setattr(baselines_module, "RandomForestRegressor",
+                        lambda *a, **k: grown.append(a) or forest(*a, **k))
+    names = [
+        "train_mean, own gene", "ridge, x", "random_forest, x", "random_forest, x, own gene",
+        "nearest_neighbours, x, own gene", "gaussian_process, x"
+    ]
     sets = run_baselines(template, adata, split, dict(x=features), only=names, progress=False)
-    assert read == [len(split.cells(adata, "train"))] and len(grown) == 2   # forests: one for each of the two lines
+    assert read == [len(split.cells(adata, "train"))
+                    ] and len(grown) == 2  # forests: one for each of the two lines
     given = template, adata, split
-    for name, alone in {"ridge, x": ridge(*given, features), "train_mean, own gene": with_own_gene(train_mean(*given), adata, split),
-                        "random_forest, x, own gene": with_own_gene(random_forest(*given, features), adata, split)}.items():
+    for name, alone in {
+            "ridge, x": ridge(*given, features), "train_mean, own gene":
+            with_own_gene(train_mean(*given), adata, split), "random_forest, x, own gene": with_own_gene(
+                random_forest(*given, features), adata, split)
+    }.items():
         np.testing.assert_array_equal(sets[name].delta, alone.delta)
         assert sets[name].provenance.get("own_gene") == alone.provenance.get("own_gene")
 
@@ -379,9 +472,11 @@ def test_training_cells_are_read_once_and_nothing_is_learned_twice(case, monkeyp
 def test_neighbours_and_ridge_need_no_array_of_pairs_and_genes():
     "With 40 neighbours the answers are sums of rows; the naive gather would take n × 40 × G numbers."
     rng, genes = np.random.default_rng(0), [f"G{i}" for i in range(400)]
-    training = Training(pd.DataFrame(dict(condition=[f"{g}+ctrl" for g in genes[:300]], cell_type="a", n_cells=9)), [(g,) for g in genes[:300]],
-                        rng.normal(size=(300, 2000)), np.ones((300, 2000)), {})
-    features, template = pd.DataFrame(rng.normal(size=(400, 5)), index=genes), blank([f"{g}+ctrl" for g in genes[300:]], 2000)
+    training = Training(
+        pd.DataFrame(dict(condition=[f"{g}+ctrl" for g in genes[:300]], cell_type="a", n_cells=9)),
+        [(g, ) for g in genes[:300]], rng.normal(size=(300, 2000)), np.ones((300, 2000)), {})
+    features = pd.DataFrame(rng.normal(size=(400, 5)), index=genes)
+    template = blank([f"{g}+ctrl" for g in genes[300:]], 2000)
     centred = (features - features[:300].mean()).to_numpy()
     unit = centred/np.linalg.norm(centred, axis=1)[:, None]
     nearest = np.argsort(-unit[300:] @ unit[:300].T, axis=1, kind="stable")[:, :40]
@@ -397,32 +492,54 @@ def test_neighbours_and_ridge_need_no_array_of_pairs_and_genes():
 
 def test_bad_input_is_refused_by_name(case):
     adata, split, template, features, relations = case
-    other = make_split(adata, "custom", held_out=dict(train=list(split.train)[:-1], test=list(split.test)), allow_empty_val=True)
-    with pytest.raises(ValueError, match="split: has hash .* the template was made with"): additive(template, adata, other)
-    with pytest.raises(ValueError, match="not the template's genes"): additive(template, adata[:, ::-1].copy(), split)
-    with pytest.raises(ValueError, match="relations: found columns"): graph_neighbours(template, adata, split, relations.rename(columns={"a": "gene"}))
-    with pytest.raises(ValueError, match="none of 1 targets is in the graph"): diffusion_kernel(relations, ["nobody"])
+    other = make_split(adata,
+                       "custom",
+                       held_out=dict(train=list(split.train)[:-1], test=list(split.test)),
+                       allow_empty_val=True)
+    with pytest.raises(ValueError, match="split: has hash .* the template was made with"):
+        additive(template, adata, other)
+    with pytest.raises(ValueError, match="not the template's genes"):
+        additive(template, adata[:, ::-1].copy(), split)
+    with pytest.raises(ValueError, match="relations: found columns"):
+        graph_neighbours(template, adata, split, relations.rename(columns={"a": "gene"}))
+    with pytest.raises(ValueError, match="none of 1 targets is in the graph"):
+        diffusion_kernel(relations, ["nobody"])
     bank = FeatureBank(("nobody",), np.ones((1, 3)), Modality.PROTEIN, {})
-    with pytest.raises(ValueError, match="has no feature for any of"): target_features(bank, ActionTable.from_anndata(adata))
+    with pytest.raises(ValueError, match="has no feature for any of"):
+        target_features(bank, ActionTable.from_anndata(adata))
 
 
 # ---- known answers, measured by hand on the twin (simulated cells, real means) ----
 
 @pytest.mark.slow
 def test_known_answers_of_the_twin(shared):
-    adata = prepare(load_dataset(shared/"k562_essential_twin.h5ad", condition="condition", control="ctrl", batch="gem_group", cell_type="cell_type", guide="guide_id"))
+    adata = prepare(
+        load_dataset(shared/"k562_essential_twin.h5ad",
+                     condition="condition",
+                     control="ctrl",
+                     batch="gem_group",
+                     cell_type="cell_type",
+                     guide="guide_id"))
     fold = ad.read_h5ad(shared/"k562_essential_twin.h5ad", backed="r").uns["true_log_fold"]
     edges = pd.read_parquet(shared/"gene_relations.parquet").query("db == 'StringDB'")
     conditions = np.random.default_rng(0).permutation(sorted(set(adata.obs["condition"]) - {"ctrl"})).tolist()
-    split = make_split(adata, "custom", held_out=dict(train=conditions[163:], test=conditions[:163]), allow_empty_val=True)
+    split = make_split(adata,
+                       "custom",
+                       held_out=dict(train=conditions[163:], test=conditions[:163]),
+                       allow_empty_val=True)
     template, genes = test_set(adata, split), [c.split("+")[0] for c in conditions]
     def r(s, beyond=False):
         b = pseudobulk(s)
         ref = b.train_delta if beyond else 0
-        return np.mean([np.corrcoef(o - ref, p - ref)[0, 1] for o, p in zip(b.observed, b.predicted) if np.ptp(p - ref) > 1e-9])
+        return np.mean([
+            np.corrcoef(o - ref, p - ref)[0, 1] for o, p in zip(b.observed, b.predicted)
+            if np.ptp(p - ref) > 1e-9
+        ])
     process = gaussian_process(template, adata, split, diffusion_kernel(edges, genes))
     assert r(train_mean(template)) == pytest.approx(.324, abs=.02)
     assert r(graph_neighbours(template, adata, split, edges)) == pytest.approx(.405, abs=.02)
-    assert r(ridge(template, adata, split, graph_features(edges, genes))) == pytest.approx(.395, abs=.035)   # its penalty is chosen, not the one used by hand
-    assert r(process) == pytest.approx(.439, abs=.02) and r(process, beyond=True) == pytest.approx(.310, abs=.03)
+    assert r(ridge(template, adata, split, graph_features(edges, genes))) == pytest.approx(
+        .395, abs=.035)  # its penalty is chosen, not the one used by hand
+    assert r(process) == pytest.approx(.439, abs=.02) and r(process, beyond=True) == pytest.approx(.310,
+                                                                                                   abs=.03)
     assert r(oracle(template, adata, log_fold=fold, as_delta=False)) == pytest.approx(.500, abs=.02)

@@ -19,8 +19,13 @@ def known(claim=1., seed=0, P=30, n_cells=20, G=40, sd=(.2, .8), equal=True, noi
     n = np.full(P, n_cells) if equal else rng.integers(2, 2*n_cells, P)
     group = np.repeat(np.arange(P), n)
     condition = np.array([f"G{i//2}+ctrl" for i in range(P)])
-    groups = pd.DataFrame(dict(perturbation=[f"{k}|{i}" for i, k in enumerate(condition)], condition=condition, cell_type="K562", n_cells=n))
-    cells = groups.loc[group, ["perturbation", "condition", "cell_type"]].assign(batch="0", group=group, control="c").set_axis([f"cell{i}" for i in range(len(group))])
+    groups = pd.DataFrame(
+        dict(perturbation=[f"{k}|{i}" for i, k in enumerate(condition)],
+             condition=condition,
+             cell_type="K562",
+             n_cells=n))
+    cells = groups.loc[group, ["perturbation", "condition", "cell_type"]].assign(
+        batch="0", group=group, control="c").set_axis([f"cell{i}" for i in range(len(group))])
     mean = np.full((len(group), G), 8.)
     x = mean + sd[group, None]*noise.rvs(size=mean.shape, random_state=rng)
     variance, total = claim*np.tile(sd[group, None]**2, G), claim*np.tile(sd[:, None]**2, G)/n[:, None]
@@ -40,13 +45,22 @@ def honest(): return known()
 def bold(): return known(claim=.25, equal=False)
 
 
-# --- closed forms -----------------------------------------------------------------------------------------------------
+# --- closed forms
+# -----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("error", [-2.5, -.3, 0., .8, 4.])
 @pytest.mark.parametrize("sd", [.3, 1., 2.5])
 def test_crps_is_its_integral(error, sd):
-    below = quad(lambda x: stats.norm.cdf(x/sd)**2, -40*sd, error, points=sorted({min(0., error), max(-40*sd, error - sd)}), limit=200)[0]
-    above = quad(lambda x: stats.norm.sf(x/sd)**2, error, 40*sd + error, points=sorted({max(0., error), error + sd}), limit=200)[0]
+    below = quad(lambda x: stats.norm.cdf(x/sd)**2,
+                 -40*sd,
+                 error,
+                 points=sorted({min(0., error), max(-40*sd, error - sd)}),
+                 limit=200)[0]
+    above = quad(lambda x: stats.norm.sf(x/sd)**2,
+                 error,
+                 40*sd + error,
+                 points=sorted({max(0., error), error + sd}),
+                 limit=200)[0]
     assert c.crps_gaussian(error, sd**2) == pytest.approx(below + above, rel=1e-6)
 
 
@@ -65,7 +79,8 @@ def test_crps_is_proper():
     assert min(scores, key=scores.get) == 1.69
 
 
-# --- one pass ---------------------------------------------------------------------------------------------------------
+# --- one pass
+# ---------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("level", ["cell", "perturbation"])
 def test_one_pass_gives_the_means_of_a_loop_whatever_the_block(bold, level, monkeypatch):
@@ -83,8 +98,11 @@ def test_one_pass_gives_the_means_of_a_loop_whatever_the_block(bold, level, monk
         if level == "cell":
             error = bold.observed[rows].toarray().astype(float) - bold.cells_predicted(rows)
             variance = bold.variance[rows].astype(float)
-        assert a.scores.loc[i, "mse"] == pytest.approx((error**2).mean()) and a.scores.loc[i, "variance"] == pytest.approx(variance.mean(), rel=1e-5)
-        assert a.scores.loc[i, "nll"] == pytest.approx(-stats.norm.logpdf(error, 0, np.sqrt(variance)).mean(), rel=1e-5)
+        assert a.scores.loc[i, "mse"] == pytest.approx(
+            (error**2).mean()) and a.scores.loc[i, "variance"] == pytest.approx(variance.mean(), rel=1e-5)
+        assert a.scores.loc[i,
+                            "nll"] == pytest.approx(-stats.norm.logpdf(error, 0, np.sqrt(variance)).mean(),
+                                                    rel=1e-5)
         assert a.covered[i, 15] == pytest.approx((np.abs(error) <= stats.norm.ppf(.9)*np.sqrt(variance)).mean())
 
 
@@ -94,7 +112,8 @@ def test_coverage_is_that_of_the_metrics(bold):
     assert c.calibrate(bold, "cell").covered[:, 15] == pytest.approx(cell_coverage(pb, bold, .8))
 
 
-# --- honest, bold, perfect, shuffled ----------------------------------------------------------------------------------
+# --- honest, bold, perfect, shuffled
+# ----------------------------------------------------------------------------------
 
 def test_gaussian_with_its_own_variance_is_honest(honest):
     "Every covered share within its binomial 99.99 % interval; ECE near 0; CRPS the closed form σ/√π."
@@ -102,9 +121,11 @@ def test_gaussian_with_its_own_variance_is_honest(honest):
     n = honest.observed.shape[0]*40
     for p, share in zip(cal.nominal, cal.covered.mean(0)): assert abs(share - p) < 3.9*np.sqrt(p*(1 - p)/n)
     assert c.calibration_error(cal.covered, cal.nominal) < .005
-    sd = np.linspace(.2, .8, 30).reshape(-1, 2).mean(1)[cal.conditions["condition"].str.extract(r"G(\d+)", expand=False).astype(int)]
+    sd = np.linspace(.2, .8, 30).reshape(-1, 2).mean(1)[cal.conditions["condition"].str.extract(
+        r"G(\d+)", expand=False).astype(int)]
     assert cal.scores["crps"].to_numpy() == pytest.approx(sd/np.sqrt(np.pi), rel=.06)
-    means = c.calibrate(replace(honest, delta_variance=honest.delta_variance/2), "perturbation")   # guides add their sds, true means are independent
+    means = c.calibrate(replace(honest, delta_variance=honest.delta_variance/2),
+                        "perturbation")  # guides add their sds, true means are independent
     assert c.calibration_error(means.covered, means.nominal) < .05
 
 
@@ -126,8 +147,11 @@ def test_shuffled_variances_are_chance_within_its_interval(honest, level):
     assert (true["mean"] > true["chance_high"]).all() and (true["mean"] > .5).all()
     inside, means = [], []
     for seed in range(20):
-        table = c.uncertainty_table(c.error_and_variance(c.dealt_variance(honest, seed), level), n=60, seed=seed)
-        inside.append((table["mean"] >= table["chance_low"]) & (table["mean"] <= table["chance_high"])); means.append(table["mean"])
+        table = c.uncertainty_table(c.error_and_variance(c.dealt_variance(honest, seed), level),
+                                    n=60,
+                                    seed=seed)
+        inside.append((table["mean"] >= table["chance_low"]) & (table["mean"] <= table["chance_high"]))
+        means.append(table["mean"])
     assert np.mean(inside) > .8
     assert (np.abs(np.mean(means, 0)) < 4*stats.sem(means, 0)).all()
 
@@ -154,7 +178,9 @@ def test_risk_is_the_mean_error_of_what_is_kept(bold):
     assert curve.query("order == 'error'")["risk"].to_numpy() == pytest.approx(kept.to_numpy())
     distinct = table.assign(variance=np.random.default_rng(0).permutation(len(table)))
     expected = distinct.sort_values("variance")["error"].expanding().mean()
-    assert c.risk_coverage(distinct, 10**9).query("order == 'variance'")["risk"].to_numpy() == pytest.approx(expected.to_numpy())
+    assert c.risk_coverage(distinct,
+                           10**9).query("order == 'variance'")["risk"].to_numpy() == pytest.approx(
+                               expected.to_numpy())
     assert len(c.risk_coverage(table, 50)) == 100 and c.risk_coverage(table, 50)["kept"].iloc[-1] == 1
 
 
@@ -166,7 +192,8 @@ def test_table_of_errors_has_every_cell_with_its_own(bold):
     assert table["variance"].to_numpy() == pytest.approx(bold.variance.mean(1), rel=1e-5)
 
 
-# --- repairs ----------------------------------------------------------------------------------------------------------
+# --- repairs
+# ----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("level", ["cell", "perturbation"])
 @pytest.mark.parametrize("kind", ["scale", "conformal"])
@@ -178,7 +205,8 @@ def test_a_repair_learned_elsewhere_restores_coverage(bold, level, kind):
     assert errors[0] > .1 and errors[1] < .05
     if kind == "scale":
         if level == "cell": assert fit.scale == pytest.approx(4, rel=.02)
-        assert after.scores["crps"].mean() < before.scores["crps"].mean() and after.scores["nll"].mean() < before.scores["nll"].mean()
+        assert after.scores["crps"].mean() < before.scores["crps"].mean() and after.scores["nll"].mean(
+        ) < before.scores["nll"].mean()
     else: assert after.scores[["crps", "nll"]].isna().all(None)
 
 
@@ -193,11 +221,15 @@ def test_conformal_needs_no_shape(honest):
     "Errors with heavy tails: the factor misses the levels, the conformal widths do not."
     heavy = stats.t(3)
     test, val = known(noise=heavy), known(noise=heavy, seed=5)
-    error = {k: c.calibration_error((x := c.calibrate(test, "cell", c.fit_recalibration(val, k))).covered, x.nominal) for k in ("scale", "conformal")}
+    error = {
+        k: c.calibration_error((x := c.calibrate(test, "cell", c.fit_recalibration(val, k))).covered,
+                               x.nominal) for k in ("scale", "conformal")
+    }
     assert error["scale"] > .05 and error["conformal"] < .01
     fit = c.fit_recalibration(val, "conformal")
     z = np.abs(val.observed.toarray() - val.cells_predicted())/np.sqrt(val.variance)
-    assert fit.half_width([.5, .9]) == pytest.approx(np.quantile(z, [.5, .9]), rel=.01)     # equal groups: plain quantiles
+    assert fit.half_width([.5, .9]) == pytest.approx(np.quantile(z, [.5, .9]),
+                                                     rel=.01)  # equal groups: plain quantiles
 
 
 def test_constant_is_the_mean_squared_error_of_each_gene_with_conditions_alike(bold):
@@ -216,15 +248,21 @@ def test_a_bent_order_cannot_be_repaired(bold):
     assert a == pytest.approx(b)
 
 
-# --- tables and bad input ---------------------------------------------------------------------------------------------
+# --- tables and bad input
+# ---------------------------------------------------------------------------------------------
 
 def test_table_and_curve(bold):
-    cals = [c.calibrate(bold, level, r) for level in ("cell", "perturbation") for r in (c.Recalibration(), c.fit_recalibration(bold, "conformal", level))]
+    cals = [
+        c.calibrate(bold, level, r) for level in ("cell", "perturbation")
+        for r in (c.Recalibration(), c.fit_recalibration(bold, "conformal", level))
+    ]
     table = c.calibration_table(cals, n=100)
     assert table["recalibration"].tolist() == ["as predicted", "conformal"]*2 and table["n"].tolist() == [15]*4
-    assert (table["ece_low"] <= table["ece_high"]).all() and table["covered_80"].iloc[0] == pytest.approx(cals[0].covered[:, 15].mean())
+    assert (table["ece_low"] <= table["ece_high"]).all() and table["covered_80"].iloc[0] == pytest.approx(
+        cals[0].covered[:, 15].mean())
     curve = c.coverage_curve(cals[0], n=100)
-    assert len(curve) == 19 and (curve["low"] <= curve["covered"]).all() and (curve["covered"] <= curve["high"]).all()
+    assert len(curve) == 19 and (curve["low"] <= curve["covered"]).all() and (curve["covered"]
+                                                                              <= curve["high"]).all()
     one = c.calibrate(known(P=2), "perturbation")
     assert np.isnan(c.calibration_table([one])[["ece_low", "crps_high"]].to_numpy()).all()
 
@@ -235,13 +273,16 @@ def no_variance(ps): return ps.with_prediction("train_mean", ps.delta)
 @pytest.mark.parametrize("call, message", [
     (lambda s: c.calibrate(s, "gene"), "level: found 'gene'"),
     (lambda s: c.calibrate(no_variance(s)), "train_mean: predicts no variance of a cell"),
-    (lambda s: c.calibrate(no_variance(s), "perturbation"), "train_mean: predicts no variance of a perturbation mean"),
+    (lambda s: c.calibrate(no_variance(s), "perturbation"), "train_mean: predicts no variance of a "
+                                                            "perturbation mean"),
     (lambda s: c.error_and_variance(no_variance(s)), "predicts no variance"),
     (lambda s: c.fit_recalibration(s, "isotonic"), "kind: found 'isotonic'"),
     (lambda s: c.fit_recalibration(replace(s, variance=np.zeros_like(s.variance))), "variances are 0"),
-    (lambda s: c.calibrate(s, "perturbation", c.fit_recalibration(s, "scale", "cell")), "recalibration: was learned for a cell"),
+    (lambda s: c.calibrate(s, "perturbation", c.fit_recalibration(s, "scale", "cell")), "recalibration: was "
+                                                                                        "learned for a cell"),
     (lambda s: c.calibrate(s, "cell", replace(c.fit_recalibration(s, "constant"), gene_variance=np.ones(3))), "recalibration: has 3 genes"),
-    (lambda s: c.calibrate(s, "cell", c.fit_recalibration(s, "conformal"), nominal=(.5, .99)), "levels: found 0.99"),
+    (lambda s: c.calibrate(s, "cell", c.fit_recalibration(s, "conformal"), nominal=(.5, .99)), "levels: "
+                                                                                               "found 0.99"),
     (lambda s: c.calibration_table([c.calibrate(s)], at=(.99,)), "at: 0.99"),
 ])
 def test_bad_input_is_named(honest, call, message):
@@ -252,6 +293,8 @@ def test_a_variance_of_zero_leaves_out_what_cannot_repair_it(honest):
     variance = np.array(honest.variance, float)
     variance[0, 0] = 0
     stuck = replace(honest, variance=variance)
-    with pytest.raises(c.ZeroVarianceError, match="1 predicted variances are 0"): c.fit_recalibration(stuck, "scale", "cell")
-    with pytest.warns(UserWarning, match="'scale' left out"): cals = c.compare_calibrations([stuck], [stuck], levels=("cell",))
+    with pytest.raises(c.ZeroVarianceError, match="1 predicted variances are 0"):
+        c.fit_recalibration(stuck, "scale", "cell")
+    with pytest.warns(UserWarning, match="'scale' left out"):
+        cals = c.compare_calibrations([stuck], [stuck], levels=("cell", ))
     assert len(cals) == 2  # as predicted, and constant

@@ -44,7 +44,9 @@ from test_datasets import Server, warned
 
 RNG = np.random.default_rng(0)
 DNA = ["".join(RNG.choice(list("ACGT"), 20)) for _ in range(40)]
-TABLE_S1 = dict(guide=("sgID_A", "sgID_B"), gene="gene", sequence=("targeting sequence A", "targeting sequence B"))
+TABLE_S1 = dict(guide=("sgID_A", "sgID_B"),
+                gene="gene",
+                sequence=("targeting sequence A", "targeting sequence B"))
 SPELLED = Companion(file="t.csv", **TABLE_S1)
 UNIPROT = dict(gene="Gene Names (primary)", sequence=("Sequence",))
 
@@ -85,7 +87,8 @@ def kmers(sequence):
     return featurize("kmer", {"x": sequence}, modality=Modality.DNA, cache=False, progress=False).values[0]
 
 
-# --- 1 tables ---------------------------------------------------------------------------------------------------------
+# --- 1 tables
+# ---------------------------------------------------------------------------------------------------------
 
 def test_a_workbook_is_read_as_it_was_written(tmp_path):
     path = tmp_path/"t.xlsx"
@@ -112,7 +115,8 @@ def test_every_kind_of_table_is_the_same_table(tmp_path):
         pd.testing.assert_frame_equal(read_table(tmp_path/name), table)
 
 
-# --- 2 guides ---------------------------------------------------------------------------------------------------------
+# --- 2 guides
+# ---------------------------------------------------------------------------------------------------------
 
 def test_without_guides_an_action_is_the_mean_over_all_pairs_of_its_target():
     plain = loaded()
@@ -128,7 +132,8 @@ def test_without_guides_an_action_is_the_mean_over_all_pairs_of_its_target():
         p = table.condition.index(f"{gene}+ctrl")
         found = actions.features[p, 0].numpy()
         assert table.guide_seqs[p] == tuple(used)
-        by_pair = [(kmers(a) + kmers(b))/2 for a, b in zip(used[::2], used[1::2])]  # as the release averages a pair
+        by_pair = [(kmers(a) + kmers(b))/2
+                   for a, b in zip(used[::2], used[1::2])]  # as the release averages a pair
         np.testing.assert_allclose(found, np.mean(by_pair, 0), atol=1e-6)
     assert not actions.present[table.condition.index("ctrl")].any()
     several = "2 have several pairs, whose features are averaged"
@@ -157,7 +162,8 @@ def test_a_file_that_names_guides_is_joined_by_name_whatever_the_comma():
     assert [tuple(filter(None, row)) for row in rows] == expected
     line = "guide_seq of t: 2 of 3 guides by name, not C_P9a|C_P9b; 1 of 1 targets by gene; 1 have several pairs"
     assert history(adata)[-1].startswith(line)
-    with pytest.warns(UserWarning, match=r"1 of 3 guides have no kmer feature and get the mean one: C_P9a\|C_P9b"):
+    with pytest.warns(UserWarning,
+                      match=r"1 of 3 guides have no kmer feature and get the mean one: C_P9a\|C_P9b"):
         bank = default_features(adata, ActionTable.from_anndata(adata))[0]
     np.testing.assert_allclose(bank.rows(["C_P9a|C_P9b"])[0], bank.values[:-1].mean(0), atol=1e-6)
 
@@ -190,13 +196,15 @@ def test_the_library_of_the_screen(shared):
     for condition, rows in adata.obs.astype(str).groupby("condition"):
         assert set(rows.iloc[0].filter(like="guide_seq_")) - {""} == of_gene.get(condition, set())
     once = table["gene"].value_counts().loc[lambda n: n == 1].index + "+ctrl"
-    single = obs["condition"].isin(once) & (obs["guide_seq_a"].astype(str) != "nan")    # the twin lacks one target's
+    single = obs["condition"].isin(once) & (obs["guide_seq_a"].astype(str) != "nan"
+                                            )  # the twin lacks one target's
     assert single.mean() > .5
     for name in ("guide_seq_a", "guide_seq_b"):
         assert (adata.obs.loc[single, name].astype(str) == obs.loc[single, name].astype(str)).all()
 
 
-# --- 3 barcodes -------------------------------------------------------------------------------------------------------
+# --- 3 barcodes
+# -------------------------------------------------------------------------------------------------------
 
 def raw_file(path, screen, spoil=lambda obs: obs):
     "The raw file of the same cells: every cell of B and C alternates between its first two pairs."
@@ -245,10 +253,12 @@ def test_missing_ambiguous_and_contradicting_barcodes_leave_a_cell_without_a_gui
 
 def test_a_raw_file_of_something_else_is_refused(tmp_path):
     raw_file(tmp_path/"raw.h5ad", cells(), lambda obs: obs.set_axis([f"T{i}" for i in range(len(obs))]))
-    with pytest.raises(SchemaError, match="raw.h5ad: none of its barcodes, such as T0, T1, is that of a cell of"):
+    with pytest.raises(SchemaError,
+                       match="raw.h5ad: none of its barcodes, such as T0, T1, is that of a cell of"):
         join_barcodes(loaded(), read_barcodes(tmp_path/"raw.h5ad"), "raw.h5ad")
     cells().write_h5ad(tmp_path/"plain.h5ad")
-    with pytest.raises(SchemaError, match="plain.h5ad: found no column sgID_AB, gene; there are condition, cell_type"):
+    with pytest.raises(SchemaError,
+                       match="plain.h5ad: found no column sgID_AB, gene; there are condition, cell_type"):
         read_barcodes(tmp_path/"plain.h5ad")
     (tmp_path/"text.h5ad").write_text("no")
     with pytest.raises(SchemaError, match=r"text.h5ad: its table of cells \(obs\) cannot be read"):
@@ -258,7 +268,8 @@ def test_a_raw_file_of_something_else_is_refused(tmp_path):
         read_barcodes("none.h5ad", read_card("replogle_k562_essential").companions["barcodes"])
 
 
-# --- 4 proteins -------------------------------------------------------------------------------------------------------
+# --- 4 proteins
+# -------------------------------------------------------------------------------------------------------
 
 def uniprot(primary=("A1", "B; B2", "B", "C", "D", None)):
     "Six entries: A1 was A, B has two entries, one of them also for B2, two claim the name TWICE, one has no gene."
@@ -270,21 +281,26 @@ def uniprot(primary=("A1", "B; B2", "B", "C", "D", None)):
 def test_proteins_by_primary_name_then_by_a_synonym_that_one_entry_claims(tmp_path):
     uniprot().to_csv(tmp_path/"u.tsv", sep="\t", index=False)
     found = read_proteins(tmp_path/"u.tsv", read_card("replogle_k562_essential").companions["proteins"])
-    primary = dict(A1="MAAA", B="MBLONGER", B2="MB", C="MC", D="MD")     # A1 is somebody's primary name: not C's
+    primary = dict(A1="MAAA", B="MBLONGER", B2="MB", C="MC",
+                   D="MD")  # A1 is somebody's primary name: not C's
     assert found["sequence"].to_dict() == primary | dict(A="MAAA", OLD="MAAA")
     assert set(found.index[found["primary"]]) == set(primary)
     adata = quiet(join_proteins, loaded(conditions=("ctrl", "A+ctrl", "B+ctrl", "TWICE+ctrl")), found, "u.tsv")
     assert adata.uns["protein_sequences"] == dict(A="MAAA", B="MBLONGER")
-    assert history(adata)[-1] == "protein_sequences of u.tsv: 2 of 3 targets, not TWICE; 1 of them by a synonym, e.g. A"
+    assert history(adata)[
+        -1] == "protein_sequences of u.tsv: 2 of 3 targets, not TWICE; 1 of them by a synonym, e.g. A"
     assert set(read_proteins(uniprot().drop(columns="Gene Names (synonym)")).index) == set(primary)
     cut = pd.concat([uniprot(), pd.DataFrame({"Entry": ["Error encountered when streaming data."]})])
-    with pytest.raises(SchemaError, match="1 rows have no 'Sequence', the first begins with 'Error encountered"):
+    with pytest.raises(SchemaError,
+                       match="1 rows have no 'Sequence', the first begins with 'Error encountered"):
         read_proteins(cut)
-    with pytest.raises(SchemaError, match="u: knows none of the 3 targets, such as A; its own names begin with Z"):
+    with pytest.raises(SchemaError,
+                       match="u: knows none of the 3 targets, such as A; its own names begin with Z"):
         join_proteins(loaded(), pd.DataFrame(dict(sequence=["M"], primary=True), index=["Z"]), "u")
 
 
-# --- 5 fetching -------------------------------------------------------------------------------------------------------
+# --- 5 fetching
+# -------------------------------------------------------------------------------------------------------
 
 def small_card(**more):
     columns = dict(cell_type="cell_type", batch_pattern=r"-(\d+)$", mode="crispri")
@@ -313,7 +329,8 @@ def test_a_companion_is_fetched_like_a_dataset(tmp_path):
     assert record["sha256"] == file_hash(path) and record["url"] == server.url
     assert fetch_companion(card, "guides", tmp_path, offline=True) == path
     path.write_bytes(body + b"x")
-    with pytest.raises(DownloadError, match="its checksum .* delete it"): fetch_companion(card, "guides", tmp_path)
+    with pytest.raises(DownloadError, match="its checksum .* delete it"):
+        fetch_companion(card, "guides", tmp_path)
 
 
 @pytest.mark.parametrize("file", ["t.csv", "t.csv.gz", "t.xlsx", "t.parquet"])
@@ -321,13 +338,15 @@ def test_a_web_page_instead_of_a_table_is_recognised(tmp_path, file):
     message = f"small, guides: the server sent 29 bytes that are no .*, beginning with .*robot.*the file as .*{file}"
     with Server(b"", ["page"]) as server:
         card = small_card(companions=guides_at(server.url, file))
-        with pytest.raises(DownloadError, match=message): fetch_companion(card, "guides", tmp_path, progress=False)
+        with pytest.raises(DownloadError, match=message):
+            fetch_companion(card, "guides", tmp_path, progress=False)
         assert server.requests == 1 and not any(p.is_file() for p in tmp_path.rglob("*"))
 
 
 def test_a_checksum_on_the_card_is_enforced_also_for_a_file_placed_by_hand(tmp_path):
     card = small_card(companions=guides_at(None, "t.csv", sha256="0"*64))
-    with pytest.raises(DownloadError, match=r"small, guides: its card has no url; put the file at .*small/t.csv"):
+    with pytest.raises(DownloadError,
+                       match=r"small, guides: its card has no url; put the file at .*small/t.csv"):
         fetch_companion(card, "guides", tmp_path)
     (tmp_path/"small").mkdir()
     library().to_csv(tmp_path/"small/t.csv")
@@ -342,11 +361,13 @@ def test_addresses_and_names_on_the_cards():
         assert read_card(name).companions["proteins"].url.startswith("https://rest.uniprot.org/")
         for companion in read_card(name).companions.values():
             assert companion.evidence != "unverified" and companion.licence != "not stated"
-    with pytest.raises(ValueError, match="companions.proteinz"): small_card(companions=dict(proteinz=dict(file="x")))
+    with pytest.raises(ValueError, match="companions.proteinz"):
+        small_card(companions=dict(proteinz=dict(file="x")))
     with pytest.raises(ValueError, match="pattern"): Companion(file="../x.csv")
 
 
-# --- all of it by name ------------------------------------------------------------------------------------------------
+# --- all of it by name
+# ------------------------------------------------------------------------------------------------
 
 def test_a_screen_comes_with_its_companions_and_tables_of_ones_own_take_their_place(place):
     first, second = library().to_csv(index=False), uniprot().to_csv(index=False, sep="\t")
@@ -358,7 +379,8 @@ def test_a_screen_comes_with_its_companions_and_tables_of_ones_own_take_their_pl
                    proteins=pd.DataFrame(dict(gene=list("ABC"), sequence="MKV")))
         other = quiet(load_screen, card, **own, folder=place, offline=True)
         assert (guides.requests, proteins.requests) == (1, 1)
-    assert set(adata.uns["protein_sequences"]) == {"B", "C"} and "guide_seq_f" in adata.obs     # A only by a synonym
+    assert set(adata.uns["protein_sequences"]) == {"B", "C"
+                                                   } and "guide_seq_f" in adata.obs  # A only by a synonym
     assert other.uns["protein_sequences"] == dict.fromkeys("ABC", "MKV")
     assert set(other.obs.loc[other.obs["condition"] == "C+ctrl", "guide_seq_a"]) == {DNA[0]}
     raw_file(place/"raw.h5ad", cells())
@@ -377,7 +399,8 @@ def test_what_a_missing_companion_means_is_the_callers_choice(place):
         assert load_screen(card, companions="skip", folder=place).obs.equals(adata.obs) and server.requests == 2
 
 
-# --- 6 features -------------------------------------------------------------------------------------------------------
+# --- 6 features
+# -------------------------------------------------------------------------------------------------------
 
 CARD = """name = "small"
 title = "small"
@@ -428,7 +451,8 @@ def test_kmers_take_what_there_is_and_say_what_there_is_not(elsewhere):
     message = "features: the data hold neither .*-p features kmer.*-p guides TABLE.*-p relations FILE"
     found = warned(lambda: data_of(of_small(), elsewhere))
     texts = [str(w.message) for w in found if "left out" in str(w.message)]
-    assert len(texts) == 2 and "g.csv; the guides are left out" in texts[0] and "p.tsv; the proteins" in texts[1]
+    assert len(
+        texts) == 2 and "g.csv; the guides are left out" in texts[0] and "p.tsv; the proteins" in texts[1]
     adata, split = quiet(data_of, of_small(), elsewhere)
     with pytest.raises(ValueError, match=message): describe_actions(adata, split)
     library(OF_FIVE).to_csv(elsewhere/"own.csv", index=False)
@@ -461,12 +485,17 @@ def test_missing_weights_say_where_they_belong_and_what_would_do_instead(elsewhe
     message = rf"esm2_t6_8M_UR50D.pt.*to {models}/esm2_t6_8M_UR50D.pt.*-p features kmer.*-p relations FILE"
     with pytest.raises(MissingWeightsError, match=message): describe_actions(adata, split, data=config)
     models.mkdir()
-    write_random_esm2(elsewhere, layers=1)[1].rename(models/"esm2_t6_8M_UR50D")      # the other format is as good
+    write_random_esm2(elsewhere,
+                      layers=1)[1].rename(models/"esm2_t6_8M_UR50D")  # the other format is as good
     with pytest.raises(MissingWeightsError, match=r"NTv3_650M_pre.*gated.*-p features kmer"):
         describe_actions(adata, split, data=config)
-    tokens, residues = (pretrained_features(adata.uns["protein_sequences"], Modality.PROTEIN, pooling, cache=False,
+    tokens, residues = (pretrained_features(adata.uns["protein_sequences"],
+                                            Modality.PROTEIN,
+                                            pooling,
+                                            cache=False,
                                             progress=False) for pooling in ("tokens", "residues"))
-    assert tokens.provenance["featurizer"] == "esm2_hf" and "start and end included" in tokens.provenance["pooling"]
+    assert tokens.provenance["featurizer"] == "esm2_hf" and "start and end included" in tokens.provenance[
+        "pooling"]
     assert tokens.width == 320 and np.abs(tokens.values - residues.values).max() > 1e-2
 
 
@@ -488,6 +517,10 @@ def test_the_environment_moves_cards_and_downloads_for_a_process_of_its_own(else
             "adata = load_screen('small', companions='skip', offline=True)\n"
             "print(adata.n_obs, adata.uns['biojepa']['source'])")
     moved = {f"BIOJEPA_{name.upper()}": str(elsewhere/name) for name in ("cards", "raw")}
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, cwd=elsewhere,
-                          env={**os.environ, **moved, "PYTHONPATH": str(PATHS.root)}, timeout=300)
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code],
+                          capture_output=True,
+                          text=True,
+                          cwd=elsewhere,
+                          env={**os.environ, **moved, "PYTHONPATH": str(PATHS.root)},
+                          timeout=300)
     assert done.stdout.split() == ["24", "small"], done.stderr[-2000:]

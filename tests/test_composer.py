@@ -23,7 +23,8 @@ def batch(b, a, seed, width=7):
     g = torch.Generator().manual_seed(seed)
     modality, mode = torch.randint(3, (b, a), generator=g), torch.randint(len(Mode), (b, a), generator=g)
     features, present = torch.randn(b, a, width, generator=g), torch.rand(b, a, generator=g) < 0.7
-    within = torch.arange(width) < torch.tensor([WIDTHS[Modality(m)] for m in modality.flatten().tolist()]).view(b, a, 1)
+    within = torch.arange(width) < torch.tensor([WIDTHS[Modality(m)]
+                                                 for m in modality.flatten().tolist()]).view(b, a, 1)
     return ActionBatch(features*within, modality, mode, present)
 
 
@@ -42,13 +43,15 @@ def one_by_one(composer, actions):
 def test_published_parameter_count():
     composer = ActionComposer()
     assert n_params(composer) == n_params(composer, trainable=True) == 882_880
-    assert n_params(composer.content) == 840_640 and n_params(composer.mode) == 640 and n_params(composer.film) == 2*(64*320 + 320)
+    assert n_params(composer.content) == 840_640 and n_params(composer.mode) == 640 and n_params(
+        composer.film) == 2*(64*320 + 320)
 
 
 def test_initial_weights():
     "The other form; the released one is in test_as_released.py."
     composer = ActionComposer(initial_values="fan_in")
-    for module, fan_in in [(composer.content["PROTEIN"], 320), (composer.content["CHEMICAL"], 768), (composer.content["DNA"], 1536), (composer.mode, 64)]:
+    for module, fan_in in [(composer.content["PROTEIN"], 320), (composer.content["CHEMICAL"], 768),
+                           (composer.content["DNA"], 1536), (composer.mode, 64)]:
         assert 0.8 < module.weight.std()*fan_in**0.5 < 0.95 and module.weight.abs().max() <= 2/fan_in**0.5
     assert not any(p.any() for p in composer.film.parameters())
 
@@ -68,21 +71,26 @@ def test_matches_tokens_one_by_one(b, a, seed):
     torch.testing.assert_close(out, expected)
     assert not out[~actions.present].any()
     if actions.present.any():
-        for x, e in zip(*(torch.autograd.grad(o.square().sum(), [*composer.parameters()], allow_unused=True, materialize_grads=True)
-                          for o in (out, expected))): torch.testing.assert_close(x, e, rtol=1e-4, atol=1e-4)
+        for x, e in zip(*(torch.autograd.grad(
+                o.square().sum(), [*composer.parameters()], allow_unused=True, materialize_grads=True)
+                          for o in (out, expected))):
+            torch.testing.assert_close(x, e, rtol=1e-4, atol=1e-4)
 
 
 def test_padding_the_features_changes_nothing():
     composer, actions = make(), batch(4, 3, 1)
-    torch.testing.assert_close(composer(actions), composer(actions._replace(features=torch.nn.functional.pad(actions.features, (0, 9)))))
+    torch.testing.assert_close(
+        composer(actions),
+        composer(actions._replace(features=torch.nn.functional.pad(actions.features, (0, 9)))))
 
 
 def test_absent_tokens_may_hold_anything():
     composer, actions = make(), batch(6, 3, 2)
     absent = ~actions.present
     assert absent.any()
-    garbage = ActionBatch(actions.features.masked_fill(absent[..., None], float("nan")), actions.modality.masked_fill(absent, -7),
-                          actions.mode.masked_fill(absent, 99), actions.present)
+    garbage = ActionBatch(actions.features.masked_fill(absent[..., None], float("nan")),
+                          actions.modality.masked_fill(absent, -7), actions.mode.masked_fill(absent, 99),
+                          actions.present)
     assert torch.equal(composer(actions), composer(garbage))
 
 
@@ -98,14 +106,19 @@ def test_only_the_modalities_of_a_batch_are_run():
     for name, linear in composer.content.items():
         linear.register_forward_hook(lambda module, args, out, name=name: ran.append((name, len(args[0]))))
     composer(actions)
-    assert dict(ran) == {m.name: n for m in Modality if (n := int((actions.present & (actions.modality == m)).sum()))}
+    assert dict(ran) == {
+        m.name: n for m in Modality if (n := int((actions.present & (actions.modality == m)).sum()))
+    }
     ran.clear()
     composer(actions._replace(modality=torch.zeros(4, 2).long(), features=actions.features[..., :3]))
     assert [name for name, _ in ran] == ["PROTEIN"]
 
 
 def test_a_narrow_batch_is_enough_for_narrow_modalities():
-    protein = ActionBatch(torch.randn(2, 1, 3), torch.zeros(2, 1).long(), torch.zeros(2, 1).long(), torch.ones(2, 1).bool())
+    protein = ActionBatch(torch.randn(2, 1, 3),
+                          torch.zeros(2, 1).long(),
+                          torch.zeros(2, 1).long(),
+                          torch.ones(2, 1).bool())
     assert make()(protein).shape == (2, 1, 4)
 
 
@@ -119,19 +132,22 @@ def test_modes_bend_the_same_content_differently():
 def test_autocast_and_half_precision(dtype):
     composer, actions = make(), batch(5, 3, 4)
     expected = composer(actions)
-    with torch.autocast("cpu", dtype=torch.bfloat16): out = composer(actions._replace(features=actions.features.to(dtype)))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = composer(actions._replace(features=actions.features.to(dtype)))
     assert out.dtype in (torch.bfloat16, torch.float32)     # a bfloat16 product scaled and shifted
     torch.testing.assert_close(out.float(), expected, rtol=0.1, atol=0.1)
     out.sum().backward()
 
 
 def test_pooled_is_the_mean_of_present_tokens():
-    latents, present = torch.randn(3, 4, 5, requires_grad=True), torch.tensor([[1, 0, 1, 0], [0, 0, 0, 1], [1, 1, 1, 1]]).bool()
+    latents = torch.randn(3, 4, 5, requires_grad=True)
+    present = torch.tensor([[1, 0, 1, 0], [0, 0, 0, 1], [1, 1, 1, 1]]).bool()
     expected = torch.stack([z[p].mean(0) for z, p in zip(latents, present)])
     torch.testing.assert_close(pooled(latents, present), expected)
     garbage = latents.detach().masked_fill(~present[..., None], float("nan"))
     torch.testing.assert_close(pooled(garbage, present), expected)
-    torch.testing.assert_close(*(torch.autograd.grad(x.square().sum(), latents)[0] for x in (pooled(latents, present), expected)))
+    torch.testing.assert_close(*(torch.autograd.grad(x.square().sum(), latents)[0]
+                                 for x in (pooled(latents, present), expected)))
 
 
 def changed(**fields):
@@ -152,10 +168,15 @@ def put(value, *at):
     (changed(modality=put(-1, 0, 1)), r"modality: found -1 at \[row, token\] \[0, 1\]"),
     (changed(mode=put(10, 1, 1)), r"mode: found 10 at \[row, token\] \[1, 1\]; the model knows 0 to 9"),
     (changed(mode=put(-1, 1, 1)), r"mode: found -1 at"),
-    (changed(features=put(float("nan"), 1, 0, 6)), r"features: NaN or infinite values at \[row, token\] \[1, 0\]"),
-    (changed(features=put(float("inf"), 0, 1, 0)), r"features: NaN or infinite values at \[row, token\] \[0, 1\]"),
-    (changed(features=lambda t: t*0 + 1, modality=lambda t: t*0), r"the PROTEIN token at \[row, token\] \[0, 1\] goes on past column 3"),
-    (changed(features=lambda t: t[..., :5], modality=lambda t: t*0 + 2), r"features: found width 5, but the DNA token at \[row, token\] \[0, 1\] needs 7"),
+    (changed(features=put(float("nan"), 1, 0, 6)), r"features: NaN or infinite values at \[row, token\] "
+                                                   r"\[1, 0\]"),
+    (changed(features=put(float("inf"), 0, 1, 0)), r"features: NaN or infinite values at \[row, token\] "
+                                                   r"\[0, 1\]"),
+    (changed(features=lambda t: t*0 + 1, modality=lambda t: t*0), r"the PROTEIN token at \[row, token\] \[0, "
+                                                                  r"1\] goes on past column 3"),
+    (changed(features=lambda t: t[..., :5], modality=lambda t: t*0 + 2), r"features: found width 5, but the "
+                                                                         r"DNA token at \[row, token\] \[0, "
+                                                                         r"1\] needs 7"),
     (changed(features=lambda t: t[..., 0]), r"actions: found features \(2, 2\)"),
     (changed(mode=lambda t: t[:1]), r"mode \(1, 2\)"),
     (changed(present=lambda t: t.long()), r"present \(2, 2\) of torch.int64"),
@@ -165,4 +186,5 @@ def test_refusals(actions, said):
 
 
 def test_pooling_nothing_is_refused():
-    with pytest.raises(ValueError, match="present: row 1 has no action token"): pooled(torch.zeros(2, 2, 3), torch.tensor([[1, 0], [0, 0]]).bool())
+    with pytest.raises(ValueError, match="present: row 1 has no action token"):
+        pooled(torch.zeros(2, 2, 3), torch.tensor([[1, 0], [0, 0]]).bool())

@@ -18,8 +18,13 @@ def example(seed=0, noise=.3):
     rng = np.random.default_rng(seed)
     observed = rng.normal(0, .3, (C, G))*(rng.random((C, G)) < .6)
     names = [f"G{i}" for i in range(G)]
-    conditions = pd.DataFrame(dict(condition=[f"G{i}+ctrl" for i in range(C)], cell_type="K562", targets=[(f"G{i}",) for i in range(C)], n_cells=10))
-    return Pseudobulk("guess", tuple(names), conditions, observed, .5*observed + rng.normal(0, noise, (C, G)), np.ones((C, G)), None, np.zeros(G))
+    conditions = pd.DataFrame(
+        dict(condition=[f"G{i}+ctrl" for i in range(C)],
+             cell_type="K562",
+             targets=[(f"G{i}", ) for i in range(C)],
+             n_cells=10))
+    return Pseudobulk("guess", tuple(names), conditions, observed,
+                      .5*observed + rng.normal(0, noise, (C, G)), np.ones((C, G)), None, np.zeros(G))
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +39,8 @@ def largest(pb, i, n):
     return used[np.argsort(-np.abs(pb.observed[i, used]), kind="stable")[:n]]
 
 
-# --- directions -------------------------------------------------------------------------------------------------------
+# --- directions
+# -------------------------------------------------------------------------------------------------------
 
 def test_direction_against_sklearn(pb):
     for i in range(C):
@@ -70,11 +76,13 @@ def test_chance_of_direction_is_the_mean_of_dealt_classes(pb, top):
 def test_bins_by_effect_hold_every_gene_once_and_average_to_the_accuracy(pb):
     table = g.direction_by_effect(pb, .2)
     assert (table.groupby("condition")["n_genes"].sum() == G - 1).all()
-    mean = table.assign(right=table["value"]*table["n_genes"]).groupby("condition", sort=False)["right"].sum()/(G - 1)
+    mean = table.assign(right=table["value"]*table["n_genes"]).groupby("condition",
+                                                                       sort=False)["right"].sum()/(G - 1)
     assert mean.to_numpy() == pytest.approx(g.direction_accuracy(pb, .2))
     low = table[table["high"] <= .2]     # only "unchanged" is observed below the threshold
     unchanged = [(g.direction(pb.predicted[i, others(pb, i)], .2) == 0).mean() for i in range(C)]
-    assert low["chance"].to_numpy() == pytest.approx(np.array(unchanged)[low["condition"].str.extract(r"G(\d+)", expand=False).astype(int)])
+    assert low["chance"].to_numpy() == pytest.approx(
+        np.array(unchanged)[low["condition"].str.extract(r"G(\d+)", expand=False).astype(int)])
 
 
 def test_target_counts_only_if_asked(pb):
@@ -84,15 +92,18 @@ def test_target_counts_only_if_asked(pb):
     assert g.direction_accuracy(other) == pytest.approx(g.direction_accuracy(pb))
     assert g.gene_rankings(other)["value"].to_numpy() == pytest.approx(g.gene_rankings(pb)["value"].to_numpy())
     assert (g.direction_accuracy(other, keep_target=True) != g.direction_accuracy(pb, keep_target=True)).any()
-    assert (g.gene_rankings(other, keep_target=True)["value"] != g.gene_rankings(pb, keep_target=True)["value"]).any()
+    assert (g.gene_rankings(other, keep_target=True)["value"]
+            != g.gene_rankings(pb, keep_target=True)["value"]).any()
 
 
 def test_class_that_is_not_observed_leaves_the_balance_undefined(pb):
     up = np.abs(pb.observed)
-    assert np.isnan(g.direction_balanced(pb._replace(observed=up))).all() and np.isfinite(g.direction_accuracy(pb._replace(observed=up))).all()
+    assert np.isnan(g.direction_balanced(pb._replace(observed=up))).all() and np.isfinite(
+        g.direction_accuracy(pb._replace(observed=up))).all()
 
 
-# --- rankings ---------------------------------------------------------------------------------------------------------
+# --- rankings
+# ---------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("ties", [False, True])
 def test_ndcg_against_sklearn(pb, ties):
@@ -131,7 +142,8 @@ def test_significant_genes_are_relevant(pb):
     table = g.gene_rankings(pb, ks=(20,), de=de).query("quantity == 'precision'")
     size = np.abs(pb.predicted[0, others(pb, 0)])
     assert table["value"].iloc[0] == pytest.approx(np.isin(np.argsort(-size)[:20], np.arange(99, 109)).mean())
-    assert np.isnan(table["value"].iloc[3]) and table["best"].iloc[0] == .5 and table["chance"].iloc[0] == pytest.approx(10/299)
+    assert np.isnan(table["value"].iloc[3]
+                    ) and table["best"].iloc[0] == .5 and table["chance"].iloc[0] == pytest.approx(10/299)
 
 
 def test_constant_prediction_gets_chance_exactly(pb):
@@ -139,7 +151,8 @@ def test_constant_prediction_gets_chance_exactly(pb):
     assert table["value"].to_numpy() == pytest.approx(table["chance"].to_numpy())
 
 
-# --- the best value, and chance ---------------------------------------------------------------------------------------
+# --- the best value, and chance
+# ---------------------------------------------------------------------------------------
 
 def test_perfect_prediction_gets_the_best_value(pb):
     perfect = pb._replace(predicted=pb.observed)
@@ -157,25 +170,35 @@ def test_prediction_shuffled_over_genes_is_chance_within_its_interval():
     for seed in range(12):
         pb, rng = example(seed), np.random.default_rng(100 + seed)
         pb = pb._replace(predicted=np.stack([rng.permutation(r) for r in pb.predicted]))
-        tables = pd.concat([g.gene_rankings(pb), g.direction_by_effect(pb), pd.DataFrame(dict(metric="balanced", value=g.direction_balanced(pb), chance=1/3))])
-        for name, rows in tables.groupby("metric"): differences.setdefault(name, []).append((rows["value"] - rows["chance"]).to_numpy())
+        tables = pd.concat([
+            g.gene_rankings(pb),
+            g.direction_by_effect(pb),
+            pd.DataFrame(dict(metric="balanced", value=g.direction_balanced(pb), chance=1/3))
+        ])
+        for name, rows in tables.groupby("metric"):
+            differences.setdefault(name, []).append((rows["value"] - rows["chance"]).to_numpy())
     for name, values in differences.items():
         values = np.concatenate(values)
         assert abs(values.mean()) < stats.norm.ppf(.99995)*stats.sem(values), name
     assert len(differences) == 4*3 + 6 + 1
 
 
-# --- summaries and bad input ------------------------------------------------------------------------------------------
+# --- summaries and bad input
+# ------------------------------------------------------------------------------------------
 
 def test_means_with_intervals_and_chance(pb):
-    table = pd.concat([g.gene_rankings(pb), g.gene_rankings(pb._replace(name="train_mean", predicted=np.zeros((C, G))))])
+    table = pd.concat(
+        [g.gene_rankings(pb),
+         g.gene_rankings(pb._replace(name="train_mean", predicted=np.zeros((C, G))))])
     curves = g.mean_curves(table, ["method", "quantity", "k"], n=200)
     row = curves.query("method == 'guess' and quantity == 'overlap' and k == 20").iloc[0]
     values = table.query("method == 'guess' and metric == 'overlap@20'")["value"]
-    assert row["mean"] == pytest.approx(values.mean()) and row["low"] < row["mean"] < row["high"] and row["n"] == C
+    assert row["mean"] == pytest.approx(
+        values.mean()) and row["low"] < row["mean"] < row["high"] and row["n"] == C
     summary = g.with_chance(table, n=200).set_index(["metric", "method"])
     assert summary.loc[("overlap@20", "guess"), "difference"] == pytest.approx(values.mean() - 20/(G - 1))
-    assert summary.loc[("overlap@20", "train_mean"), "mean"] == pytest.approx(summary.loc[("overlap@20", "train_mean"), "chance"])
+    assert summary.loc[("overlap@20", "train_mean"),
+                       "mean"] == pytest.approx(summary.loc[("overlap@20", "train_mean"), "chance"])
 
 
 @pytest.mark.parametrize("call, message", [
@@ -183,14 +206,17 @@ def test_means_with_intervals_and_chance(pb):
     (lambda pb: g.direction(pb.observed, -1), "threshold"),
     (lambda pb: g.direction_by_effect(pb, edges=(0, 2, 1)), "edges"),
     (lambda pb: g.gene_rankings(pb, ks=(1000,)), "ks"),
-    (lambda pb: g.gene_rankings(pb, de=DETable(("X",), pb.conditions, *[np.ones((C, 1))]*3)), "de: was made for other genes"),
+    (lambda pb: g.gene_rankings(pb, de=DETable(("X",), pb.conditions, *[np.ones((C, 1))]*3)), "de: was made "
+                                                                                              "for "
+                                                                                              "other genes"),
     (lambda pb: g.mean_curves(pd.DataFrame(dict(value=[1.])), ["method"]), "method"),
 ])
 def test_bad_input_is_named(pb, call, message):
     with pytest.raises(ValueError, match=message): call(pb)
 
 
-# --- as released ------------------------------------------------------------------------------------------------------
+# --- as released
+# ------------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def released_sets():
@@ -198,8 +224,11 @@ def released_sets():
     rng, n_genes, n_cells = np.random.default_rng(3), 80, 9
     names = [(f"T{t}+ctrl|g{i}", f"T{t}+ctrl") for t in range(6) for i in range(2)]
     group = np.repeat(np.arange(len(names)), n_cells)
-    groups = pd.DataFrame(names, columns=["perturbation", "condition"]).assign(cell_type="K562", n_cells=n_cells)
-    cells = groups.loc[group, ["perturbation", "condition", "cell_type"]].assign(batch="0", group=group, control="c")
+    groups = pd.DataFrame(names, columns=["perturbation", "condition"]).assign(cell_type="K562",
+                                                                               n_cells=n_cells)
+    cells = groups.loc[group, ["perturbation", "condition", "cell_type"]].assign(batch="0",
+                                                                                 group=group,
+                                                                                 control="c")
     cells.index = [f"cell{i}" for i in range(len(cells))]
     base, shift = rng.gamma(2, .5, n_genes), rng.normal(0, .5, (len(names), n_genes))
     x, c = (np.maximum(0, base + s + rng.normal(0, .5, (len(cells), n_genes))) for s in (shift[group], 0))
@@ -224,7 +253,10 @@ def test_released_quantities_by_plain_loops(released_sets):
         for p in range(len(s.groups)):
             rows = [i for i in range(len(s)) if s.group[i] == p]
             observed = np.mean([x[i] - c[i] for i in rows], 0)
-            said = [s.control_mean[p] + s.delta[p] - c[i] if s.cell_delta is None else s.cell_delta[i] for i in rows]
+            said = [
+                s.control_mean[p] + s.delta[p] - c[i] if s.cell_delta is None else s.cell_delta[i]
+                for i in rows
+            ]
             predicted = np.mean(said, 0)
             right = np.array([a == b for a, b in zip(classes(observed), classes(predicted))])
             by_size = lambda d, k: set(np.argsort(-np.abs(d))[:k].tolist())
@@ -240,6 +272,7 @@ def test_no_change_is_the_majority_and_the_chance_of_the_released_quantities(rel
     observed = g.paired_pseudobulk(released_sets[0]).observed
     assert table.loc["direction, all genes", "no change"] == pytest.approx((np.abs(observed) < .25).mean())
     assert table.loc["precision@20", "no change"] == pytest.approx(20/80)
-    assert table.loc["direction, all genes", "released"] < table.loc["direction, all genes", "released, no change"]
+    assert table.loc["direction, all genes", "released"] < table.loc["direction, all genes",
+                                                                     "released, no change"]
     with pytest.raises(ValueError, match="'control_mean'.*'train_mean'.*not among"):
         g.released_gene_level(released_sets[:1])

@@ -35,9 +35,10 @@ def test_against_a_dense_eigendecomposition(weights):
     edges = random_graph(weights=weights)
     bank = spectral_embedding(edges, width=8)
     expected, values = dense(edges, list(bank.keys), 8)
-    assert np.diff(values).max() < -1e-4                           # simple eigenvalues: the vectors are unique up to sign
+    assert np.diff(values).max() < -1e-4  # simple eigenvalues: the vectors are unique up to sign
     np.testing.assert_allclose(bank.values, expected, atol=1e-5)
-    assert bank.provenance["smallest_eigenvalue"] == pytest.approx(values[-1], abs=1e-5) and bank.modality is Modality.PROTEIN
+    assert bank.provenance["smallest_eigenvalue"] == pytest.approx(
+        values[-1], abs=1e-5) and bank.modality is Modality.PROTEIN
 
 
 def test_the_order_of_the_edges_does_not_matter():
@@ -53,16 +54,21 @@ def test_repeated_edges_add_up_and_loops_do_not_count():
     edges = random_graph(weights=False)
     twice = pd.concat([edges, edges[:5], pd.DataFrame({"a": ["g001"], "b": ["g001"]})])
     weighted = edges.assign(weight=[2.]*5 + [1.]*(len(edges) - 5))
-    np.testing.assert_allclose(spectral_embedding(twice, width=8).values, spectral_embedding(weighted, width=8).values, atol=1e-5)
+    np.testing.assert_allclose(spectral_embedding(twice, width=8).values,
+                               spectral_embedding(weighted, width=8).values,
+                               atol=1e-5)
 
 
 def test_genes_outside_are_an_error_or_are_listed():
-    edges = pd.concat([random_graph(weights=False), pd.DataFrame({"a": ["X1"], "b": ["X2"]})])      # a second component
-    with pytest.raises(MissingFeatureError, match="no feature for TP53, X1"): spectral_embedding(edges, ["g001", "X1", "TP53"], width=4)
+    edges = pd.concat([random_graph(weights=False),
+                       pd.DataFrame({"a": ["X1"], "b": ["X2"]})])  # a second component
+    with pytest.raises(MissingFeatureError, match="no feature for TP53, X1"):
+        spectral_embedding(edges, ["g001", "X1", "TP53"], width=4)
     with pytest.warns(UserWarning, match="2 of 3 keys have no feature .* dropped: X1, TP53"):
         bank = featurize("graph", edges, genes=["g001", "X1", "TP53"], width=4, missing="drop")
     assert bank.keys == ("g001",)
-    with pytest.raises(ValueError, match="missing: found 'zero'"): spectral_embedding(edges, ["g001"], width=4, missing="zero")
+    with pytest.raises(ValueError, match="missing: found 'zero'"):
+        spectral_embedding(edges, ["g001"], width=4, missing="zero")
 
 
 @pytest.mark.parametrize("edges,options,message", [
@@ -71,7 +77,8 @@ def test_genes_outside_are_an_error_or_are_listed():
     (pd.DataFrame({"a": ["A"], "b": ["B"], "weight": [-1.]}), {}, "weight: found negative"),
     (pd.DataFrame({"a": ["A"], "b": ["B"], "weight": [np.nan]}), {}, "weight: found negative, NaN"),
     (random_graph(), {"width": 40}, "found 40 for a largest connected component of 40 genes"), (random_graph(), {}, "found 320 for"),
-    (pd.DataFrame({"a": [], "b": []}), {}, "component of 0 genes"), ("nowhere.csv", {}, "nowhere.csv: no such file")])
+    (pd.DataFrame({"a": [], "b": []}), {}, "component of 0 genes"), ("nowhere.csv", {}, "nowhere.csv: no "
+                                                                                        "such file")])
 def test_bad_edges_are_named(edges, options, message):
     with pytest.raises(ValueError, match=message): spectral_embedding(edges, **options)
 
@@ -105,12 +112,15 @@ def test_frames_key_columns_and_genes(tmp_path):
     assert table_features(flat, key="gene", modality=Modality.CHEMICAL).width == 2
     assert featurize("table", TABLE, genes=["TP53"]).keys == ("TP53",)
     with pytest.raises(MissingFeatureError, match="SOX2"): featurize("table", TABLE, genes=["TP53", "SOX2"])
-    with pytest.warns(UserWarning, match="1 of 2 keys .*SOX2"): assert len(featurize("table", TABLE, genes=["TP53", "SOX2"], missing="drop")) == 1
+    with pytest.warns(UserWarning, match="1 of 2 keys .*SOX2"):
+        assert len(featurize("table", TABLE, genes=["TP53", "SOX2"], missing="drop")) == 1
 
 
 @pytest.mark.parametrize("table,options,message", [
     (TABLE.reset_index().assign(note="x"), {}, "found no numbers in columns \\['note'\\]"), (TABLE, {"key": "symbol"}, "found no column 'symbol'"),
-    (TABLE.reset_index(drop=True), {}, "found numbers in 0 instead of names"), (TABLE.iloc[[0, 0]], {}, "GATA1 more than once"),
+    (TABLE.reset_index(drop=True), {}, "found numbers in 0 instead of names"), (TABLE.iloc[[0, 0]], {}, "GATA1 "
+                                                                                                        "more "
+                                                                                                        "than once"),
     (TABLE.assign(x=[1, np.nan, 2]), {}, "NaN or infinite values in KLF1"), (TABLE.mul([1, 0, 1], axis=0), {}, "only zeros in KLF1"),
     (TABLE.rename({"KLF1": None}), {}, "rows without a name"), (TABLE[[]], {}, "found no numbers")])
 def test_bad_tables_are_named(table, options, message):
@@ -122,9 +132,13 @@ def test_bad_files_are_named(tmp_path):
     np.savez(tmp_path/"odd.npz", rows=np.ones((1, 2)), more=np.ones((2, 2)))
     np.savez(tmp_path/"short.npz", genes=np.array(["A"]), rows=np.ones((2, 2)))
     (tmp_path/"t.xls").write_bytes(b"")
-    for name, message in {"pickle.npz": "object array, which is a pickle", "odd.npz": "found arrays .*give one 1-D text array",
-                          "short.npz": "found 1 names for 2 rows", "t.xls": "found the ending '.xls'", "no.parquet": "no such file"}.items():
-        with pytest.raises(ValueError, match=f"{name}: .*{message}"): table_features(tmp_path/name)
+    for name, message in {
+            "pickle.npz": "object array, which is a pickle", "odd.npz":
+            "found arrays .*give one 1-D text array", "short.npz": "found 1 names for 2 rows", "t.xls":
+            "found the ending '.xls'", "no.parquet": "no such file"
+    }.items():
+        with pytest.raises(ValueError, match=f"{name}: .*{message}"):
+            table_features(tmp_path/name)
 
 
 # ---------------------------------------------------------------- real relations
@@ -138,4 +152,5 @@ def test_relations_of_the_twins_targets(shared):
         bank = spectral_embedding(shared/"gene_relations.parquet", targets, width=16, missing="drop")
     assert (len(targets), len(bank), bank.width) == (652, 636, 16)
     np.testing.assert_allclose(np.linalg.norm(bank.values, axis=1), 1, rtol=1e-5)
-    with pytest.raises(MissingFeatureError, match="16 of 652"): spectral_embedding(shared/"gene_relations.parquet", targets, width=16)
+    with pytest.raises(MissingFeatureError, match="16 of 652"):
+        spectral_embedding(shared/"gene_relations.parquet", targets, width=16)

@@ -18,17 +18,23 @@ LABELS = pd.Series(np.repeat(np.arange(8), 15), [f"g{i}" for i in range(120)])
 def relation(): return g.label_relation(LABELS)
 
 
-def pairs(relation): return {tuple(sorted((relation.items[i], relation.items[j]))) for i, j in zip(*relation.related.nonzero())}
+def pairs(relation):
+    return {
+        tuple(sorted((relation.items[i], relation.items[j]))) for i, j in zip(*relation.related.nonzero())
+    }
 
 
 def test_relations_from_sets_labels_and_edges_are_the_pairs_one_would_list():
     sets = dict(one=["A", "B", "C"], two=["C", "D", "E"], small=["A", "E"], large=[f"x{i}" for i in range(9)])
-    assert pairs(g.set_relation(sets, sizes=(3, 5))) == {("A", "B"), ("A", "C"), ("B", "C"), ("C", "D"), ("C", "E"), ("D", "E")}
+    assert pairs(g.set_relation(sets, sizes=(3, 5))) == {("A", "B"), ("A", "C"), ("B", "C"), ("C", "D"),
+                                                         ("C", "E"), ("D", "E")}
     assert pairs(g.label_relation(dict(A=1, B=1, C=2, D=2, E=3))) == {("A", "B"), ("C", "D")}
-    edges = pd.DataFrame(dict(a=["A", "B", "A", "C", "A"], b=["B", "A", "A", "D", "C"], db=["x", "x", "x", "x", "y"]))
+    edges = pd.DataFrame(
+        dict(a=["A", "B", "A", "C", "A"], b=["B", "A", "A", "D", "C"], db=["x", "x", "x", "x", "y"]))
     assert pairs(g.edge_relation(edges, "x")) == {("A", "B"), ("C", "D")}
     whole = g.edge_relation(edges)
-    assert pairs(whole) == {("A", "B"), ("C", "D"), ("A", "C")} and whole.chance == pytest.approx(3/6) and whole.n_pairs == 3
+    assert pairs(whole) == {("A", "B"), ("C", "D"),
+                            ("A", "C")} and whole.chance == pytest.approx(3/6) and whole.n_pairs == 3
     part, rows = whole.at(["Z", "D", "B", "A", "Q", "C"])
     assert part.items == ("D", "B", "A", "C") and rows.tolist() == [1, 2, 3, 5] and pairs(part) == pairs(whole)
     alone, rows = whole.at(["A", "B", "C", "Z"])
@@ -36,23 +42,46 @@ def test_relations_from_sets_labels_and_edges_are_the_pairs_one_would_list():
 
 
 def test_files_are_read_and_refused_by_name(tmp_path):
-    adata = prepare(load_dataset(read_card("simulated").changed(simulate=dict(n_genes=60, n_cells=200, n_targets=8, n_modules=3, n_batches=2), cells=None, genes=None, targets=None)))
+    adata = prepare(
+        load_dataset(
+            read_card("simulated").changed(simulate=dict(n_genes=60,
+                                                         n_cells=200,
+                                                         n_targets=8,
+                                                         n_modules=3,
+                                                         n_batches=2),
+                                           cells=None,
+                                           genes=None,
+                                           targets=None)))
     planted = g.gene_relation(adata)
     truth = pd.Series(adata.uns["truth"]["module"], adata.uns["truth"]["gene"])
     assert all((truth[a] == truth[b]) for a, b in pairs(planted)) and planted.n_pairs == 3*20*19/2
     (tmp_path/"s.gmt").write_text("one\tsource\tG01\tG02\tG03\n\ntwo\t\tG03\tG04\t\tG05\n")
-    assert g.read_gmt(tmp_path/"s.gmt") == dict(one=["G01", "G02", "G03"], two=["G03", "G04", "G05"]) and g.gene_relation(adata, tmp_path/"s.gmt").n_pairs == 6
-    pd.DataFrame(dict(a=["G01", "G01", "G01"], b=["G02", "G03", "G04"], db=["x", "x", "y"])).to_csv(tmp_path/"e.csv", index=False)
-    assert g.gene_relation(adata, tmp_path/"e.csv").n_pairs == 3 and g.gene_relation(adata, tmp_path/"e.csv", "x").source == "e.csv, x"
+    assert g.read_gmt(tmp_path/"s.gmt") == dict(one=["G01", "G02", "G03"],
+                                                two=["G03", "G04", "G05"]) and g.gene_relation(
+                                                    adata, tmp_path/"s.gmt").n_pairs == 6
+    pd.DataFrame(dict(a=["G01", "G01", "G01"], b=["G02", "G03", "G04"], db=["x", "x",
+                                                                            "y"])).to_csv(tmp_path/"e.csv",
+                                                                                          index=False)
+    assert g.gene_relation(adata, tmp_path/"e.csv").n_pairs == 3 and g.gene_relation(
+        adata, tmp_path/"e.csv", "x").source == "e.csv, x"
     (tmp_path/"bad.gmt").write_text("one A B\n"); (tmp_path/"twice.gmt").write_text("one\t\tA\none\t\tB\n")
     bare = adata.copy()
     del bare.uns["truth"]
-    for call, message in ((lambda: g.gene_relation(bare), "no planted modules; give a GMT file"), (lambda: g.gene_relation(adata, tmp_path/"bad.gmt"), "line 1: found 1 columns"),
-                          (lambda: g.read_gmt(tmp_path/"twice.gmt"), "line 2: set 'one' stands twice"), (lambda: g.read_gmt(tmp_path/"none.gmt"), "no such file"),
-                          (lambda: g.gene_relation(adata, tmp_path/"e.csv", "STRING"), "no edges of db 'STRING'; it has x, y"), (lambda: g.edge_relation(pd.DataFrame(dict(a=["A"]))), r"columns \['b'\] are missing"),
-                          (lambda: g.set_relation(dict(a=["A", "B"])), "none of 1 sets has 3 to 300"), (lambda: planted.at(["X", "Y"]), "0 of 2 items are related"),
-                          (lambda: planted.at(["G01", "G01", "G02"]), "'G01' stands twice")):
-        with pytest.raises(ValueError, match=message): call()
+    for call, message in ((lambda: g.gene_relation(bare), "no planted modules; give a GMT file"),
+                          (lambda: g.gene_relation(adata, tmp_path/"bad.gmt"),
+                           "line 1: found 1 columns"), (lambda: g.read_gmt(tmp_path/"twice.gmt"),
+                                                        "line 2: set 'one' stands twice"),
+                          (lambda: g.read_gmt(tmp_path/"none.gmt"),
+                           "no such file"), (lambda: g.gene_relation(adata, tmp_path/"e.csv", "STRING"),
+                                             "no edges of db 'STRING'; it has x, y"),
+                          (lambda: g.edge_relation(pd.DataFrame(dict(a=["A"]))),
+                           r"columns \['b'\] are missing"), (lambda: g.set_relation(dict(a=["A", "B"])),
+                                                             "none of 1 sets has 3 to 300"),
+                          (lambda: planted.at(["X", "Y"]),
+                           "0 of 2 items are related"), (lambda: planted.at(["G01", "G01", "G02"]),
+                                                         "'G01' stands twice")):
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
 def test_neighbours_are_scikit_learns_and_ties_are_shared():
@@ -60,14 +89,17 @@ def test_neighbours_are_scikit_learns_and_ties_are_shared():
     unit = x/np.linalg.norm(x, axis=1, keepdims=True)
     found = NearestNeighbors(n_neighbors=7).fit(unit).kneighbors(return_distance=False)
     near = g.nearest(g.cosine(x, centre=False), 7)
-    assert all(set(np.flatnonzero(row)) == set(f) for row, f in zip(near, found)) and np.allclose(near.sum(1), 1)
+    assert all(set(np.flatnonzero(row)) == set(f)
+               for row, f in zip(near, found)) and np.allclose(near.sum(1), 1)
     np.testing.assert_allclose(g.cosine(x), cosine_similarity(x - x.mean(0)), atol=1e-12)
     np.testing.assert_allclose(g.nearest(np.zeros((5, 5)), 2), (1 - np.eye(5))/4)
     ask = np.arange(40) < 10
     block = g.nearest(g.cosine(x), 3, ask, ~ask)
     assert block[~ask].sum() == 0 and block[:, ask].sum() == 0 and np.allclose(block[ask].sum(1), 1)
-    for call, message in ((lambda: g.nearest(np.eye(4), 4), "only 3 others"), (lambda: g.cosine(np.full((3, 2), np.nan)), "NaN or infinite")):
-        with pytest.raises(ValueError, match=message): call()
+    for call, message in ((lambda: g.nearest(np.eye(4), 4), "only 3 others"),
+                          (lambda: g.cosine(np.full((3, 2), np.nan)), "NaN or infinite")):
+        with pytest.raises(ValueError, match=message):
+            call()
     assert not g.cosine(np.ones((4, 3))).any()     # nothing is left after centring
 
 
@@ -75,17 +107,26 @@ def test_statistics_are_those_of_a_slow_loop(relation):
     x = np.random.default_rng(1).normal(size=(120, 4)) + np.eye(8)[LABELS][:, :4] + 1
     ask = np.arange(120) % 3 == 0
     for a, b in ((np.ones(120, bool),)*2, (ask, ~ask)):
-        found, s, plain = g.relation_test(x, relation, 5, a, b, n_permutations=3), g.cosine(x), cosine_similarity(x)
+        found = g.relation_test(x, relation, 5, a, b, n_permutations=3)
+        s = g.cosine(x)
+        plain = cosine_similarity(x)
         share, inside, outside, plain_inside, plain_outside = [], [], [], [], []
         for i in np.flatnonzero(a):
             others = [j for j in np.flatnonzero(b) if j != i]
-            share.append(np.mean([LABELS.iloc[j] == LABELS.iloc[i] for j in sorted(others, key=lambda j: -s[i, j])[:5]]))
+            share.append(
+                np.mean(
+                    [LABELS.iloc[j] == LABELS.iloc[i] for j in sorted(others, key=lambda j: -s[i, j])[:5]]))
             for j in others:
                 same = LABELS.iloc[i] == LABELS.iloc[j]
-                (inside if same else outside).append(s[i, j]); (plain_inside if same else plain_outside).append(plain[i, j])
-        assert found["knn"] == pytest.approx(np.mean(share)) and found["difference"] == pytest.approx(np.mean(inside) - np.mean(outside), abs=1e-6)
-        assert found["ratio"] == pytest.approx(np.mean(plain_inside)/np.mean(plain_outside), rel=1e-5) and found["within"] == pytest.approx(np.mean(inside), abs=1e-6)
-        assert found["knn_chance"] == pytest.approx(len(inside)/(len(inside) + len(outside))) and found["n_related"] == len(inside)
+                (inside if same else outside).append(s[i, j])
+                (plain_inside if same else plain_outside).append(plain[i, j])
+        assert found["knn"] == pytest.approx(np.mean(share)) and found["difference"] == pytest.approx(
+            np.mean(inside) - np.mean(outside), abs=1e-6)
+        assert found["ratio"] == pytest.approx(np.mean(plain_inside)/np.mean(plain_outside),
+                                               rel=1e-5) and found["within"] == pytest.approx(
+                                                   np.mean(inside), abs=1e-6)
+        assert found["knn_chance"] == pytest.approx(
+            len(inside)/(len(inside) + len(outside))) and found["n_related"] == len(inside)
 
 
 def test_perfect_spaces_get_the_best_value_and_shuffled_ones_chance(relation):
@@ -94,7 +135,11 @@ def test_perfect_spaces_get_the_best_value_and_shuffled_ones_chance(relation):
     best = g.relation_test(perfect, relation, 10, n_permutations=99)
     assert best["knn"] == pytest.approx(best["knn_best"]) == 1 and best["knn_p"] == best["difference_p"] == .01
     for _ in range(40):
-        dealt = g.relation_test(perfect[rng.permutation(120)] + .1*rng.normal(size=(120, 8)), relation, 10, n_permutations=99, seed=int(rng.integers(1000)))
+        dealt = g.relation_test(perfect[rng.permutation(120)] + .1*rng.normal(size=(120, 8)),
+                                relation,
+                                10,
+                                n_permutations=99,
+                                seed=int(rng.integers(1000)))
         p_values.append(dealt["knn_p"])
         assert abs(dealt["knn_null"] - relation.chance) < .01
     assert stats.kstest(p_values, "uniform").pvalue > .001     # p is uniform where nothing is to be found
@@ -111,7 +156,8 @@ def test_strata_take_away_what_the_stratum_explains(relation):
     half = (LABELS >= 4).to_numpy()
     x = np.stack([half, ~half], 1) + .2*np.random.default_rng(3).normal(size=(120, 2))
     free, within = (g.relation_test(x, relation, 10, strata=s, n_permutations=200) for s in (None, half))
-    assert free["knn"] == within["knn"] and free["knn_p"] < .01 and within["knn_p"] > .05 and within["knn_null"] > free["knn_null"] + .05
+    assert free["knn"] == within["knn"] and free["knn_p"] < .01 and within["knn_p"] > .05 and within[
+        "knn_null"] > free["knn_null"] + .05
 
 
 def test_tables_and_set_similarity(relation):
@@ -119,19 +165,26 @@ def test_tables_and_set_similarity(relation):
     names = [*LABELS.index, "unknown"]
     spaces = {"perfect": np.vstack([perfect, perfect[:1]]), "noise": rng.normal(size=(121, 5))}
     table = g.relation_table(spaces, names, relation, n_permutations=50, progress=False)
-    assert table["space"].tolist() == ["perfect", "noise"] and (table["n_items"] == 120).all() and table["knn"][0] == pytest.approx(1)
+    assert table["space"].tolist() == [
+        "perfect", "noise"
+    ] and (table["n_items"] == 120).all() and table["knn"][0] == pytest.approx(1)
     assert table["knn"][1] == g.relation_test(spaces["noise"][:120], relation, n_permutations=1)["knn"]
     s, similarity = g.cosine(perfect), g.set_similarity(perfect, LABELS)
     assert similarity.loc["0", "0"] == pytest.approx(1) and similarity.loc["0", "3"] == pytest.approx(s[0, 50])
-    for names, k, more, why in ((names, 10, dict(ask=np.arange(121) == 3), "1 may ask"), (names, 120, {}, "120 are related"), (["x"]*121, 3, {}, "of 121 items 0 are related"),
-                                (names, 2, dict(ask=np.arange(121) < 15, answer=np.arange(121) > 20), "with 0 related pairs")):
+    for names, k, more, why in ((names, 10, dict(ask=np.arange(121) == 3), "1 may ask"),
+                                (names, 120, {}, "120 are related"), (["x"]*121, 3, {},
+                                                                      "of 121 items 0 are related"),
+                                (names, 2, dict(ask=np.arange(121) < 15, answer=np.arange(121)
+                                                > 20), "with 0 related pairs")):
         out = g.relation_table(spaces, names, relation, k, **more, progress=False)
         assert out["note"].str.startswith("left out").all() and why in out["note"][0]
-    with pytest.raises(ValueError, match="found 120 vectors for 121 names"): g.relation_table({"short": perfect}, [*LABELS.index, "unknown"], relation, progress=False)
+    with pytest.raises(ValueError, match="found 120 vectors for 121 names"):
+        g.relation_table({"short": perfect}, [*LABELS.index, "unknown"], relation, progress=False)
     with pytest.raises(ValueError, match="found 119 for 120 items"): g.relation_test(perfect[1:], relation)
 
 
-# --- as released ------------------------------------------------------------------------------------------------------
+# --- as released
+# ------------------------------------------------------------------------------------------------------
 
 def test_first_sets_are_the_first_of_fitting_size():
     sets = dict(small=["A"], one=["A", "B"], two=["B", "C"], large=["A", "B", "C", "D"])
@@ -145,7 +198,8 @@ def test_released_neighbours_by_hand(fewest):
     rng = np.random.default_rng(0)
     labels = [None]*7 + ["rare"]*(fewest - 1) + ["a"]*15 + ["b"]*12 + ["c"]*11
     x = rng.normal(size=(len(labels), 6)) + np.array([dict(a=.5, b=-.5).get(l, 0) for l in labels])[:, None]
-    found, kept = g.released_neighbours(x, labels, fewest), [i for i, l in enumerate(labels) if l in ("a", "b", "c")]
+    found = g.released_neighbours(x, labels, fewest)
+    kept = [i for i, l in enumerate(labels) if l in ("a", "b", "c")]
     similar, k = cosine_similarity(x), min(5, fewest - 1)
     right = {True: 0, False: 0}
     for i in kept:
@@ -163,7 +217,8 @@ def test_released_accuracy_of_nothing_is_far_above_chance():
     "The reason why a released accuracy is never printed without the row of random numbers."
     rng, labels = np.random.default_rng(1), np.repeat([f"{i}" for i in range(54)], 21)
     found = [g.released_neighbours(rng.normal(size=(len(labels), 256)), labels) for _ in range(3)]
-    assert all(f["accuracy"] > 10*f["majority"] and f["accuracy without itself"] < 3*f["majority"] for f in found)
+    assert all(f["accuracy"] > 10*f["majority"] and f["accuracy without itself"] < 3*f["majority"]
+               for f in found)
 
 
 def test_released_ratio_by_hand():
@@ -176,7 +231,8 @@ def test_released_ratio_by_hand():
             similar = x[i] @ x[j]/np.linalg.norm(x[i])/np.linalg.norm(x[j])
             (within if labels[i] == labels[j] else between).append(similar)
     found = g.released_ratio(x, labels)
-    assert (found["within"], found["between"]) == (pytest.approx(np.mean(within)), pytest.approx(np.mean(between)))
+    assert (found["within"], found["between"]) == (pytest.approx(np.mean(within)),
+                                                   pytest.approx(np.mean(between)))
     assert found["ratio"] == pytest.approx(np.mean(within)/np.mean(between)) and found["n_items"] == 7
     assert found["p"] == pytest.approx(stats.mannwhitneyu(within, between, alternative="greater").pvalue)
     assert g.released_ratio(np.ones((6, 3)), ["a", "a", "a", "b", "b", "b"])["ratio"] == pytest.approx(1)

@@ -20,15 +20,28 @@ G = 40
 
 def small(**switches):
     torch.manual_seed(0)
-    return BioJEPA(ModelConfig(n_genes=G, d_model=8, n_heads=2, n_encoder_layers=1, n_masked_predictor_layers=1, n_predictor_layers=1, d_action=12, d_mode=4,
-                               d_chemical=4, d_protein=24, d_dna=20, **(dict(predicts="change", intervenes=True, readout="per_gene") | switches)))
+    return BioJEPA(
+        ModelConfig(n_genes=G,
+                    d_model=8,
+                    n_heads=2,
+                    n_encoder_layers=1,
+                    n_masked_predictor_layers=1,
+                    n_predictor_layers=1,
+                    d_action=12,
+                    d_mode=4,
+                    d_chemical=4,
+                    d_protein=24,
+                    d_dna=20,
+                    **(dict(predicts="change", intervenes=True, readout="per_gene") | switches)))
 
 
 @pytest.fixture(scope="module")
 def screen():
     data = small_data()
     table = ActionTable.from_anndata(data["adata"])
-    return data["adata"], data["split"], table, action_batch(table, data["features"], genes=data["adata"].var_names)
+    return data["adata"], data["split"], table, action_batch(table,
+                                                             data["features"],
+                                                             genes=data["adata"].var_names)
 
 
 def cells(n=3, seed=0):
@@ -41,14 +54,23 @@ def acts(genes, mode=0):
     n = len(genes)
     features = torch.randn(n, 2, 24)
     features[:, 1, 20:] = 0
-    return ActionBatch(features, torch.tensor([0, 2]).expand(n, 2), torch.full((n, 2), mode), torch.ones(n, 2).bool(), genes)
+    return ActionBatch(features,
+                       torch.tensor([0, 2]).expand(n, 2), torch.full((n, 2), mode),
+                       torch.ones(n, 2).bool(), genes)
 
 
 def test_places_are_those_of_the_targets(screen):
     adata, _, table, actions = screen
     names = list(adata.var_names)
-    for row, targets in zip(actions.genes.tolist(), table.targets): assert [names[g] for g in row if g >= 0] == [t for t in targets if t in names]
-    assert action_batch(table, featurize("kmer", adata.uns["protein_sequences"], modality=Modality.PROTEIN, cache=False, progress=False)).genes is None
+    for row, targets in zip(actions.genes.tolist(), table.targets):
+        assert [names[g] for g in row if g >= 0] == [t for t in targets if t in names]
+    assert action_batch(
+        table,
+        featurize("kmer",
+                  adata.uns["protein_sequences"],
+                  modality=Modality.PROTEIN,
+                  cache=False,
+                  progress=False)).genes is None
 
 
 def test_only_the_targeted_genes_change_and_as_their_mode_says():
@@ -91,7 +113,9 @@ def test_learned_from_training_targets_by_least_squares(screen):
     for p, g, control, perturbed in t[["perturbation", "gene", "control", "perturbed"]].itertuples(index=False):
         at = np.flatnonzero(code[pools.cells] == p)
         assert abs(X[pools.cells[at], g].mean() - perturbed) < 1e-5
-        assert abs(np.mean([X[pools.pool[pools.start[i]:pools.start[i] + pools.size[i]], g].mean() for i in at]) - control) < 1e-5
+        assert abs(
+            np.mean([X[pools.pool[pools.start[i]:pools.start[i] + pools.size[i]], g].mean()
+                     for i in at]) - control) < 1e-5
     learn_interventions_(model, adata, split, actions)
     mode = int(t["mode"].iloc[0])
     expected = np.linalg.lstsq(t.control.to_numpy()[:, None], t.perturbed.to_numpy(), rcond=None)[0][0]
@@ -106,21 +130,27 @@ def test_prediction_lowers_the_unseen_target_and_a_baseline_can_too(screen):
     learn_interventions_(model, adata, split, actions)
     template = test_set(adata, split)
     with torch.no_grad():
-        for g in range(G): model.readout.linear.weight[g] = torch.randn(8, generator=torch.Generator().manual_seed(g))
+        for g in range(G):
+            model.readout.linear.weight[g] = torch.randn(8, generator=torch.Generator().manual_seed(g))
     ps = predictions(model, adata, split, actions, table, progress=False)
-    informed, own = with_own_gene(train_mean(template, adata, split), adata, split), own_changes(template, adata, split)
+    informed = with_own_gene(train_mean(template, adata, split), adata, split)
+    own = own_changes(template, adata, split)
     names = list(adata.var_names)
     for i, c in enumerate(template.groups["condition"]):
         g = names.index(c.split("+")[0])
         assert np.abs(ps.delta[i]).max() > 0 and own.factor.iloc[0] < 0
         moved = informed.delta[i] - template.train_delta
-        assert np.flatnonzero(np.abs(moved) > 1e-9).tolist() == [g] and abs(moved[g] - own.factor.iloc[0]*template.control_mean[i, g]) < 1e-9
+        assert np.flatnonzero(np.abs(moved) > 1e-9).tolist() == [
+            g
+        ] and abs(moved[g] - own.factor.iloc[0]*template.control_mean[i, g]) < 1e-9
     # per pair, by hand
     first = template.cells.index[0]
-    x = torch.from_numpy(adata[template.cells.control.iloc[0]].X.toarray()); size = torch.tensor(adata.obs.log_library_size[[template.cells.control.iloc[0]]].to_numpy(np.float32))
+    x = torch.from_numpy(adata[template.cells.control.iloc[0]].X.toarray())
+    size = torch.tensor(adata.obs.log_library_size[[template.cells.control.iloc[0]]].to_numpy(np.float32))
     a = actions.take(torch.tensor([table.perturbation.index(template.cells.perturbation.iloc[0])]))
     h = model.teacher(x, size)
-    with torch.no_grad(): delta = model.readout.delta(model.predict_latent(x, size, a).mean, h.x, None, h.index)[0].numpy()
+    with torch.no_grad():
+        delta = model.readout.delta(model.predict_latent(x, size, a).mean, h.x, None, h.index)[0].numpy()
     assert np.allclose(delta, ps.cell_delta[0], atol=1e-5), first
 
 
@@ -128,13 +158,16 @@ def test_what_is_refused(screen):
     adata, split, _, actions = screen
     x, size = cells()
     with pytest.raises(ValueError, match="needs predicts='change'"): small(predicts="latent")
-    with pytest.raises(ValueError, match="actions.genes: missing"): small().predict_latent(x, size, acts([[3], [3], [3]])._replace(genes=None))
-    with pytest.raises(ValueError, match="actions.genes: missing"): targeted_values(adata, split, actions._replace(genes=None))
+    with pytest.raises(ValueError, match="actions.genes: missing"):
+        small().predict_latent(x, size, acts([[3], [3], [3]])._replace(genes=None))
+    with pytest.raises(ValueError, match="actions.genes: missing"):
+        targeted_values(adata, split, actions._replace(genes=None))
 
 
 def test_noise_on_features_stays_inside_the_token():
     actions, widths = acts([[1]]*200), dict(PROTEIN=24, CHEMICAL=4, DNA=20)
-    actions = actions._replace(present=torch.tensor([True, True]).repeat(200, 1).index_put((torch.tensor([0]), torch.tensor([0])), torch.tensor(False)))
+    actions = actions._replace(present=torch.tensor([True, True]).repeat(200, 1).index_put((
+        torch.tensor([0]), torch.tensor([0])), torch.tensor(False)))
     moved = jittered(actions, widths, 2., torch.Generator().manual_seed(0)).features - actions.features
     assert not moved[0, 0].any() and not moved[:, 1, 20:].any() and jittered(actions, widths, 0.) is actions
     ratio = moved[1:, 1].square().sum(-1).mean()/actions.features[1:, 1].square().sum(-1).mean()

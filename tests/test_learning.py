@@ -23,14 +23,17 @@ def test_interval_of_a_known_mean():
 def test_a_perfect_prediction_beats_the_mean(monkeypatch):
     screen = learning.Screen()
     observed = learning.pseudobulk_delta(screen.adata)
-    monkeypatch.setattr(learning, "predicted_delta", lambda model, screen, part: observed.loc[sorted({screen.table.condition[p] for p in screen.test})])
+    monkeypatch.setattr(
+        learning, "predicted_delta",
+        lambda model, screen, part: observed.loc[sorted({screen.table.condition[p] for p in screen.test})])
     result = learning.score(None, screen)
     assert result["n"] == 15 and result["model"] > .999 and result["low"] > 0
 
 
 def test_shuffling_moves_every_target_and_keeps_guides_together():
     screen, other = learning.Screen(), learning.Screen(shuffle=0)
-    same = (screen.actions.features == other.actions.features).flatten(1).all(1).numpy() & screen.actions.present.any(1).numpy()
+    same = (screen.actions.features
+            == other.actions.features).flatten(1).all(1).numpy() & screen.actions.present.any(1).numpy()
     assert same.sum() < 8
     for target in list(dict.fromkeys(screen.table.targets))[1:10]:
         rows = [i for i, t in enumerate(screen.table.targets) if t == target]
@@ -66,7 +69,8 @@ def test_latents_use_more_than_half_of_their_dimensions(trained):
 @pytest.mark.slow
 def test_held_out_guides_find_their_protein(trained):
     screen, model = trained[:2]
-    report = learning.retrieval_report(model, screen.anchor, screen.positive, screen.table.target_codes, screen.test, screen.test)
+    report = learning.retrieval_report(model, screen.anchor, screen.positive, screen.table.target_codes,
+                                       screen.test, screen.test)
     assert report["top10"] > report["chance_top10"] + .15
 
 
@@ -79,10 +83,20 @@ def test_held_out_targets_are_predicted_better_than_by_the_train_mean(trained):
 @pytest.mark.slow
 def test_better_than_baselines_on_features_and_than_a_mean_that_knows_the_target(trained):
     screen, model = trained[:2]
-    banks = [featurize("kmer", x, modality=m, progress=False, cache=False) for x, m in
-             ((screen.adata.uns["protein_sequences"], Modality.PROTEIN), ({g: s for g, s, t in zip(screen.table.guide_id, screen.table.guide_seqs, screen.table.targets) if t}, Modality.DNA))]
-    given, features = (test_set(screen.adata, screen.split), screen.adata, screen.split), target_features(banks, screen.table)
-    others = [with_own_gene(train_mean(*given), *given[1:]), nearest_neighbours(*given, features), ridge(*given, features)]
+    banks = [
+        featurize("kmer", x, modality=m, progress=False, cache=False)
+        for x, m in ((screen.adata.uns["protein_sequences"], Modality.PROTEIN), ({
+            g: s for g, s, t in zip(screen.table.guide_id, screen.table.guide_seqs, screen.table.targets)
+            if t
+        }, Modality.DNA))
+    ]
+    given = (test_set(screen.adata, screen.split), screen.adata, screen.split)
+    features = target_features(banks, screen.table)
+    others = [
+        with_own_gene(train_mean(*given), *given[1:]),
+        nearest_neighbours(*given, features),
+        ridge(*given, features)
+    ]
     def r(s):
         bulk = pseudobulk(s)
         return np.array([np.corrcoef(a, b)[0, 1] for a, b in zip(bulk.predicted, bulk.observed)])

@@ -60,23 +60,31 @@ def careless_step(model, batch, generator):
 
 
 def loader(n=60, batch_size=16, **options):
-    return BatchLoader(lambda epoch: np.arange(n), lambda rows: CellBatch(X[rows], torch.zeros(len(rows)), torch.from_numpy(rows)), batch_size, **options)
+    return BatchLoader(lambda epoch: np.arange(n),
+                       lambda rows: CellBatch(X[rows], torch.zeros(len(rows)), torch.from_numpy(rows)),
+                       batch_size, **options)
 
 
 def stage(epochs=4, trains=None, step=step, loader_options={}, config={}, **options):
-    return Stage("tiny", StageConfig(**(dict(epochs=epochs, batch_size=16, lr=.05) | config)), step, trains or {"first": .05, "second": .05}, loader(**loader_options), **options)
+    return Stage("tiny", StageConfig(**(dict(epochs=epochs, batch_size=16, lr=.05) | config)), step, trains
+                 or {"first": .05, "second": .05}, loader(**loader_options), **options)
 
 
 def quiet(model, stage, folder, **options): return fit(model, stage, folder, **({"progress": False} | options))
 
 
-def same_log(a, b): pd.testing.assert_frame_equal(a.drop(columns="cells_per_second"), b.drop(columns="cells_per_second"), check_exact=True)
+def same_log(a, b):
+    pd.testing.assert_frame_equal(a.drop(columns="cells_per_second"),
+                                  b.drop(columns="cells_per_second"),
+                                  check_exact=True)
 
 
 # the recipe
 
 def test_fit_is_the_loop_written_out(tmp_path):
-    model, plain, s = new(), new(), stage(trains={"first": .05, "second": .01}, config=dict(clip_norm=.5, weight_decay=.3))
+    model = new()
+    plain = new()
+    s = stage(trains={"first": .05, "second": .01}, config=dict(clip_norm=.5, weight_decay=.3))
     log = quiet(model, s, tmp_path, seed=3, log_every=1)
     groups = [dict(params=plain.first.parameters(), lr=.05), dict(params=plain.second.parameters(), lr=.01)]
     optimizer = torch.optim.AdamW(groups, weight_decay=.3, fused=True)
@@ -99,7 +107,9 @@ def test_fit_is_the_loop_written_out(tmp_path):
 
 @pytest.mark.parametrize("total, warmup", [(1, .05), (2, .05), (19, .05), (20, .05), (21, .05), (10, .1), (7, 0.)])
 def test_one_cycle_of_any_length_starts_low_and_ends_lower(total, warmup):
-    optimizer, schedule = one_cycle(new(), stage(config=dict(warmup=warmup), trains={"first": .1, "second": .01}), total)
+    optimizer, schedule = one_cycle(new(),
+                                    stage(config=dict(warmup=warmup), trains={"first": .1, "second": .01}),
+                                    total)
     rates = [schedule.get_last_lr()]
     for _ in range(total - 1): optimizer.step(); schedule.step(); rates.append(schedule.get_last_lr())
     rates = np.array(rates)
@@ -118,7 +128,10 @@ def test_equal_seeds_give_equal_numbers_and_leave_the_caller_alone(tmp_path):
     before = get_randomness()
     models = {name: new() for name in "abc"}
     set_randomness(*before)
-    logs = {name: quiet(models[name], stage(), tmp_path/name, seed=seed) for name, seed in dict(a=1, b=1, c=2).items()}
+    logs = {
+        name: quiet(models[name], stage(), tmp_path/name, seed=seed)
+        for name, seed in dict(a=1, b=1, c=2).items()
+    }
     after = get_randomness()
     assert json.dumps(before[0]) == json.dumps(after[0]) and torch.equal(before[1]["torch"], after[1]["torch"])
     same_log(logs["a"], logs["b"])
@@ -126,24 +139,40 @@ def test_equal_seeds_give_equal_numbers_and_leave_the_caller_alone(tmp_path):
 
 
 def test_seeds_of_steps_differ():
-    assert len({step_seed(s, name, n) for s in (0, 1) for name in ("pretrain", "dynamics") for n in range(200)}) == 800
+    assert len({
+        step_seed(s, name, n) for s in (0, 1) for name in ("pretrain", "dynamics") for n in range(200)
+    }) == 800
 
 
 # what is not trained
 
 def test_untrained_parts_keep_every_byte_and_everything_is_restored(tmp_path):
     torch.manual_seed(0)
-    model = BioJEPA(preset("smoke").model.changed(n_genes=20, d_model=8, d_protein=6, d_dna=6, d_chemical=6, d_action=8, n_encoder_layers=1, n_predictor_layers=1, n_masked_predictor_layers=1))
+    model = BioJEPA(
+        preset("smoke").model.changed(n_genes=20,
+                                      d_model=8,
+                                      d_protein=6,
+                                      d_dna=6,
+                                      d_chemical=6,
+                                      d_action=8,
+                                      n_encoder_layers=1,
+                                      n_predictor_layers=1,
+                                      n_masked_predictor_layers=1))
     next(model.predictor.parameters()).requires_grad_(False)
     required = {n: p.requires_grad for n, p in model.named_parameters()}
     x = torch.rand(12, 20)
-    cells = BatchLoader(lambda epoch: np.arange(12), lambda r: CellBatch(x[r], torch.zeros(len(r)), torch.from_numpy(r)), 4)
+    cells = BatchLoader(lambda epoch: np.arange(12),
+                        lambda r: CellBatch(x[r], torch.zeros(len(r)), torch.from_numpy(r)), 4)
     def pretrain(model, batch, generator):
         loss = model.pretrain_loss(batch, generator=generator)
-        assert {n.split(".")[0] for n, p in model.named_parameters() if p.requires_grad} == {"encoder", "masked_predictor"}
+        assert {n.split(".")[0] for n, p in model.named_parameters()
+                if p.requires_grad} == {"encoder", "masked_predictor"}
         return StepOutput(loss.total, {}, len(batch.x))
     before = {n: weights_hash(m) for n, m in model.named_children()}
-    quiet(model, Stage("pretrain", StageConfig(epochs=2, batch_size=4, lr=.1, weight_decay=.5), pretrain, {"encoder": .1, "masked_predictor": .1}, cells), tmp_path)
+    quiet(
+        model,
+        Stage("pretrain", StageConfig(epochs=2, batch_size=4, lr=.1, weight_decay=.5), pretrain,
+              {"encoder": .1, "masked_predictor": .1}, cells), tmp_path)
     changed = {n for n, m in model.named_children() if weights_hash(m) != before[n]}
     assert changed == {"encoder", "masked_predictor"}
     assert required == {n: p.requires_grad for n, p in model.named_parameters()}
@@ -153,13 +182,16 @@ def test_untrained_parts_keep_every_byte_and_everything_is_restored(tmp_path):
 def test_parts_are_restored_after_an_error(tmp_path):
     def broken(model, batch, generator): raise RuntimeError("broken")
     model = new()
-    with pytest.raises(RuntimeError, match="broken"): quiet(model, stage(step=broken, trains={"first": .1}), tmp_path)
+    with pytest.raises(RuntimeError, match="broken"):
+        quiet(model, stage(step=broken, trains={"first": .1}), tmp_path)
     assert all(p.requires_grad for p in model.parameters())
 
 
 def test_unknown_part_and_nothing_to_train_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="no part 'third'; choose from first, second"): quiet(new(), stage(trains={"third": .1}), tmp_path)
-    with pytest.raises(ValueError, match="trains nothing"): Stage("none", StageConfig(epochs=1, batch_size=1, lr=1), step, {}, loader())
+    with pytest.raises(ValueError, match="no part 'third'; choose from first, second"):
+        quiet(new(), stage(trains={"third": .1}), tmp_path)
+    with pytest.raises(ValueError, match="trains nothing"):
+        Stage("none", StageConfig(epochs=1, batch_size=1, lr=1), step, {}, loader())
     with pytest.raises(ValueError, match="accumulate: found 0"): quiet(new(), stage(), tmp_path, accumulate=0)
 
 
@@ -183,18 +215,28 @@ def test_pieces_add_up_to_the_batch_for_means_over_cells(k, tmp_path):
 def test_vicreg_moments_are_those_of_the_pieces(tmp_path):
     "The distance is a mean over cells if each has as many hidden genes; the variance of a batch is not the mean of its parts' variances."
     x = torch.rand(16, 20, generator=torch.Generator().manual_seed(0))
-    cells = BatchLoader(lambda epoch: np.arange(16), lambda r: CellBatch(x[r], torch.zeros(len(r)), torch.from_numpy(r)), 16)
+    cells = BatchLoader(lambda epoch: np.arange(16),
+                        lambda r: CellBatch(x[r], torch.zeros(len(r)), torch.from_numpy(r)), 16)
     def pretrain(model, batch, generator):
         loss = model.pretrain_loss(batch, generator=generator)
-        return StepOutput(loss.total, {k: v.detach() for k, v in loss._asdict().items() if k != "total"}, len(batch.x))
+        return StepOutput(loss.total, {k: v.detach() for k, v in loss._asdict().items() if k != "total"},
+                          len(batch.x))
     def run(k, weights):
         torch.manual_seed(0)
-        model = BioJEPA(preset("smoke").model.changed(n_genes=20, d_model=8, n_encoder_layers=1, n_masked_predictor_layers=1, mask_kind="exact", vicreg_weights=weights))
-        s = Stage("pretrain", StageConfig(epochs=4, batch_size=16, lr=1e-3), pretrain, {"encoder": 1e-3, "masked_predictor": 1e-3}, cells)
+        model = BioJEPA(
+            preset("smoke").model.changed(n_genes=20,
+                                          d_model=8,
+                                          n_encoder_layers=1,
+                                          n_masked_predictor_layers=1,
+                                          mask_kind="exact",
+                                          vicreg_weights=weights))
+        s = Stage("pretrain", StageConfig(epochs=4, batch_size=16, lr=1e-3), pretrain,
+                  {"encoder": 1e-3, "masked_predictor": 1e-3}, cells)
         return quiet(model, s, tmp_path/f"{k}{weights}", accumulate=k, log_every=1)
     np.testing.assert_allclose(run(1, (25., 0., 0.)).loss, run(4, (25., 0., 0.)).loss, rtol=1e-5)
     whole, pieces = run(1, (25., 25., 1.)), run(4, (25., 25., 1.))
-    assert (whole.variance - pieces.variance).abs().iloc[0] > 1e-4 and np.isclose(whole.invariance.iloc[0], pieces.invariance.iloc[0], rtol=1e-5)
+    assert (whole.variance - pieces.variance).abs().iloc[0] > 1e-4 and np.isclose(
+        whole.invariance.iloc[0], pieces.invariance.iloc[0], rtol=1e-5)
 
 
 def test_pieces_cut_every_kind_of_batch():
@@ -218,10 +260,18 @@ def test_interrupted_anywhere_ends_the_same(every, prefetch, tmp_path):
     def stop(model, n, total):
         if n in stops: stops.remove(n); os.kill(os.getpid(), signal.SIGINT)
     for attempt in range(6):
-        try: log = quiet(model := new(), stage(validate=validate, step=careless_step, after_step=stop, loader_options=dict(prefetch=prefetch)), tmp_path/"stopped", **options); break
+        try:
+            log = quiet(
+                model := new(),
+                stage(validate=validate,
+                      step=careless_step,
+                      after_step=stop,
+                      loader_options=dict(prefetch=prefetch)), tmp_path/"stopped", **options)
+            break
         except KeyboardInterrupt as interrupted:
             last = Checkpointer(tmp_path/"stopped"/"checkpoints").steps()
-            assert (f"checkpoint of step {last[-1]} in" if last else "no checkpoint yet") in str(interrupted)
+            assert (f"checkpoint of step {last[-1]} in"
+                    if last else "no checkpoint yet") in str(interrupted)
     assert attempt == 5 and weights_hash(model) == weights_hash(whole)
     same_log(log, plain)
     same_log(pd.DataFrame(read_log(tmp_path/"stopped"/"log.csv"), columns=log.columns), plain)
@@ -238,11 +288,19 @@ def test_full_disk_leaves_the_last_checkpoint(tmp_path):
         if n == 10: full_disk(2000)
     quiet(whole := new(), stage(), tmp_path/"plain")
     try:
-        with pytest.raises(OSError, match="cannot write the checkpoint of step 12 .*; the last one is of step 8; make room and start again") as failed:
+        with pytest.raises(
+                OSError,
+                match=
+                "cannot write the checkpoint of step 12 .*; the last one is of step 8; make room and "
+                "start again"
+        ) as failed:
             quiet(new(), stage(after_step=fills), tmp_path/"full", log_every=100)
-    finally: full_disk(before)
+    finally:
+        full_disk(before)
     assert failed.value.errno == errno.EFBIG
-    assert sorted(p.name for p in (tmp_path/"full"/"checkpoints").iterdir()) == [f"step-00000000{n}.{s}" for n in (4, 8) for s in ("json", "safetensors")]
+    assert sorted(p.name for p in (tmp_path/"full"/"checkpoints").iterdir()) == [
+        f"step-00000000{n}.{s}" for n in (4, 8) for s in ("json", "safetensors")
+    ]
     quiet(model := new(), stage(), tmp_path/"full")
     assert weights_hash(model) == weights_hash(whole)
 
@@ -250,7 +308,8 @@ def test_full_disk_leaves_the_last_checkpoint(tmp_path):
 def test_full_disk_before_any_checkpoint_says_so(tmp_path, monkeypatch):
     def no_room(descriptor): raise OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr(os, "fsync", no_room)
-    with pytest.raises(OSError, match="No space left on device.*the last one is none, training has to begin again"):
+    with pytest.raises(OSError,
+                       match="No space left on device.*the last one is none, training has to begin again"):
         Checkpointer(tmp_path).save(4, {}, {"w": torch.zeros(1)})
     assert not [*tmp_path.iterdir()]
 
@@ -261,9 +320,11 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
         return out._replace(loss=out.loss*float("nan")) if done == [5] else out
     done = []
     s = stage(step=explodes, after_step=lambda model, n, total: done.__setitem__(slice(None), [n]))
-    with pytest.raises(FloatingPointError, match="loss is nan at step [5-8]"): quiet(model := new(), s, tmp_path)
+    with pytest.raises(FloatingPointError, match="loss is nan at step [5-8]"):
+        quiet(model := new(), s, tmp_path)
     assert Checkpointer(tmp_path/"checkpoints").steps() == [4]
-    assert all(t.isfinite().all() for t in Checkpointer(tmp_path/"checkpoints").latest().tensors.values() if t.is_floating_point())
+    assert all(t.isfinite().all() for t in Checkpointer(tmp_path/"checkpoints").latest().tensors.values()
+               if t.is_floating_point())
 
 
 # checkpoints
@@ -286,7 +347,10 @@ def test_damaged_newest_checkpoint_falls_back_and_ends_the_same(suffix, how, tmp
     spoil(checkpoints.path(8, suffix), how)
     if (suffix, how) == (".json", "gone"): assert checkpoints.latest().step == 4  # as if it was never written
     else:
-        with pytest.warns(UserWarning, match=rf"damaged checkpoint: .*step-000000008\{suffix}.*going back to the one before"): assert checkpoints.latest().step == 4
+        with pytest.warns(
+                UserWarning,
+                match=rf"damaged checkpoint: .*step-000000008\{suffix}.*going back to the one before"):
+            assert checkpoints.latest().step == 4
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         log = quiet(model := new(), stage(), tmp_path/"run")
@@ -297,13 +361,15 @@ def test_a_changed_number_in_the_json_is_noticed(tmp_path):
     Checkpointer(tmp_path).save(7, dict(rate=.125), {})
     path = Checkpointer(tmp_path).path(7)
     path.write_text(path.read_text().replace("0.125", "0.126"))
-    with pytest.raises(ValueError, match="step-000000007.json: its content is not what was written"): Checkpointer(tmp_path).load(7)
+    with pytest.raises(ValueError, match="step-000000007.json: its content is not what was written"):
+        Checkpointer(tmp_path).load(7)
 
 
 def test_all_checkpoints_damaged_begins_again(tmp_path):
     quiet(whole := new(), stage(), tmp_path)
     for path in (tmp_path/"checkpoints").glob("*.safetensors"): spoil(path, "cut")
-    with pytest.warns(UserWarning, match="damaged checkpoint") as warned: quiet(model := new(), stage(), tmp_path)
+    with pytest.warns(UserWarning, match="damaged checkpoint") as warned:
+        quiet(model := new(), stage(), tmp_path)
     assert len(warned) == 2 and weights_hash(model) == weights_hash(whole)
 
 
@@ -312,15 +378,23 @@ def test_leftovers_of_killed_processes_are_removed_and_two_checkpoints_stay(tmp_
     (tmp_path/".step-000000003.99.tmp.safetensors").write_bytes(b"half")
     (tmp_path/"step-000000002.safetensors").write_bytes(b"without its json")
     for n in (1, 4, 5, 6): checkpoints.save(n, {}, {"w": torch.zeros(1)})
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000000005.json", "step-000000005.safetensors", "step-000000006.json", "step-000000006.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "step-000000005.json", "step-000000005.safetensors", "step-000000006.json",
+        "step-000000006.safetensors"
+    ]
     assert Checkpointer(tmp_path/"nothing").latest() is None
 
 
 def test_checkpoint_holds_nothing_pickled_and_every_kind_of_tensor(tmp_path):
-    tensors = dict(a=torch.randn(3, 2).T, b=torch.tensor(True), c=torch.randn(2).bfloat16(), d=torch.zeros(0), e=torch.arange(3))
+    tensors = dict(a=torch.randn(3, 2).T,
+                   b=torch.tensor(True),
+                   c=torch.randn(2).bfloat16(),
+                   d=torch.zeros(0),
+                   e=torch.arange(3))
     Checkpointer(tmp_path).save(1, dict(x=[1, None, .1 + .2]), tensors)
     found = Checkpointer(tmp_path).latest()
-    assert found.state == dict(x=[1, None, .1 + .2]) and all(torch.equal(found.tensors[k], v) and found.tensors[k].dtype == v.dtype for k, v in tensors.items())
+    assert found.state == dict(x=[1, None, .1 + .2]) and all(
+        torch.equal(found.tensors[k], v) and found.tensors[k].dtype == v.dtype for k, v in tensors.items())
 
 
 # what a folder belongs to
@@ -330,7 +404,8 @@ def test_checkpoint_holds_nothing_pickled_and_every_kind_of_tensor(tmp_path):
 def test_a_changed_run_is_refused_by_name(what, change, tmp_path):
     quiet(new(), stage(), tmp_path)
     options = {k: v for k, v in change.items() if k not in ("stage", "model")}
-    with pytest.raises(ValueError, match=what): quiet(new(change.get("model", 0)), stage(**change.get("stage", {})), tmp_path, **options)
+    with pytest.raises(ValueError, match=what):
+        quiet(new(change.get("model", 0)), stage(**change.get("stage", {})), tmp_path, **options)
 
 
 def test_a_finished_stage_is_only_read(tmp_path):
@@ -344,7 +419,8 @@ def test_a_finished_stage_is_only_read(tmp_path):
 def test_intervals_of_checkpoints_and_log_may_change(tmp_path):
     def stop(model, n, total):
         if n == 10: raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt): quiet(new(), stage(after_step=stop), tmp_path/"a", checkpoint_every=3)
+    with pytest.raises(KeyboardInterrupt):
+        quiet(new(), stage(after_step=stop), tmp_path/"a", checkpoint_every=3)
     quiet(model := new(), stage(), tmp_path/"a", checkpoint_every=5, log_every=2)
     quiet(whole := new(), stage(), tmp_path/"b")
     assert weights_hash(model) == weights_hash(whole)
@@ -359,13 +435,20 @@ def test_early_stop_ends_the_stage_for_good(tmp_path):
     assert log.step.iloc[-1] == 16 and log.val.dropna().tolist() == [9., 5., 4., 6., 7.]
     again = quiet(read := new(), s(), tmp_path, early_stop=(2, "val"))
     assert weights_hash(read) == weights_hash(model) and len(again) == len(log)
-    with pytest.raises(ValueError, match="early_stop: the log has no column 'loss_of_nothing'; it has step"): quiet(new(), stage(), tmp_path/"b", early_stop=(1, "loss_of_nothing"))
+    with pytest.raises(ValueError,
+                       match="early_stop: the log has no column 'loss_of_nothing'; it has step"):
+        quiet(new(), stage(), tmp_path/"b", early_stop=(1, "loss_of_nothing"))
 
 
 # the log
 
 def test_log_rows_are_means_since_the_row_before(tmp_path):
-    each, rare = (quiet(new(), stage(), tmp_path/str(k), log_every=k, checkpoint_every=100, validate_every=100) for k in (1, 5))
+    each, rare = (quiet(new(),
+                        stage(),
+                        tmp_path/str(k),
+                        log_every=k,
+                        checkpoint_every=100,
+                        validate_every=100) for k in (1, 5))
     assert rare.step.tolist() == [5, 10, 15, 16]
     expected = each.groupby(pd.cut(each.step, [0, 5, 10, 15, 16]), observed=True).loss.mean()
     np.testing.assert_allclose(rare.loss, expected, rtol=1e-6)
@@ -374,9 +457,12 @@ def test_log_rows_are_means_since_the_row_before(tmp_path):
 
 def test_log_survives_an_unfinished_line_and_new_columns(tmp_path):
     log = TrainingLog(tmp_path/"log.csv")
-    for row in (dict(step=1, loss=.1 + .2), dict(step=2, loss=float("inf")), dict(step=3, loss=1e-300, val=-2)): log.append(row)
+    for row in (dict(step=1, loss=.1 + .2), dict(step=2,
+                                                 loss=float("inf")), dict(step=3, loss=1e-300, val=-2)):
+        log.append(row)
     with open(log.path, "a") as f: f.write("4,0.")
-    assert read_log(log.path) == log.rows and read_log(log.path, until=2) == log.rows[:2] and read_log(tmp_path/"none.csv") == []
+    assert read_log(log.path) == log.rows and read_log(log.path, until=2) == log.rows[:2] and read_log(
+        tmp_path/"none.csv") == []
     assert TrainingLog(log.path, read_log(log.path, 2)).frame.step.tolist() == [1, 2]
     assert log.path.read_text().splitlines() == ["step,loss", "1,0.30000000000000004", "2,inf"]
 
@@ -401,7 +487,8 @@ def test_tensorboard_is_written_if_it_is_there(tmp_path, monkeypatch):
     log = quiet(new(), stage(epochs=1), tmp_path/"a", tensorboard=True)
     assert ("loss", log.loss.iloc[-1], 4) in rows
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ImportError, match="pip install tensorboard"): quiet(new(), stage(epochs=1), tmp_path/"b", tensorboard=True)
+    with pytest.raises(ImportError, match="pip install tensorboard"):
+        quiet(new(), stage(epochs=1), tmp_path/"b", tensorboard=True)
 
 
 def test_progress_bar_shows_losses_and_speed(tmp_path, capsys):
@@ -414,7 +501,9 @@ def test_progress_bar_shows_losses_and_speed(tmp_path, capsys):
 
 def test_precision_is_bfloat16_only_where_it_pays(monkeypatch):
     cpu = torch.device("cpu")
-    for has, width, expected in ((dict(avx512_bf16=True), 256, "bf16-mixed"), (dict(amx_bf16=True), 128, "bf16-mixed"), (dict(avx512_bf16=True), 64, "32-true"), ({}, 256, "32-true")):
+    for has, width, expected in ((dict(avx512_bf16=True), 256, "bf16-mixed"), (dict(amx_bf16=True), 128,
+                                                                               "bf16-mixed"),
+                                 (dict(avx512_bf16=True), 64, "32-true"), ({}, 256, "32-true")):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
         assert choose_precision(width, cpu) == expected
     assert choose_precision(256, torch.device("mps")) == "32-true"
@@ -430,10 +519,12 @@ def test_bfloat16_keeps_weights_and_moments_in_float32(tmp_path):
         seen.append(model.first(batch.x).dtype)
         return step(model, batch, generator)
     log = quiet(model := new(), stage(step=watch), tmp_path, fabric=fabric)
-    assert set(seen) == {torch.bfloat16} and {p.dtype for p in model.parameters()} == {torch.float32} and log.loss.iloc[-1] < log.loss.iloc[0]
+    assert set(seen) == {torch.bfloat16} and {p.dtype for p in model.parameters()
+                                              } == {torch.float32} and log.loss.iloc[-1] < log.loss.iloc[0]
     tensors = Checkpointer(tmp_path/"checkpoints").latest().tensors
     assert {t.dtype for n, t in tensors.items() if n.startswith("optimizer.")} == {torch.float32}
-    with pytest.raises(ValueError, match="precision was 'bf16-mixed', is '32-true'"): quiet(new(), stage(), tmp_path)
+    with pytest.raises(ValueError, match="precision was 'bf16-mixed', is '32-true'"):
+        quiet(new(), stage(), tmp_path)
 
 
 # collapse
@@ -458,12 +549,15 @@ def test_effective_rank_of_rounding_noise_is_zero():
 
 class Latents(nn.Module):
     "Hands out latents of chosen rank and size."
-    def __init__(self, directions, scale=1.): super().__init__(); self.directions, self.scale, self.dummy = directions, scale, nn.Parameter(torch.zeros(1))
+    def __init__(self, directions, scale=1.):
+        super().__init__()
+        self.directions, self.scale, self.dummy = directions, scale, nn.Parameter(torch.zeros(1))
 
 
 def look(model, cells, genes):
     z = torch.zeros(len(genes), len(cells.x), 12)
-    z[..., :model.directions] = torch.randn(len(cells.x), model.directions, generator=torch.Generator().manual_seed(len(cells.x)))*model.scale
+    z[..., :model.directions] = torch.randn(
+        len(cells.x), model.directions, generator=torch.Generator().manual_seed(len(cells.x)))*model.scale
     return dict(z=z)
 
 
@@ -472,20 +566,33 @@ def test_monitor_warns_once_when_rank_or_spread_falls():
     monitor = CollapseMonitor(Latents(12), cells, torch.arange(3), latents=look)
     assert monitor.start["rank_z"] > 10 and monitor(Latents(7))["collapsed"] == 0
     with pytest.warns(UserWarning) as said: assert monitor(Latents(4))["collapsed"] == 1
-    assert sorted(re.sub(r"\d+\.?\d*", "#", str(w.message)) for w in said) == [f"latents collapse: {k} is #, it began at #; cells are hardly told apart" for k in ("rank_z", "std_z")]
+    assert sorted(re.sub(r"\d+\.?\d*", "#", str(w.message)) for w in said) == [
+        f"latents collapse: {k} is #, it began at #; cells are hardly told apart"
+        for k in ("rank_z", "std_z")
+    ]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert monitor(Latents(4))["collapsed"] == 1  # said once, noted each time
     small = CollapseMonitor(Latents(12), cells, torch.arange(3), latents=look)
-    with pytest.warns(UserWarning, match=r"std_z is 0.4\d*, it began at 0.94"): assert small(Latents(12, .48))["collapsed"] == 1  # below half of its start
-    with pytest.warns(UserWarning, match="std_z is 0.00"): assert CollapseMonitor(Latents(12, 4e-3), cells, torch.arange(3), latents=look)(Latents(12, 4e-3))["collapsed"] == 1  # below the floor from the start
-    with pytest.warns(UserWarning, match="rank_z"): assert CollapseMonitor(Latents(1), cells, torch.arange(3), latents=look)(Latents(1))["collapsed"] == 1  # below the floor from the start
+    with pytest.warns(UserWarning, match=r"std_z is 0.4\d*, it began at 0.94"):
+        assert small(Latents(12, .48))["collapsed"] == 1  # below half of its start
+    with pytest.warns(UserWarning, match="std_z is 0.00"):
+        assert CollapseMonitor(Latents(12, 4e-3), cells, torch.arange(3), latents=look)(Latents(
+            12, 4e-3))["collapsed"] == 1  # below the floor from the start
+    with pytest.warns(UserWarning, match="rank_z"):
+        assert CollapseMonitor(Latents(1), cells, torch.arange(3), latents=look)(
+            Latents(1))["collapsed"] == 1  # below the floor from the start
 
 
 def test_monitor_measures_spread_across_cells_at_a_gene_not_across_genes():
     "An encoder that knows only the gene has latents that differ everywhere, and has collapsed."
-    genes_only = lambda model, cells, genes: dict(z=torch.randn(5, 1, 8, generator=torch.Generator().manual_seed(0)).expand(5, len(cells.x), 8))
-    with pytest.warns(UserWarning): found = CollapseMonitor(Latents(1), CellBatch(torch.zeros(40, 4), torch.zeros(40), torch.arange(40)), torch.arange(5), latents=genes_only)(Latents(1))
+    genes_only = lambda model, cells, genes: dict(z=torch.randn(
+        5, 1, 8, generator=torch.Generator().manual_seed(0)).expand(5, len(cells.x), 8))
+    with pytest.warns(UserWarning):
+        found = CollapseMonitor(Latents(1),
+                                CellBatch(torch.zeros(40, 4), torch.zeros(40), torch.arange(40)),
+                                torch.arange(5),
+                                latents=genes_only)(Latents(1))
     assert found["rank_z"] == 0 and found["std_z"] == 0 and found["collapsed"] == 1
 
 

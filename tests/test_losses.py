@@ -22,7 +22,8 @@ def draw(*shape, seed=0, dtype=F64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-# ---- independent references -------------------------------------------------------------------------------------------------
+# ---- independent references
+# -------------------------------------------------------------------------------------------------
 
 def naive_spread(z, floor=1., eps=1e-4):
     "Both moment terms of (N, D) rows by numpy's covariance and a double loop."
@@ -47,7 +48,8 @@ def naive_info_nce(q, k, target, tau, same_target_negatives):
     return total/len(q)
 
 
-# ---- weights are repetitions ------------------------------------------------------------------------------------------------
+# ---- weights are repetitions
+# ------------------------------------------------------------------------------------------------
 
 sizes = dict(b=st.integers(1, 3), t=st.integers(1, 7), d=st.integers(1, 9), seed=st.integers(0, 10**6))
 
@@ -81,7 +83,9 @@ def test_weighted_equals_expanded_in_value_and_gradient(name, b, t, d, seed):
         leaves = [z.clone().requires_grad_() for z in latents]
         args = [z.flatten(0, 1)[copies][None] if expand else z for z in leaves]
         value = FUNCTIONS[name](*args, None if expand else weight)
-        results.append([value.detach(), *torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)])
+        results.append([
+            value.detach(), *torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
+        ])
     for a, e in zip(*results): torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-10)
 
 
@@ -90,9 +94,14 @@ def test_weighted_equals_expanded_in_value_and_gradient(name, b, t, d, seed):
 def test_a_token_of_weight_zero_cannot_change_anything(name, rubbish):
     weight, results = torch.tensor([[1., 3., 0.], [2., 0., 1.]]), []
     for fill in (0., rubbish):
-        leaves = [draw(2, 3, 4, seed=s, dtype=torch.float32).masked_fill((weight == 0)[..., None], fill).requires_grad_() for s in range(3)]
+        leaves = [
+            draw(2, 3, 4, seed=s, dtype=torch.float32).masked_fill((weight == 0)[..., None],
+                                                                   fill).requires_grad_() for s in range(3)
+        ]
         value = FUNCTIONS[name](*leaves, weight)
-        results.append([value.detach(), *torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)])
+        results.append([
+            value.detach(), *torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
+        ])
     for a, e in zip(*results): assert torch.equal(a, e) and torch.isfinite(a).all()
 
 
@@ -102,13 +111,15 @@ def test_boolean_and_integer_weights_are_numbers():
     for x, y in zip(spread(a, mask), spread(a, mask.double())): torch.testing.assert_close(x, y)
 
 
-# ---- distance and moments ---------------------------------------------------------------------------------------------------
+# ---- distance and moments
+# ---------------------------------------------------------------------------------------------------
 
 def test_distance_is_the_plain_mean_without_weights():
     a, b = draw(2, 5, 3), draw(2, 5, 3, seed=1)
     torch.testing.assert_close(latent_distance(a, b), F.l1_loss(a, b))
     torch.testing.assert_close(latent_distance(a, b, kind="mse"), F.mse_loss(a, b))
-    torch.testing.assert_close(3*latent_distance(a, b, kind="mse"), (a - b).norm(dim=-1).square().mean())  # the report's norm
+    torch.testing.assert_close(3*latent_distance(a, b, kind="mse"),
+                               (a - b).norm(dim=-1).square().mean())  # the report's norm
 
 
 @pytest.mark.parametrize("n, d", [(2, 1), (2, 3), (5, 16), (16, 16), (40, 6), (300, 24)])
@@ -129,7 +140,8 @@ def test_covariance_multiplies_through_the_smaller_gram_matrix(n, d):
 
 def test_floor_and_eps():
     z = torch.zeros(4, 2, dtype=F64, requires_grad=True)
-    assert variance_loss(z).item() == pytest.approx(1 - 0.01)           # sqrt(1e-4) is all that is left of a constant
+    assert variance_loss(z).item() == pytest.approx(
+        1 - 0.01)  # sqrt(1e-4) is all that is left of a constant
     assert variance_loss(z, floor=2., eps=0.25).item() == pytest.approx(1.5)
     assert torch.isfinite(torch.autograd.grad(variance_loss(z), z)[0]).all()
 
@@ -145,10 +157,12 @@ def test_gradients_of_moments(n, d):
 def test_a_large_mean_does_not_eat_the_moments():
     z = draw(5000, 8)
     shifted = (z + 100).float()
-    for a, e in zip(spread(shifted), spread(shifted.double())): assert a.item() == pytest.approx(e.item(), rel=1e-3, abs=1e-6)
+    for a, e in zip(spread(shifted), spread(shifted.double())):
+        assert a.item() == pytest.approx(e.item(), rel=1e-3, abs=1e-6)
 
 
-# ---- over cells -------------------------------------------------------------------------------------------------------------
+# ---- over cells
+# -------------------------------------------------------------------------------------------------------------
 
 @settings(max_examples=40, deadline=None)
 @given(b=st.integers(2, 6), g=st.integers(1, 8), t=st.integers(1, 6), d=st.integers(1, 9), ratio=st.floats(0, 1),
@@ -194,7 +208,8 @@ def test_gene_identity_satisfies_tokens_and_fails_cells():
 @pytest.mark.parametrize("over", ["tokens", "cells"])
 def test_spread_is_both_moment_terms(over):
     z = 0.5*draw(6, 5, 3)
-    parts = naive_spread(z.flatten(0, 1)) if over == "tokens" else naive_over_cells(z, torch.ones(6, 5, dtype=torch.bool))
+    parts = naive_spread(z.flatten(0, 1)) if over == "tokens" else naive_over_cells(
+        z, torch.ones(6, 5, dtype=torch.bool))
     assert [x.item() for x in spread(z, over=over)] == pytest.approx(list(parts), rel=1e-9)
 
 
@@ -210,20 +225,25 @@ def test_many_bfloat16_tokens_are_counted_right():
     "bfloat16 cannot count past 256: summed weights must not be in it."
     z, weight = draw(2, 1001, 4).bfloat16(), torch.ones(2, 1001)
     weight[1, 501:] = 0
-    for a, e in zip(spread(z, weight), spread(z.double(), weight)): assert a.item() == pytest.approx(e.item(), rel=1e-5)
+    for a, e in zip(spread(z, weight), spread(z.double(), weight)):
+        assert a.item() == pytest.approx(e.item(), rel=1e-5)
     one = draw(2, 1, 4, seed=1).bfloat16()
     distance, exact = latent_distance(one, z, weight), latent_distance(one.double(), z.double(), weight)
     assert distance.item() == pytest.approx(exact.item(), rel=1e-5)
 
 
-# ---- autocast ---------------------------------------------------------------------------------------------------------------
+# ---- autocast
+# ---------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_autocast_changes_nothing(dtype):
     a, b, c = (draw(4, 50, 8, seed=s).to(dtype) for s in range(3))
-    cases = {"tokens": lambda *z: sum(spread(z[0])), "cells": lambda *z: sum(spread(z[0], over="cells")),
-             "distance": lambda *z: latent_distance(*z[:2]), "nll": lambda *z: gaussian_nll(*z), "nce": lambda *z: info_nce(z[0].flatten(1), z[1].flatten(1)),
-             "variance": lambda *z: variance_loss(z[0]), "covariance": lambda *z: covariance_loss(z[0])}
+    cases = {
+        "tokens": lambda *z: sum(spread(z[0])), "cells": lambda *z: sum(spread(z[0], over="cells")),
+        "distance": lambda *z: latent_distance(*z[:2]), "nll": lambda *z: gaussian_nll(*z), "nce":
+        lambda *z: info_nce(z[0].flatten(1), z[1].flatten(1)), "variance": lambda *z: variance_loss(z[0]),
+        "covariance": lambda *z: covariance_loss(z[0])
+    }
     for name, f in cases.items():
         exact = f(a.double(), b.double(), c.double())
         with torch.autocast("cpu", dtype=torch.bfloat16): value = f(a, b, c)
@@ -241,13 +261,16 @@ def test_gradient_over_cells_under_autocast():
     assert torch.equal(*grads)
 
 
-# ---- likelihood -------------------------------------------------------------------------------------------------------------
+# ---- likelihood
+# -------------------------------------------------------------------------------------------------------------
 
 def test_nll_matches_torch():
     mu, logvar, target = (draw(2, 5, 3, seed=s).requires_grad_() for s in range(3))
-    ours, theirs = gaussian_nll(mu, logvar, target), F.gaussian_nll_loss(mu, target, logvar.exp(), full=False, eps=1e-30)
+    ours = gaussian_nll(mu, logvar, target)
+    theirs = F.gaussian_nll_loss(mu, target, logvar.exp(), full=False, eps=1e-30)
     torch.testing.assert_close(ours, theirs)
-    for a, e in zip(torch.autograd.grad(ours, (mu, logvar)), torch.autograd.grad(theirs, (mu, logvar))): torch.testing.assert_close(a, e)
+    for a, e in zip(torch.autograd.grad(ours, (mu, logvar)), torch.autograd.grad(theirs, (mu, logvar))):
+        torch.testing.assert_close(a, e)
 
 
 def test_nll_is_the_normal_density():
@@ -256,7 +279,8 @@ def test_nll_is_the_normal_density():
     assert gaussian_nll(mu, logvar, target).item() == pytest.approx(-density.item() - 0.5*math.log(2*math.pi))
 
 
-# ---- contrast and retrieval -------------------------------------------------------------------------------------------------
+# ---- contrast and retrieval
+# -------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("release", [False, True])
 def test_info_nce_matches_a_loop(release):
@@ -267,9 +291,11 @@ def test_info_nce_matches_a_loop(release):
 
 def test_info_nce_by_hand():
     q, k = torch.eye(2, dtype=F64), torch.tensor([[1., 0.], [1., 0.]], dtype=F64)
-    assert info_nce(q, k, temperature=1.).item() == pytest.approx(math.log(2))     # cosines (1, 1) and (0, 0): no preference
+    assert info_nce(q, k, temperature=1.).item() == pytest.approx(
+        math.log(2))  # cosines (1, 1) and (0, 0): no preference
     k = torch.tensor([[1., 0.], [0., -1.]], dtype=F64)                  # cosines (1, 0) and (0, −1)
-    assert info_nce(q, k, temperature=1.).item() == pytest.approx((math.log(1 + math.exp(-1)) + math.log(1 + math.e))/2)
+    assert info_nce(q, k, temperature=1.).item() == pytest.approx(
+        (math.log(1 + math.exp(-1)) + math.log(1 + math.e))/2)
 
 
 def test_pairs_of_one_target_do_not_repel():
@@ -284,7 +310,8 @@ def test_pairs_of_one_target_do_not_repel():
 
 def test_rank_matches_scipy_with_ties():
     g = torch.Generator().manual_seed(0)
-    q, k = torch.randint(0, 3, (30, 2), generator=g).double() + 0.5, torch.randint(0, 3, (30, 2), generator=g).double() + 0.5
+    q = torch.randint(0, 3, (30, 2), generator=g).double() + 0.5
+    k = torch.randint(0, 3, (30, 2), generator=g).double() + 0.5
     target = torch.randint(0, 12, (30,), generator=g)
     cosine = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT
     for i, rank in enumerate(retrieval_rank(q, k, target).tolist()):
@@ -298,7 +325,8 @@ def test_accuracy_counts_places():
     assert retrieval_rank(draw(5, 3), draw(5, 3), torch.zeros(5)).tolist() == [1.]*5
 
 
-# ---- refusals ---------------------------------------------------------------------------------------------------------------
+# ---- refusals
+# ---------------------------------------------------------------------------------------------------------------
 
 Z = draw(2, 3, 4)
 
@@ -309,22 +337,28 @@ Z = draw(2, 3, 4)
     (lambda: latent_distance(Z, Z[:, :2]), "they must be the same tokens"),
     (lambda: latent_distance(Z, Z[0]), "they must be the same tokens"),
     (lambda: latent_distance(Z, Z, torch.ones(2, 4)), "weight: found shape .2, 4. for latents .2, 3, 4."),
-    (lambda: latent_distance(Z, Z, torch.zeros(2, 3)), "weight: the total is 0, which must exceed 0; were no genes masked"),
+    (lambda: latent_distance(Z, Z, torch.zeros(2, 3)), "weight: the total is 0, which must exceed 0; were no "
+                                                       "genes masked"),
     (lambda: latent_distance(Z, Z, torch.full((2, 3), float("nan"))), "weight: the total is nan"),
     (lambda: variance_loss(Z[:1, :1]), "weight: the total is 1, which must exceed 1"),
-    (lambda: covariance_loss(Z, torch.tensor([[1, 0, 0], [0, 0, 0]])), "weight: the total is 1, which must exceed 1"),
+    (lambda: covariance_loss(Z, torch.tensor([[1, 0, 0], [0, 0, 0]])), "weight: the total is 1, which must "
+                                                                       "exceed 1"),
     (lambda: spread(Z, over="genes"), "over: found 'genes'"),
     (lambda: spread(Z[:1], over="cells"), "needs a gene seen in two cells or more, found none in a batch of 1"),
-    (lambda: spread(Z, over="cells", gene_mask=torch.eye(3, dtype=torch.bool)[:2]), "found none in a batch of 2"),
-    (lambda: spread(Z, over="cells", gene_mask=torch.ones(2, 5, dtype=torch.bool)), "gene_mask: found shape .2, 5. for .2, 3."),
-    (lambda: spread(Z, over="cells", index=torch.tensor([[0, 1], [2, 3]])), "index: found 0 to 3; tokens go from 0 to 2"),
+    (lambda: spread(Z, over="cells", gene_mask=torch.eye(3, dtype=torch.bool)[:2]), "found none in a "
+                                                                                    "batch of 2"),
+    (lambda: spread(Z, over="cells", gene_mask=torch.ones(2, 5, dtype=torch.bool)), "gene_mask: found shape "
+                                                                                    ".2, 5. for .2, 3."),
+    (lambda: spread(Z, over="cells", index=torch.tensor([[0, 1], [2, 3]])), "index: found 0 to 3; tokens go "
+                                                                            "from 0 to 2"),
     (lambda: spread(Z, over="cells", index=torch.tensor([[0, -1], [2, 1]])), "index: found -1 to 2"),
     (lambda: gaussian_nll(Z, Z[..., :2], Z), "logvar: found shape .2, 3, 2."),
     (lambda: gaussian_nll(Z[:, :2], Z, Z), "mu: found shape .2, 2, 4."),
     (lambda: gaussian_nll(Z, Z, Z, torch.zeros(2, 3)), "weight: the total is 0"),
     (lambda: info_nce(Z[0], Z[0, :2]), "positive: found shape .2, 4., anchor has .3, 4."),
     (lambda: info_nce(Z, Z), "positive: found shape .2, 3, 4."),
-    (lambda: info_nce(Z[0], Z[0], torch.zeros(2)), "target: found shape .2,.; give one code for each of 3 pairs"),
+    (lambda: info_nce(Z[0], Z[0], torch.zeros(2)), "target: found shape .2,.; give one code for each "
+                                                   "of 3 pairs"),
     (lambda: info_nce(Z[0], Z[0], temperature=0), "temperature: found 0"),
     (lambda: retrieval_rank(Z[0], Z[0]*float("nan")), "positive: found NaN"),
 ])

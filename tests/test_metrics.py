@@ -35,11 +35,14 @@ def example(seed=0, conditions=("A+ctrl", "B+ctrl", "A+B", "G7+ctrl", "G9+ctrl")
                 cells.append((f"{condition}|g{i % 2}", condition, "0", line, f"control{i}"))
                 x.append(np.maximum(0, base[line] + shift[condition] + rng.normal(0, .4, N_GENES)))
                 c.append(np.maximum(0, base[line] + rng.normal(0, .4, N_GENES)))
-    cells = pd.DataFrame(cells, columns=["perturbation", "condition", "batch", "cell_type", "control"], index=[f"cell{i}" for i in range(len(x))])
+    cells = pd.DataFrame(cells,
+                         columns=["perturbation", "condition", "batch", "cell_type", "control"],
+                         index=[f"cell{i}" for i in range(len(x))])
     grouped = cells.groupby(["perturbation", "condition", "cell_type"])
     groups = grouped.size().rename("n_cells").reset_index()
     mean = np.stack([base[l] for l in groups["cell_type"]])
-    return PredictionSet("control_mean", genes, cells.assign(group=grouped.ngroup()), sp.csr_matrix(np.float32(x)), sp.csr_matrix(np.float32(c)), groups, mean,
+    return PredictionSet("control_mean", genes, cells.assign(group=grouped.ngroup()),
+                         sp.csr_matrix(np.float32(x)), sp.csr_matrix(np.float32(c)), groups, mean,
                          np.zeros_like(mean), rng.normal(0, .2, N_GENES), "log1p")
 
 
@@ -62,8 +65,10 @@ def cells(ps):
     "Control cells of both lines as AnnData, for the tests of differential genes."
     rng = np.random.default_rng(2)
     lines = ps.groups.drop_duplicates("cell_type")
-    X = np.concatenate([np.maximum(0, ps.control_mean[i] + rng.normal(0, .4, (40, N_GENES))) for i in lines.index])
-    obs = pd.DataFrame(dict(condition="ctrl", cell_type=np.repeat(lines["cell_type"].to_numpy(), 40)), index=[f"c{i}" for i in range(len(X))])
+    X = np.concatenate(
+        [np.maximum(0, ps.control_mean[i] + rng.normal(0, .4, (40, N_GENES))) for i in lines.index])
+    obs = pd.DataFrame(dict(condition="ctrl", cell_type=np.repeat(lines["cell_type"].to_numpy(), 40)),
+                       index=[f"c{i}" for i in range(len(X))])
     return AnnData(sp.csr_matrix(np.float32(X)), obs=obs, var=pd.DataFrame(index=ps.genes))
 
 
@@ -79,7 +84,8 @@ def de(ps, cells): return observed_de(ps, cells, AllControls())
 def cell_change(ps): return ps.observed.toarray() - ps.control.toarray()
 
 
-# --- the published protocol -------------------------------------------------------------------------------------------
+# --- the published protocol
+# -------------------------------------------------------------------------------------------
 
 def by_hand(ps):
     "The released quantities by plain loops, from the formulas; Δ unclipped, expression clipped."
@@ -129,7 +135,8 @@ def test_protocol_is_the_release_by_hand(ps, guess, awkward, block, monkeypatch)
         found, expected = published_protocol(s), by_hand(s)
         for name, value in expected.items():
             assert found[name] == pytest.approx(value, rel=1e-5, abs=1e-6), (s.name, name)
-        assert found.keys() == expected.keys() | {"n_cells", "n_perturbations"} and found["n_undefined"] == n_undefined
+        assert found.keys() == expected.keys() | {"n_cells", "n_perturbations"
+                                                  } and found["n_undefined"] == n_undefined
         assert (found["n_cells"], found["n_perturbations"]) == (len(s), len(s.groups))
 
 
@@ -142,7 +149,9 @@ def test_methods_on_the_same_cells_share_one_pass(ps, guess, awkward, monkeypatc
     assert passes == [["guess", "control_mean", "train_mean"], ["awkward"]]
     assert list(table.columns) == ["report", "guess", "awkward", "control_mean", "train_mean", "meaning"]
     for name, expected in alone.items():
-        np.testing.assert_allclose([table.loc[q, name] for q in m.MEANING], [expected[q] for q in m.MEANING], rtol=1e-12)
+        np.testing.assert_allclose([table.loc[q, name] for q in m.MEANING],
+                                   [expected[q] for q in m.MEANING],
+                                   rtol=1e-12)
 
 
 def test_the_awkward_cells_are_awkward(awkward):
@@ -160,8 +169,10 @@ def test_the_awkward_cells_are_awkward(awkward):
 def test_a_constant_delta_scores_exactly_nothing(ps, value):
     "Whatever float32 makes of the constant, as it is or after it was added to a cell and taken off again."
     c = ps.control.toarray()
-    for delta in (np.full(c.shape, value, np.float32), (c + np.float32(value)) - c if abs(value) > .01 else None):
-        if delta is None: continue
+    for delta in (np.full(c.shape, value,
+                          np.float32), (c + np.float32(value)) - c if abs(value) > .01 else None):
+        if delta is None:
+            continue
         found = published_protocol(ps.with_prediction("constant", np.full(ps.delta.shape, value), delta))
         assert found["r_top20_cell"] == 0 and found["n_undefined"] == len(ps)
 
@@ -206,7 +217,8 @@ def test_cells_without_a_correlation_are_counted_and_stay_in_the_mean(ps, awkwar
 
 def test_perfect_cells(ps):
     found = published_protocol(ps.with_prediction("perfect", np.zeros_like(ps.delta), cell_change(ps)))
-    assert [found[k] for k in ("mse", "r_top20_cell", "r2_mean", "r2_top50_median")] == pytest.approx([0, 1, 1, 1])
+    assert [found[k]
+            for k in ("mse", "r_top20_cell", "r2_mean", "r2_top50_median")] == pytest.approx([0, 1, 1, 1])
 
 
 def test_table_needs_both_constants(ps, guess):
@@ -215,18 +227,21 @@ def test_table_needs_both_constants(ps, guess):
     assert list(table) == ["quantity", "report", "guess", "control_mean", "train_mean", "meaning"]
     by = table.set_index("quantity")
     assert by.loc["mse", "guess"] == published_protocol(guess)["mse"]
-    assert np.isnan(by.loc["shift", "report"]) and by.loc["shift_last_batch", "report"] == .5379    # one was published
+    assert np.isnan(by.loc["shift",
+                           "report"]) and by.loc["shift_last_batch", "report"] == .5379  # one was published
     for sets in ([guess, ps], [guess, mean], []):
         with pytest.raises(ValueError, match="not among"): published_table(sets)
 
 
-# --- each metric against something written out ------------------------------------------------------------------------
+# --- each metric against something written out
+# ------------------------------------------------------------------------
 
 def test_pearson_and_r2_of_rows():
     a, b = np.random.default_rng(0).normal(size=(2, 7, 30)) + 3
     assert m.row_pearson(a, b) == pytest.approx([stats.pearsonr(x, y)[0] for x, y in zip(a, b)])
     assert m.row_r2(a, b) == pytest.approx([r2_score(y, x) for x, y in zip(a, b)])
-    assert np.isnan(m.row_pearson(np.full((1, 30), 2.), b[:1])).all() and np.isnan(m.row_pearson(b[:1], np.zeros((1, 30)))).all()
+    assert np.isnan(m.row_pearson(np.full(
+        (1, 30), 2.), b[:1])).all() and np.isnan(m.row_pearson(b[:1], np.zeros((1, 30)))).all()
     assert np.isnan(m.row_r2(a[:1], np.ones((1, 30)))).all()
 
 
@@ -278,7 +293,11 @@ def test_pds(guess):
     twins = pb.observed.copy(); twins[2] = twins[0]  # two conditions that look the same share the rank
     tied = pb._replace(observed=twins, predicted=twins)
     assert m.pds(tied) == pytest.approx(slow_pds(tied)) and m.pds(tied)[0] == 1 - .5/4
-    assert np.isnan(m.pds(pb._replace(conditions=pb.conditions.iloc[:1], observed=pb.observed[:1], predicted=pb.predicted[:1]))).all()
+    assert np.isnan(
+        m.pds(
+            pb._replace(conditions=pb.conditions.iloc[:1],
+                        observed=pb.observed[:1],
+                        predicted=pb.predicted[:1]))).all()
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -296,12 +315,15 @@ def test_knowing_only_the_targets_is_not_retrieval(guess):
 
 def test_de_is_welchs_test(ps, cells, de):
     for i, (condition, line) in enumerate(zip(de.conditions["condition"], de.conditions["cell_type"])):
-        x = ps.observed[((ps.cells["condition"] == condition) & (ps.cells["cell_type"] == line)).to_numpy()].toarray().astype(float)
+        x = ps.observed[((ps.cells["condition"] == condition) &
+                         (ps.cells["cell_type"] == line)).to_numpy()].toarray().astype(float)
         c = cells.X[(cells.obs["cell_type"] == line).to_numpy()].toarray().astype(float)
         t, p = stats.ttest_ind(x, c, equal_var=False)
         kept = (x.var(0) > 0) | (c.var(0) > 0)
         assert np.allclose(de.score[i, kept], t[kept], rtol=1e-3, atol=1e-3)
-        assert np.allclose(de.p_adjusted[i, kept], stats.false_discovery_control(p[kept]), rtol=1e-2, atol=1e-4) or not kept.all()
+        assert np.allclose(
+            de.p_adjusted[i, kept], stats.false_discovery_control(
+                p[kept]), rtol=1e-2, atol=1e-4) or not kept.all()
         assert np.allclose(de.error[i], np.sqrt(x.var(0, ddof=1)/len(x) + c.var(0, ddof=1)/len(c)), rtol=1e-4)
 
 
@@ -316,39 +338,47 @@ def test_conditions_of_one_cell_are_not_tested(ps, cells):
     table = ps.cells.iloc[lonely]
     groups = ps.groups.iloc[np.unique(table["group"])]
     code = np.searchsorted(groups.index, table["group"])
-    part = PredictionSet("x", ps.genes, table.assign(group=code), ps.observed[lonely], ps.control[lonely], groups.assign(n_cells=np.bincount(code)).reset_index(drop=True),
+    part = PredictionSet("x", ps.genes, table.assign(group=code), ps.observed[lonely], ps.control[lonely],
+                         groups.assign(n_cells=np.bincount(code)).reset_index(drop=True),
                          ps.control_mean[groups.index], ps.delta[groups.index], ps.train_delta, "log1p")
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         de = observed_de(part, cells, AllControls())
     row = de.conditions.index[de.conditions["n_cells"] == 1]
-    assert len(row) == 1 and np.isnan(de.p_adjusted[row]).all() and np.isfinite(np.delete(de.p_adjusted, row, 0)).all()
+    assert len(row) == 1 and np.isnan(de.p_adjusted[row]).all() and np.isfinite(
+        np.delete(de.p_adjusted, row, 0)).all()
     for metric in (m.de_overlap, m.de_direction):
         undefined = pseudobulk(part).conditions[np.isnan(metric(pseudobulk(part), de))]
         assert undefined["n_cells"].tolist() == [1]
 
 
 def test_de_needs_controls(ps, cells):
-    with pytest.raises(ValueError, match="'RPE1' has 0 control cells"): observed_de(ps, cells[cells.obs["cell_type"] == "K562"], AllControls())
+    with pytest.raises(ValueError, match="'RPE1' has 0 control cells"):
+        observed_de(ps, cells[cells.obs["cell_type"] == "K562"], AllControls())
 
 
 @pytest.mark.parametrize("n", [5, 20])
 def test_overlap_and_direction_counted(guess, de, n):
-    pb, overlap, direction = pseudobulk(guess), m.de_overlap(pseudobulk(guess), de, n), m.de_direction(pseudobulk(guess), de)
+    pb = pseudobulk(guess)
+    overlap = m.de_overlap(pseudobulk(guess), de, n)
+    direction = m.de_direction(pseudobulk(guess), de)
     for i, (condition, line) in enumerate(zip(pb.conditions["condition"], pb.conditions["cell_type"])):
-        row = np.flatnonzero((de.conditions["condition"] == condition) & (de.conditions["cell_type"] == line))[0]
+        row = np.flatnonzero((de.conditions["condition"] == condition)
+                             & (de.conditions["cell_type"] == line))[0]
         significant = np.flatnonzero(de.p_adjusted[row] < .05)
         k = min(n, len(significant))
         assert k > 2
         true, mine = (set(np.argsort(-np.abs(d[i]/de.error[row]))[:k]) for d in (pb.observed, pb.predicted))
         assert overlap[i] == pytest.approx(len(true & mine)/k)
-        assert direction[i] == pytest.approx(np.mean([np.sign(pb.predicted[i, g]) == np.sign(pb.observed[i, g]) for g in significant]))
+        assert direction[i] == pytest.approx(
+            np.mean([np.sign(pb.predicted[i, g]) == np.sign(pb.observed[i, g]) for g in significant]))
 
 
 def test_de_of_other_data_is_refused(guess, de):
     pb = pseudobulk(guess)
     with pytest.raises(ValueError, match="other genes"): m.de_overlap(pb, de._replace(genes=de.genes[::-1]))
-    with pytest.raises(ValueError, match="lacks A\\+B"): m.de_direction(pb, de._replace(conditions=de.conditions.replace("A+B", "B+C")))
+    with pytest.raises(ValueError, match="lacks A\\+B"):
+        m.de_direction(pb, de._replace(conditions=de.conditions.replace("A+B", "B+C")))
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 5])
@@ -364,7 +394,8 @@ def test_ties_share_their_places(k):
 def test_energy_distance(guess):
     rng = np.random.default_rng(0)
     for a, b in ((rng.normal(size=40), rng.normal(1, 2, 70)), (rng.gamma(2, 1, 30), rng.normal(size=30))):
-        assert m.energy_between(a[:, None], b[:, None]) == pytest.approx(stats.energy_distance(a, b)**2, abs=1e-6)
+        assert m.energy_between(a[:, None], b[:, None]) == pytest.approx(stats.energy_distance(a, b)**2,
+                                                                         abs=1e-6)
     pb, x = pseudobulk(guess), guess.observed.toarray().astype(float)
     for i, (condition, line) in enumerate(zip(pb.conditions["condition"], pb.conditions["cell_type"])):
         rows = np.flatnonzero((guess.cells["condition"] == condition) & (guess.cells["cell_type"] == line))
@@ -382,7 +413,8 @@ def test_energy_distance_of_equal_cells_is_zero(ps):
 def test_severity(guess):
     pb = pseudobulk(guess)
     size = [np.sqrt(np.mean(d**2, 1)) for d in (pb.predicted, pb.observed)]
-    assert m.severity_r(pb) == pytest.approx(stats.pearsonr(*size)[0]) and m.severity_rho(pb) == pytest.approx(stats.spearmanr(*size)[0])
+    assert m.severity_r(pb) == pytest.approx(
+        stats.pearsonr(*size)[0]) and m.severity_rho(pb) == pytest.approx(stats.spearmanr(*size)[0])
     assert np.isnan(m.severity_rho(pb._replace(predicted=np.tile(pb.predicted[:1], (len(pb.predicted), 1)))))
 
 
@@ -392,7 +424,8 @@ def test_coverage_of_what_is_truly_gaussian(ps):
     sd = rng.uniform(.1, 2, pb.observed.shape)
     honest = pb._replace(predicted=pb.observed + sd*rng.normal(size=sd.shape), variance=sd**2)
     for p in (.5, .8, .95): assert m.coverage(honest, p).mean() == pytest.approx(p, abs=.05)
-    assert (m.coverage(honest._replace(variance=100*sd**2), .5) > .95).all() and (m.coverage(honest._replace(variance=sd**2/1e4), .95) < .15).all()
+    assert (m.coverage(honest._replace(variance=100*sd**2), .5) > .95).all() and (m.coverage(
+        honest._replace(variance=sd**2/1e4), .95) < .15).all()
 
 
 def test_coverage_of_cells(guess):
@@ -405,7 +438,8 @@ def test_coverage_of_cells(guess):
 
 def test_several_levels_in_one_pass_are_the_registered_ones(ps, guess):
     curve = coverage_table(guess, (.5, .8, .95)).set_index(["kind", "nominal"])["covered"]
-    values = evaluate(guess, [f"{c}coverage_{n}" for c in ("", "cell_") for n in (50, 80, 95)]).groupby("metric")["value"].mean()
+    values = evaluate(guess, [f"{c}coverage_{n}" for c in ("", "cell_")
+                              for n in (50, 80, 95)]).groupby("metric")["value"].mean()
     for n in (50, 80, 95):
         assert curve["mean of a perturbation", n/100] == pytest.approx(values[f"coverage_{n}"])
         assert curve["single cells", n/100] == pytest.approx(values[f"cell_coverage_{n}"])
@@ -415,7 +449,8 @@ def test_several_levels_in_one_pass_are_the_registered_ones(ps, guess):
 
 def test_coverage_looks_at_each_cell_once_for_all_levels(guess, monkeypatch):
     read, plain = [], PredictionSet.cells_predicted
-    monkeypatch.setattr(PredictionSet, "cells_predicted", lambda s, rows: (read.extend(rows), plain(s, rows))[1])
+    monkeypatch.setattr(PredictionSet, "cells_predicted", lambda s, rows:
+                        (read.extend(rows), plain(s, rows))[1])
     coverage_table(guess)
     assert sorted(read) == list(range(len(guess)))
 
@@ -424,21 +459,29 @@ def test_half_precision_moves_no_metric_by_a_thousandth(guess):
     "Δ and variances of cells in float16; everything that reads them computes in float32 or better."
     rng = np.random.default_rng(3)
     full = replace(guess, variance=rng.gamma(4, .1, guess.variance.shape).astype(np.float32))
-    half = replace(full, cell_delta=full.cell_delta.astype(np.float16), variance=full.variance.astype(np.float16))
-    assert half.cells_delta([0]).dtype == half.cells_variance([0]).dtype == half.cells_predicted([0]).dtype == np.float32
-    means = [pd.concat([evaluate(s), published_values(s)]).groupby("metric")["value"].mean() for s in (full, half)]
+    half = replace(full,
+                   cell_delta=full.cell_delta.astype(np.float16),
+                   variance=full.variance.astype(np.float16))
+    assert half.cells_delta([0]).dtype == half.cells_variance([0]).dtype == half.cells_predicted(
+        [0]).dtype == np.float32
+    means = [
+        pd.concat([evaluate(s), published_values(s)]).groupby("metric")["value"].mean()
+        for s in (full, half)
+    ]
     assert {"cell_coverage_80", "energy_distance", "mse", "r_top20_cell", "shift"} <= set(means[0].index)
     np.testing.assert_allclose(*means, rtol=1e-3)
     assert means[0]["mse"] != means[1]["mse"]   # it was read in half precision
 
 
-# --- best, chance, registry -------------------------------------------------------------------------------------------
+# --- best, chance, registry
+# -------------------------------------------------------------------------------------------
 
 def test_perfect_prediction_is_best(ps, de):
     observed = pseudobulk(ps, by="perturbation").observed
     means = evaluate(ps.with_prediction("perfect", observed, delta_variance=np.ones_like(observed)), de=de)
     for name, value in means.groupby("metric")["value"].mean().items():
-        if METRICS[name].level != "cell" and METRICS[name].direction != "nominal": assert value == pytest.approx(METRICS[name].best, abs=1e-9), name
+        if METRICS[name].level != "cell" and METRICS[name].direction != "nominal":
+            assert value == pytest.approx(METRICS[name].best, abs=1e-9), name
     cells = evaluate(ps.with_prediction("perfect", observed, cell_change(ps)), "energy_distance")
     assert cells["value"].mean() == pytest.approx(METRICS["energy_distance"].best, abs=1e-5)
 
@@ -446,9 +489,12 @@ def test_perfect_prediction_is_best(ps, de):
 def test_unrelated_prediction_is_chance(cells):
     ps = example(5, [f"G{i}+ctrl" for i in range(10, 50)], ["K562"], 6)
     unrelated = ps.with_prediction("unrelated", np.random.default_rng(9).normal(0, .4, ps.delta.shape))
-    tidy = evaluate(unrelated, de=observed_de(ps, cells, AllControls())).groupby("metric")["value"].agg(["mean", "sem"])
+    tidy = evaluate(unrelated,
+                    de=observed_de(ps, cells,
+                                   AllControls())).groupby("metric")["value"].agg(["mean", "sem"])
     for name, row in tidy.iterrows():
-        if METRICS[name].chance is not None and METRICS[name].level == "perturbation" and name != "r_delta_perturbed_mean":
+        if METRICS[name].chance is not None and METRICS[
+                name].level == "perturbation" and name != "r_delta_perturbed_mean":
             assert abs(row["mean"] - METRICS[name].chance) < 4*row["sem"], name
 
 
@@ -461,64 +507,102 @@ def test_evaluate_gives_what_can_be_given(ps, guess, de):
     assert all(counts[n] == (1 if k.level == "panel" else 10) for n, k in METRICS.items())
     assert set(evaluate(guess, ["pds", "mse_delta"])["metric"]) == {"pds", "mse_delta"}
     with pytest.raises(ValueError, match="de_overlap_20 needs de"): evaluate(guess, ["de_overlap_20"])
-    with pytest.raises(ValueError, match="cell_coverage_50 needs cell_variance"): evaluate(ps, "cell_coverage_50")
+    with pytest.raises(ValueError, match="cell_coverage_50 needs cell_variance"):
+        evaluate(ps, "cell_coverage_50")
     with pytest.raises(ValueError, match="'r2'; choose among"): evaluate(ps, ["r2"])
 
 
 def test_registry_says_how_to_read_each_metric():
     for name, k in METRICS.items():
-        assert k.name == name and k.label and k.direction in ("higher", "lower", "nominal") and k.level in ("perturbation", "cell", "panel")
+        assert k.name == name and k.label and k.direction in ("higher", "lower",
+                                                              "nominal") and k.level in ("perturbation",
+                                                                                         "cell", "panel")
         assert k.direction != "nominal" or 0 < k.best < 1
-    with pytest.raises(ValueError, match="'pds' is taken"): m.metric("perturbation", "another", name="pds")(lambda pb: 0)
+    with pytest.raises(ValueError, match="'pds' is taken"):
+        m.metric("perturbation", "another", name="pds")(lambda pb: 0)
 
 
-# --- known answers ----------------------------------------------------------------------------------------------------
+# --- known answers
+# ----------------------------------------------------------------------------------------------------
 
 def screen(path, n_test, space="log1p", rows=None, **columns):
     "A shared file with some conditions held out at random."
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         adata = prepare(load_dataset(path if rows is None else rows(path), **columns), expression_space=space)
-    order = np.random.default_rng(1).permutation(sorted(set(adata.obs["condition"].astype(str)) - {"ctrl"})).tolist()
-    split = make_split(adata, kind="custom", held_out=dict(train=order[n_test:], test=order[:n_test]), allow_empty_val=True)
+    order = np.random.default_rng(1).permutation(
+        sorted(set(adata.obs["condition"].astype(str)) - {"ctrl"})).tolist()
+    split = make_split(adata,
+                       kind="custom",
+                       held_out=dict(train=order[n_test:], test=order[:n_test]),
+                       allow_empty_val=True)
     return test_set(adata, split)
 
 
 def constants(control_mean):
-    return control_mean, control_mean.with_prediction("train_mean", np.tile(control_mean.train_delta, (len(control_mean.groups), 1)))
+    return control_mean, control_mean.with_prediction(
+        "train_mean", np.tile(control_mean.train_delta, (len(control_mean.groups), 1)))
 
 
 def check(found, mse, r, shift, r2, top_mean, top_median):
     "The table of trivial predictors; held-out targets differ, so the R² of the top 50 has some room."
     assert found["mse"] == pytest.approx(mse, rel=.02) and found["r_top20_cell"] == pytest.approx(r, abs=.005)
     assert found["shift"] == pytest.approx(shift, rel=.02) and found["r2_mean"] == pytest.approx(r2, abs=.01)
-    assert found["r2_top50_mean"] == pytest.approx(top_mean, abs=.05) and found["r2_top50_median"] == pytest.approx(top_median, abs=.05)
+    assert found["r2_top50_mean"] == pytest.approx(
+        top_mean, abs=.05) and found["r2_top50_median"] == pytest.approx(top_median, abs=.05)
 
 
 def test_known_answers_on_the_twin(shared):
-    control, mean = constants(screen(shared/"k562_essential_twin.h5ad", 163, batch="gem_group", cell_type="cell_type", guide="guide_id"))
+    control, mean = constants(
+        screen(shared/"k562_essential_twin.h5ad",
+               163,
+               batch="gem_group",
+               cell_type="cell_type",
+               guide="guide_id"))
     check(published_protocol(control), .340, .930, .449, .965, .672, .771)
     values = evaluate(mean, ["r_delta", "r_delta_perturbed_mean", "pds"]).groupby("metric")["value"].mean()
-    assert values["r_delta"] == pytest.approx(.324, abs=.02) and values["pds"] == pytest.approx(.5, abs=1e-9) and np.isnan(values["r_delta_perturbed_mean"])
+    assert values["r_delta"] == pytest.approx(.324, abs=.02) and values["pds"] == pytest.approx(
+        .5, abs=1e-9) and np.isnan(values["r_delta_perturbed_mean"])
 
 
 def test_known_answers_on_the_twin_logged_twice(shared):
-    control, mean = constants(screen(shared/"k562_essential_twin.h5ad", 163, "log1p_twice", batch="gem_group", cell_type="cell_type", guide="guide_id"))
+    control, mean = constants(
+        screen(shared/"k562_essential_twin.h5ad",
+               163,
+               "log1p_twice",
+               batch="gem_group",
+               cell_type="cell_type",
+               guide="guide_id"))
     check(published_protocol(control), .666, .952, .652, .930, -.199, -.066)
     check(published_protocol(mean), .662, .954, .661, .936, .001, .119)
 
 
 def test_known_answers_on_real_cells(shared):
-    thp1, _ = constants(screen(shared/"papalexi21_thp1_crisprko.h5ad", 6, condition="perturbation", control="control", batch="batch", guide="guide"))
+    thp1, _ = constants(
+        screen(shared/"papalexi21_thp1_crisprko.h5ad",
+               6,
+               condition="perturbation",
+               control="control",
+               batch="batch",
+               guide="guide"))
     found = published_protocol(thp1)  # six genes of 25: which ones matters
-    assert found["mse"] == pytest.approx(2.03, rel=.05) and found["r_top20_cell"] == pytest.approx(.888, abs=.02)
+    assert found["mse"] == pytest.approx(2.03, rel=.05) and found["r_top20_cell"] == pytest.approx(.888,
+                                                                                                   abs=.02)
     assert found["shift"] == pytest.approx(.891, abs=.02) and found["r2_mean"] == pytest.approx(.981, abs=.02)
 
 
 def test_known_answers_on_real_activation(shared):
     import anndata as ad
     k562 = lambda path: (a := ad.read_h5ad(path))[a.obs["cell_type"].astype(str).str.lower() == "k562"].copy()
-    control, _ = constants(screen(shared/"norman19_mcfaline23_hvg500.h5ad", 8, rows=k562, condition="condition", control="control", cell_type="cell_type"))
+    control, _ = constants(
+        screen(shared/"norman19_mcfaline23_hvg500.h5ad",
+               8,
+               rows=k562,
+               condition="condition",
+               control="control",
+               cell_type="cell_type"))
     found = published_protocol(control)
-    assert found["mse"] == pytest.approx(.0225, rel=.1) and found["r_top20_cell"] == pytest.approx(.731, abs=.04)
-    assert found["shift"] == pytest.approx(.024, abs=.002) and found["r2_top50_mean"] == pytest.approx(.892, abs=.03)
+    assert found["mse"] == pytest.approx(.0225, rel=.1) and found["r_top20_cell"] == pytest.approx(.731,
+                                                                                                   abs=.04)
+    assert found["shift"] == pytest.approx(.024, abs=.002) and found["r2_top50_mean"] == pytest.approx(
+        .892, abs=.03)

@@ -33,12 +33,15 @@ def make_batch(n, expressed, seed, n_genes=G, n_tokens=1):
     pairs = PairBatch(cells(), cells(), sizes(), sizes(), rows, rows, rows)
     present = torch.rand(n, n_tokens, generator=g) < .7
     present[:, 0] = True
-    actions = ActionBatch(torch.randn(n, n_tokens, 320, generator=g), torch.zeros(n, n_tokens).long(), torch.zeros(n, n_tokens).long(), present)
+    actions = ActionBatch(torch.randn(n, n_tokens, 320, generator=g),
+                          torch.zeros(n, n_tokens).long(),
+                          torch.zeros(n, n_tokens).long(), present)
     return CellBatch(pairs.x_pert, pairs.log_library_size_pert, rows), pairs, actions
 
 
 def gradients(model):
-    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in model.parameters()])
+    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten()
+                      for p in model.parameters()])
 
 
 # --- attention
@@ -55,7 +58,8 @@ def test_attention_is_the_explicit_sum_over_all_pairs(seed, n_tokens, heads):
     for b in range(2):
         for h in range(heads):
             for i in range(n_tokens):
-                kernel = torch.stack([m[b, j]*((F.elu(q[b, i, h]) + 1) @ (F.elu(k[b, j, h]) + 1)) for j in range(n_tokens)])
+                kernel = torch.stack(
+                    [m[b, j]*((F.elu(q[b, i, h]) + 1)@(F.elu(k[b, j, h]) + 1)) for j in range(n_tokens)])
                 expected[b, i, h] = (kernel[:, None]*v[b, :, h]).sum(0)/kernel.sum()
     torch.testing.assert_close(attention(x, m), attention.out(expected.flatten(2)), atol=1e-9, rtol=1e-9)
 
@@ -89,7 +93,10 @@ def test_encoder_is_permutation_equivariant():
     x, sizes, mask = torch.rand(3, G)*(torch.rand(3, G) < .5), torch.rand(3), random_gene_mask(3, G)
     z = encoder(x, sizes, mask).genes()
     with torch.no_grad(): encoder.tokenizer.gene.weight.copy_(encoder.tokenizer.gene.weight[order].clone())
-    torch.testing.assert_close(encoder(x[:, order], sizes, mask[:, order]).genes(), z[:, order], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(encoder(x[:, order], sizes, mask[:, order]).genes(),
+                               z[:, order],
+                               atol=1e-5,
+                               rtol=1e-5)
 
 
 # --- linear maps
@@ -98,7 +105,8 @@ def pair_of_layers(kind, dtype):
     "A layer of ours and torch's own with the same weights."
     torch.manual_seed(0)
     ours = Linear(24, 40, dtype=dtype) if kind == "linear" else MLP(24).to(dtype)
-    theirs = torch.nn.Linear(24, 40, dtype=dtype) if kind == "linear" else torch.nn.Sequential(torch.nn.Linear(24, 96), torch.nn.GELU(approximate="tanh"), torch.nn.Linear(96, 24)).to(dtype)
+    theirs = torch.nn.Linear(24, 40, dtype=dtype) if kind == "linear" else torch.nn.Sequential(
+        torch.nn.Linear(24, 96), torch.nn.GELU(approximate="tanh"), torch.nn.Linear(96, 24)).to(dtype)
     alive(ours)
     theirs.load_state_dict(ours.state_dict())
     return ours, theirs
@@ -117,7 +125,8 @@ def test_linear_maps_are_those_of_torch(kind, dtype, eps, shape):
         for layer in (ours, theirs):
             layer.requires_grad_(not frozen).zero_grad()
             t = x.mT.contiguous().mT.requires_grad_()  # not contiguous
-            (y := layer(t)).backward(torch.linspace(-1, 1, y.numel(), dtype=dtype).view_as(y).mT.contiguous().mT)
+            (y := layer(t)).backward(
+                torch.linspace(-1, 1, y.numel(), dtype=dtype).view_as(y).mT.contiguous().mT)
             results.append((t.grad, *(p.grad for p in layer.parameters() if not frozen)))
             assert not frozen or all(p.grad is None or not p.grad.any() for p in layer.parameters())
         for a, b in zip(*results): torch.testing.assert_close(a, b, atol=10*eps, rtol=10*eps)
@@ -152,8 +161,13 @@ def test_autocast_rounds_linear_maps_as_it_does_torchs():
 
 # --- collapse
 
-SWITCHES = st.fixed_dictionaries(dict(latent_loss=st.sampled_from(["l1", "mse"]), vicreg_over=st.sampled_from(["tokens", "cells"]),
-                                      mask_keeps_gene=st.booleans(), value_embedding=st.sampled_from(["scale", "offset"]), mask_context=st.booleans(), predicts=st.sampled_from(["latent", "change"])))
+SWITCHES = st.fixed_dictionaries(
+    dict(latent_loss=st.sampled_from(["l1", "mse"]),
+         vicreg_over=st.sampled_from(["tokens", "cells"]),
+         mask_keeps_gene=st.booleans(),
+         value_embedding=st.sampled_from(["scale", "offset"]),
+         mask_context=st.booleans(),
+         predicts=st.sampled_from(["latent", "change"])))
 SHARES = st.one_of(st.sampled_from([0., 1.]), st.floats(0, 1))
 
 
@@ -169,16 +183,23 @@ def valid_mask(n, hidden, seed):
 def test_collapsed_losses_and_gradients_are_the_naive_ones(switches, expressed, hidden, n, seed, stage):
     def losses_and_gradients(dtype):
         torch.manual_seed(seed)
-        model, batch, mask = alive(BioJEPA(SMALL.changed(**switches))).to(dtype), make_batch(n, expressed, seed), valid_mask(n, hidden, seed)
-        cells, pairs, actions = (type(part)(*(t.to(dtype) if torch.is_tensor(t) and t.is_floating_point() else t for t in part)) for part in batch)
+        model = alive(BioJEPA(SMALL.changed(**switches))).to(dtype)
+        batch = make_batch(n, expressed, seed)
+        mask = valid_mask(n, hidden, seed)
+        cells, pairs, actions = (type(part)(
+            *(t.to(dtype) if torch.is_tensor(t) and t.is_floating_point() else t for t in part))
+                                 for part in batch)
         for collapse in (False, True):
             model.zero_grad()
-            loss = model.pretrain_loss(cells, mask, collapse=collapse) if stage == "pretrain" else model.dynamics_loss(pairs, actions, mask, collapse=collapse)
+            loss = model.pretrain_loss(cells, mask,
+                                       collapse=collapse) if stage == "pretrain" else model.dynamics_loss(
+                                           pairs, actions, mask, collapse=collapse)
             loss.total.backward()
             yield torch.stack(list(loss)), gradients(model)
     (a, g), (b, h) = losses_and_gradients(torch.float32)
     torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
-    if (g - h).norm() > 1e-4*g.norm() + 1e-7:  # a difference within rounding of zero has either sign in an absolute distance: double precision must agree
+    if (g - h).norm() > 1e-4*g.norm(
+    ) + 1e-7:  # a difference within rounding of zero has either sign in an absolute distance: double precision must agree
         assert switches["latent_loss"] == "l1"
         (a, g), (b, h) = losses_and_gradients(torch.float64)
         assert (g - h).norm() <= 1e-9*g.norm()
@@ -192,8 +213,10 @@ def test_collapsed_latents_are_the_naive_ones(expressed, hidden, n, seed):
     mask = random_gene_mask(n, G, hidden, generator=torch.Generator().manual_seed(seed))
     naive, fast = (encoder(cells.x, cells.log_library_size, mask, c) for c in (False, True))
     torch.testing.assert_close(fast.genes(), naive.genes(), atol=1e-5, rtol=1e-5)
-    if fast.weight is None: assert ((cells.x != 0) & ~mask).all()  # nothing is equal: the naive form is used by itself
-    else: torch.testing.assert_close(fast.weight.sum(1), torch.full((n,), float(G)))
+    if fast.weight is None:
+        assert ((cells.x != 0) & ~mask).all()  # nothing is equal: the naive form is used by itself
+    else:
+        torch.testing.assert_close(fast.weight.sum(1), torch.full((n, ), float(G)))
     visible = (cells.x != 0) & ~mask
     assert fast.x.shape[1] == (G if fast.weight is None else max(int(visible.sum(1).max()), 1) + 2)
 
@@ -205,8 +228,12 @@ def test_padding_changes_nothing(padding, seed):
     encoder, (cells, *_) = alive(CellEncoder(SMALL)), make_batch(3, .5, seed)
     tokens = encoder.tokenizer(cells.x, cells.log_library_size)
     rubbish = 1e3*torch.randn(3, padding, tokens.x.shape[-1])
-    padded = tokens._replace(x=torch.cat([tokens.x, rubbish], 1), weight=torch.cat([tokens.weight, torch.zeros(3, padding)], 1))
-    torch.testing.assert_close(encoder.stack(padded).genes(), encoder.stack(tokens).genes(), atol=1e-5, rtol=1e-5)
+    padded = tokens._replace(x=torch.cat([tokens.x, rubbish], 1),
+                             weight=torch.cat([tokens.weight, torch.zeros(3, padding)], 1))
+    torch.testing.assert_close(encoder.stack(padded).genes(),
+                               encoder.stack(tokens).genes(),
+                               atol=1e-5,
+                               rtol=1e-5)
 
 
 def test_a_cell_does_not_depend_on_its_batch():
@@ -222,13 +249,22 @@ def test_a_cell_does_not_depend_on_its_batch():
 @pytest.mark.parametrize("switches, n_tokens", [({}, 1), ({}, 3), (dict(mask_keeps_gene=True), 1), (dict(value_embedding="offset"), 2)])
 def test_prediction_and_energy_are_the_naive_ones(switches, n_tokens):
     torch.manual_seed(0)
-    model, (_, pairs, actions) = alive(BioJEPA(SMALL.changed(**switches))), make_batch(4, .4, 1, n_tokens=n_tokens)
-    naive, fast = (model.predict_latent(pairs.x_ctrl, pairs.log_library_size_ctrl, actions, c) for c in (False, True))
+    model, (_, pairs, actions) = alive(BioJEPA(SMALL.changed(**switches))), make_batch(4,
+                                                                                       .4,
+                                                                                       1,
+                                                                                       n_tokens=n_tokens)
+    naive, fast = (model.predict_latent(pairs.x_ctrl, pairs.log_library_size_ctrl, actions, c)
+                   for c in (False, True))
     torch.testing.assert_close(fast.mean, naive.mean, atol=1e-5, rtol=1e-5)
-    e, f = (model.energy(pairs.x_ctrl, actions, pairs.x_pert, pairs.log_library_size_ctrl, pairs.log_library_size_pert, c) for c in (False, True))
+    e, f = (model.energy(pairs.x_ctrl, actions, pairs.x_pert, pairs.log_library_size_ctrl,
+                         pairs.log_library_size_pert, c) for c in (False, True))
     torch.testing.assert_close(e, f, atol=1e-5, rtol=1e-5)
     h = model.teacher(pairs.x_pert, pairs.log_library_size_pert).genes()
-    torch.testing.assert_close(e, torch.stack([sum((m - t).abs().mean() for m, t in zip(*c))/G for c in zip(naive.mean, h)]), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        e,
+        torch.stack([sum((m - t).abs().mean() for m, t in zip(*c))/G for c in zip(naive.mean, h)]),
+        atol=1e-5,
+        rtol=1e-5)
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "dynamics"])
@@ -247,7 +283,8 @@ def test_recomputed_activations_give_the_same_gradients(stage):
 def test_bf16_autocast_is_near_fp32(stage):
     torch.manual_seed(0)
     model, (cells, pairs, actions), mask = alive(BioJEPA(SMALL)), make_batch(4, .4, 1), valid_mask(4, .6, 0)
-    step = lambda: model.pretrain_loss(cells, mask) if stage == "pretrain" else model.dynamics_loss(pairs, actions, mask)
+    step = lambda: model.pretrain_loss(cells, mask) if stage == "pretrain" else model.dynamics_loss(
+        pairs, actions, mask)
     exact = step().total
     with torch.autocast("cpu", torch.bfloat16): rounded = step().total
     assert rounded.dtype == torch.float32
@@ -262,7 +299,9 @@ def test_collapse_is_exact_at_full_size(stage):
     mask, results = random_gene_mask(2, 5000), []
     for collapse in (False, True):
         model.zero_grad()
-        loss = model.pretrain_loss(cells, mask, collapse=collapse) if stage == "pretrain" else model.dynamics_loss(pairs, actions, mask, collapse=collapse)
+        loss = model.pretrain_loss(cells, mask,
+                                   collapse=collapse) if stage == "pretrain" else model.dynamics_loss(
+                                       pairs, actions, mask, collapse=collapse)
         loss.total.backward()
         results.append((torch.stack(list(loss)).detach(), gradients(model)))
     (a, g), (b, h) = results
@@ -286,9 +325,11 @@ def test_a_hidden_value_cannot_change_any_output():
     other = torch.where(mask, 9*torch.rand(4, G), pairs.x_ctrl)
     with torch.no_grad():
         for collapse in (True, False):
-            z, y = (model.encoder(x, pairs.log_library_size_ctrl, mask, collapse) for x in (pairs.x_ctrl, other))
+            z, y = (model.encoder(x, pairs.log_library_size_ctrl, mask, collapse)
+                    for x in (pairs.x_ctrl, other))
             assert torch.equal(z.x, y.x)
-            a, b = (model.dynamics_loss(pairs._replace(x_ctrl=x), actions, mask, collapse=collapse).total for x in (pairs.x_ctrl, other))
+            a, b = (model.dynamics_loss(pairs._replace(x_ctrl=x), actions, mask, collapse=collapse).total
+                    for x in (pairs.x_ctrl, other))
             assert torch.equal(a, b)
 
 
@@ -298,19 +339,22 @@ def test_one_action_token_leaves_queries_and_keys_without_gradient():
     model, (_, pairs, actions), mask = alive(BioJEPA(config)), make_batch(4, .5, 0), valid_mask(4, .6, 0)
     model.dynamics_loss(pairs, actions, mask).total.backward()
     for block in model.predictor.blocks:
-        assert all(p.grad is None for part in (block.cross.q, block.cross.k, block.cross.norm) for p in part.parameters())
+        assert all(p.grad is None for part in (block.cross.q, block.cross.k, block.cross.norm)
+                   for p in part.parameters())
         assert all(p.grad.any() for part in (block.cross.v, block.cross.out) for p in part.parameters())
     model.zero_grad()
     _, pairs, actions = make_batch(4, .5, 0, n_tokens=2)
     model.dynamics_loss(pairs, actions, mask).total.backward()
-    assert all(block.cross.q.weight.grad.any() and block.cross.k.weight.grad.any() for block in model.predictor.blocks)
+    assert all(block.cross.q.weight.grad.any() and block.cross.k.weight.grad.any()
+               for block in model.predictor.blocks)
 
 
 def test_naive_single_token_gradient_of_queries_and_keys_is_zero():
     torch.manual_seed(0)
     model, (_, pairs, actions), mask = alive(BioJEPA(SMALL)), make_batch(4, .5, 0), valid_mask(4, .6, 0)
     model.dynamics_loss(pairs, actions, mask, collapse=False).total.backward()
-    largest = max(p.grad.abs().max().item() for block in model.predictor.blocks for part in (block.cross.q, block.cross.k) for p in part.parameters())
+    largest = max(p.grad.abs().max().item() for block in model.predictor.blocks
+                  for part in (block.cross.q, block.cross.k) for p in part.parameters())
     reference = min(block.cross.v.weight.grad.abs().max().item() for block in model.predictor.blocks)
     assert largest < 1e-6*reference
 
@@ -320,7 +364,10 @@ def test_several_action_tokens_have_no_order_and_absent_ones_no_voice():
     predictor, context = alive(ActionPredictor(SMALL)), TokenSet(torch.randn(2, 5, 16))
     action, present = torch.randn(2, 3, 320), torch.tensor([[True, True, False]]*2)
     y = predictor(context, action, present).mean
-    torch.testing.assert_close(predictor(context, action[:, [1, 0, 2]], present[:, [1, 0, 2]]).mean, y, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(predictor(context, action[:, [1, 0, 2]], present[:, [1, 0, 2]]).mean,
+                               y,
+                               atol=1e-5,
+                               rtol=1e-5)
     action[:, 2] = 100
     torch.testing.assert_close(predictor(context, action, present).mean, y, atol=1e-5, rtol=1e-5)
 
@@ -349,13 +396,17 @@ def test_bad_input_is_refused_by_name():
         (lambda: model.pretrain_loss(cells, torch.ones_like(mask)), "all genes are masked"),
         (lambda: model.pretrain_loss(cells, torch.zeros_like(mask)), "no genes are masked"),
         (lambda: SMALL.changed(d_model=10), "not divisible by n_heads"),
-        (lambda: BioJEPA(SMALL.changed(vicreg_over="cells")).pretrain_loss(CellBatch(*(t[:1] for t in cells)), mask[:1]), "batch of 1"),
-        (lambda: BioJEPA(SMALL.changed(vicreg_over="cells")).dynamics_loss(PairBatch(*(t[:1] for t in pairs)), actions.take([0]), mask[:1]), "batch of 1"),
+        (lambda: BioJEPA(SMALL.changed(vicreg_over="cells")).pretrain_loss(
+            CellBatch(*(t[:1] for t in cells)), mask[:1]), "batch of 1"),
+        (lambda: BioJEPA(SMALL.changed(vicreg_over="cells")).dynamics_loss(
+            PairBatch(*(t[:1] for t in pairs)), actions.take([0]), mask[:1]), "batch of 1"),
         (lambda: model.pretrain_loss(cells._replace(x=cells.x/0)), "replace NaN"),
-        (lambda: model.dynamics_loss(pairs._replace(log_library_size_pert=torch.full((3,), float("inf"))), actions), "log_library_size: found inf"),
+        (lambda: model.dynamics_loss(pairs._replace(log_library_size_pert=torch.full(
+            (3, ), float("inf"))), actions), "log_library_size: found inf"),
         (lambda: model.pretrain_loss(cells._replace(x=cells.x[:, :7])), "(3, 7)"),
     ]:
-        with pytest.raises(ValueError) as error: call()
+        with pytest.raises(ValueError) as error:
+            call()
         assert message in str(error.value)
 
 
@@ -377,7 +428,9 @@ def edit(path, change):
     (lambda f: (f/"model.safetensors").write_bytes((f/"model.safetensors").read_bytes()[:-100]), "model.safetensors: damaged"),
     (lambda f: (f/"config.json").write_text("{"), "config.json: not readable"),
     (lambda f: edit(f/"config.json", lambda c: {**c, "format": 2}), "format 1"),
-    (lambda f: edit(f/"config.json", lambda c: {**c, "model": {**c["model"], "n_encoder_layers": 3}}), "do not fit config.json"),
+    (lambda f: edit(f/"config.json", lambda c: {**c, "model": {**c["model"], "n_encoder_layers": 3}}), "do not "
+                                                                                                       "fit "
+                                                                                                       "config.json"),
     (lambda f: edit(f/"genes.json", lambda g: g[1:]), "found 39 genes"),
     (lambda f: (f/"actions.json").unlink(), "actions.json: missing"),
 ])
@@ -391,7 +444,8 @@ def test_saved_model_predicts_the_same(saved):
     loaded, (_, pairs, actions) = from_pretrained(saved), make_batch(3, .5, 0)
     torch.manual_seed(0)
     original = BioJEPA(SMALL)
-    a, b = (m.predict_latent(pairs.x_ctrl, pairs.log_library_size_ctrl, actions) for m in (original, loaded.model))
+    a, b = (m.predict_latent(pairs.x_ctrl, pairs.log_library_size_ctrl, actions)
+            for m in (original, loaded.model))
     assert torch.equal(a.mean, b.mean) and torch.equal(a.logvar, b.logvar)
 
 
@@ -401,14 +455,18 @@ def test_compiled_blocks_give_the_same_loss():
     model, (cells, pairs, actions), mask = alive(BioJEPA(SMALL)), make_batch(3, .5, 0), valid_mask(3, .6, 0)
     expected = model.pretrain_loss(cells, mask).total, model.dynamics_loss(pairs, actions, mask).total
     model.compile_blocks()
-    for a, b in zip((model.pretrain_loss(cells, mask).total, model.dynamics_loss(pairs, actions, mask).total), expected):
+    for a, b in zip(
+        (model.pretrain_loss(cells, mask).total, model.dynamics_loss(pairs, actions, mask).total),
+            expected):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
 def test_padding_to_few_widths_changes_nothing(monkeypatch):
     "Batches meet at most about 64 shapes; the tokens beyond a cell's own weigh 0, so latents agree to rounding."
     g, n_genes = torch.Generator().manual_seed(5), 640
-    widths = {list_genes(torch.rand(4, n_genes, generator=g) < p)[0].shape[1] for p in torch.linspace(0, 1, 400)}
+    widths = {
+        list_genes(torch.rand(4, n_genes, generator=g) < p)[0].shape[1] for p in torch.linspace(0, 1, 400)
+    }
     assert 40 < len(widths) <= 65 and max(widths) == n_genes
     torch.manual_seed(0)
     encoder = CellEncoder(SMALL.changed(n_genes=n_genes))

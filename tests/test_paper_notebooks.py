@@ -20,8 +20,16 @@ def run(name, folder, **parameters):
     "A paper notebook in a process of its own, as a user starts it."
     parameters = dict(preset="smoke", runs=str(folder/"runs"), out_folder=str(folder/name)) | parameters
     options = [word for k, v in parameters.items() for word in ("-p", k, str(v))]
-    done = subprocess.run([sys.executable, "-m", "papermill", str(PATHS.nbs/f"{name}.ipynb"), str(folder/f"{name}.ipynb"), "--no-progress-bar", *options],
-                          capture_output=True, text=True, cwd=PATHS.root, env={**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}, timeout=900)
+    done = subprocess.run([
+        sys.executable, "-m", "papermill",
+        str(PATHS.nbs/f"{name}.ipynb"),
+        str(folder/f"{name}.ipynb"), "--no-progress-bar", *options
+    ],
+                          capture_output=True,
+                          text=True,
+                          cwd=PATHS.root,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"},
+                          timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((folder/f"{name}.ipynb").read_text())
 
@@ -31,7 +39,8 @@ def test_runs_on_the_smoke_preset(name, folder):
     extra = dict(cost_steps=0) if name == "80_train" else {}
     notebook = run(name, folder, **extra)
     listed = check_manifest(folder/name)
-    assert len(listed) > 1 and (listed.state == "as listed").all() and listed.file.str.endswith(".png").any() and listed.file.str.endswith(".csv").any()
+    assert len(listed) > 1 and (listed.state == "as listed").all() and listed.file.str.endswith(
+        ".png").any() and listed.file.str.endswith(".csv").any()
     assert (listed.notebook == name).all()
     written = json.loads((folder/name/"MANIFEST.json").read_text())
     assert all({"sha256", "made_from", "versions", "commit"} <= set(entry) for entry in written.values())
@@ -43,9 +52,11 @@ def test_parameters_are_tagged_typed_and_explained(name):
     cells = json.loads((PATHS.nbs/f"{name}.ipynb").read_text())["cells"]
     tagged = [c for c in cells if "parameters" in c["metadata"].get("tags", [])]
     assert len(tagged) == 1
-    assert sum("settings=settings" in "".join(c["source"]) for c in cells) == 1 and "settings: str" in "".join(tagged[0]["source"])
+    assert sum("settings=settings" in "".join(c["source"])
+               for c in cells) == 1 and "settings: str" in "".join(tagged[0]["source"])
     for line in "".join(tagged[0]["source"]).splitlines():
-        if line.strip(): assert ": " in line.split("=")[0] and "#" in line, f"{line!r}: give a type and a comment"
+        if line.strip():
+            assert ": " in line.split("=")[0] and "#" in line, f"{line!r}: give a type and a comment"
 
 
 def test_a_run_folder_stands_for_its_parameters(folder):
@@ -53,5 +64,11 @@ def test_a_run_folder_stands_for_its_parameters(folder):
     made = sorted((folder/"runs").glob("*-0"))
     if not made: run("80_train", folder, cost_steps=0)
     before = sorted((folder/"runs").glob("*-0"))
-    run("90_eval", folder, preset="paper", run=str(before[0]), out_folder=str(folder/"again"), baselines="train_mean; control_mean")
-    assert sorted((folder/"runs").glob("*-0")) == before and (folder/"again"/"table1_published_protocol.csv").is_file()
+    run("90_eval",
+        folder,
+        preset="paper",
+        run=str(before[0]),
+        out_folder=str(folder/"again"),
+        baselines="train_mean; control_mean")
+    assert sorted((folder/"runs").glob("*-0")) == before and (folder/"again"/
+                                                              "table1_published_protocol.csv").is_file()

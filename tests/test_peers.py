@@ -21,13 +21,17 @@ from biojepa.predict.sets import pseudobulk, test_set
 
 
 def screen(**options):
-    cells = simulate_perturb_seq(SimulationSpec(**(dict(n_genes=120, n_cells=900, n_targets=16, n_modules=4, seed=2) | options)))
+    cells = simulate_perturb_seq(
+        SimulationSpec(**(dict(n_genes=120, n_cells=900, n_targets=16, n_modules=4, seed=2) | options)))
     return prepare(load_dataset(cells, batch="batch", cell_type="cell_type", guide="guide_id"))
 
 
 def holding(adata, val=True):
     names = sorted(set(adata.obs["condition"]) - {"ctrl"})
-    return make_split(adata, kind="custom", held_out=dict(train=names[7:], val=names[5:7] if val else [], test=names[:5]), allow_empty_val=not val)
+    return make_split(adata,
+                      kind="custom",
+                      held_out=dict(train=names[7:], val=names[5:7] if val else [], test=names[:5]),
+                      allow_empty_val=not val)
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +50,21 @@ def spy(monkeypatch):
             return x + torch.tensor([float(sum(p)) for p in batch.pert_idx])[:, None]
 
     def fake(train, val, expressed, graphs, nodes, genes, control, *settings):
-        seen.update(train=train, val=val, expressed=expressed, graphs=graphs, nodes=nodes, genes=genes, control=control, settings=settings)
+        seen.update(train=train,
+                    val=val,
+                    expressed=expressed,
+                    graphs=graphs,
+                    nodes=nodes,
+                    genes=genes,
+                    control=control,
+                    settings=settings)
         return Network(), [2., 1., 3.]
     monkeypatch.setattr(peers, "_gears", fake)
     return seen
 
 
-# --- graphs -----------------------------------------------------------------------------------------------------------
+# --- graphs
+# -----------------------------------------------------------------------------------------------------------
 
 def slow_graph(relations, genes, k, above):
     "Sets, gene by gene."
@@ -68,19 +80,25 @@ def slow_graph(relations, genes, k, above):
 
 def test_relation_graph_is_jaccard_of_neighbours():
     rng = np.random.default_rng(0)
-    relations = pd.DataFrame(rng.choice([f"g{i}" for i in range(25)], (60, 2)), columns=["a", "b"]).assign(db="x")
+    relations = pd.DataFrame(rng.choice([f"g{i}" for i in range(25)], (60, 2)),
+                             columns=["a", "b"]).assign(db="x")
     genes = [f"g{i}" for i in range(20)] + ["unrelated"]
     found = relation_graph(relations, genes, k=50, above=.1)
-    assert found.set_index(["source", "target"])["importance"].to_dict() == pytest.approx(slow_graph(relations, genes, 50, .1))
+    assert found.set_index(["source", "target"])["importance"].to_dict() == pytest.approx(
+        slow_graph(relations, genes, 50, .1))
     assert "unrelated" not in set(found["source"])
     fewer = relation_graph(relations, genes, k=3, above=.1)
     assert fewer.groupby("target").size().max() == 4 and (fewer["source"] == fewer["target"]).sum() == 20
-    pd.testing.assert_frame_equal(found, relation_graph(pd.concat([relations, relations.rename(columns=dict(a="b", b="a"))]), genes, k=50))
+    pd.testing.assert_frame_equal(
+        found,
+        relation_graph(pd.concat([relations, relations.rename(columns=dict(a="b", b="a"))]), genes, k=50))
 
 
 def test_relation_graph_refuses():
-    with pytest.raises(ValueError, match=r"found columns \['gene'\]"): relation_graph(pd.DataFrame(dict(gene=["A"])), ["A"])
-    with pytest.raises(ValueError, match="none of the 1 genes wanted"): relation_graph(pd.DataFrame(dict(a=["A"], b=["B"])), ["ENSG1"])
+    with pytest.raises(ValueError, match=r"found columns \['gene'\]"):
+        relation_graph(pd.DataFrame(dict(gene=["A"])), ["A"])
+    with pytest.raises(ValueError, match="none of the 1 genes wanted"):
+        relation_graph(pd.DataFrame(dict(a=["A"], b=["B"])), ["ENSG1"])
 
 
 def test_coexpression_is_pearsons(adata):
@@ -91,7 +109,8 @@ def test_coexpression_is_pearsons(adata):
     assert np.abs(found - naive).max() < 1e-4 and (found[3] == 0).all()
 
 
-# --- what it is given -------------------------------------------------------------------------------------------------
+# --- what it is given
+# -------------------------------------------------------------------------------------------------
 
 def test_test_cells_are_never_given(adata, spy):
     split = holding(adata)
@@ -150,15 +169,20 @@ def test_batches(adata, spy):
     assert (len(first), len(second), len(third)) == (len(train.rows)//32, 1, len(train.rows)//32)
     for batch in first:
         assert batch.x.shape == (32*adata.n_vars, 1) and batch.y.shape == (32, adata.n_vars)
-        assert [train.nodes[c] for c in batch.pert] == batch.pert_idx and all(len(d) == 20 for d in batch.de_idx)
+        assert [train.nodes[c]
+                for c in batch.pert] == batch.pert_idx and all(len(d) == 20 for d in batch.de_idx)
         seen += batch.pert
     val = peers._Loader(spy["val"], 32, np.random.default_rng(0))
     rows = np.concatenate([b.y.numpy() for b in val])
-    assert len(rows) == len(spy["val"].rows) == sum(len(b.pert) for b in val)  # every validation cell, in every pass
-    assert np.sort(rows.sum(1)) == pytest.approx(np.sort(np.asarray(adata.X[spy["val"].rows].sum(1)).ravel()), rel=1e-5)
+    assert len(rows) == len(spy["val"].rows) == sum(len(b.pert)
+                                                    for b in val)  # every validation cell, in every pass
+    assert np.sort(rows.sum(1)) == pytest.approx(np.sort(
+        np.asarray(adata.X[spy["val"].rows].sum(1)).ravel()),
+                                                 rel=1e-5)
 
 
-# --- what is made of its answers --------------------------------------------------------------------------------------
+# --- what is made of its answers
+# --------------------------------------------------------------------------------------
 
 def test_answers_are_read_by_condition(adata, spy):
     split = holding(adata)
@@ -167,19 +191,27 @@ def test_answers_are_read_by_condition(adata, spy):
     number = {g: i for i, g in enumerate(spy["nodes"])}
     expected = [number[c.removesuffix("+ctrl")] for c in template.groups["condition"]]
     assert found.delta == pytest.approx(np.tile(np.array(expected, float)[:, None], (1, adata.n_vars)))
-    assert found.name == "gears" and found.provenance["best_epoch"] == 2 and found.provenance["outside_graph"] == []
+    assert found.name == "gears" and found.provenance["best_epoch"] == 2 and found.provenance[
+        "outside_graph"] == []
     assert template.name == "control_mean" and (template.delta == 0).all()
 
 
 def test_outside_the_graph_is_the_train_mean_by_name(adata, spy):
     split = holding(adata)
     template = test_set(adata, split)
-    genes = [g for g in adata.var_names if g != split.test[0].removesuffix("+ctrl") and g != split.train[0].removesuffix("+ctrl")]
+    genes = [
+        g for g in adata.var_names
+        if g != split.test[0].removesuffix("+ctrl") and g != split.train[0].removesuffix("+ctrl")
+    ]
     relations = pd.DataFrame(dict(a=genes, b=genes[1:] + genes[:1]))
     found = gears_predictions(template, adata, split, relations)
-    assert found.provenance["outside_graph"] == [split.test[0].removesuffix("+ctrl")] and found.provenance["n_fallback"] == 1 and found.provenance["fallback"] == "train mean"
+    assert found.provenance["outside_graph"] == [
+        split.test[0].removesuffix("+ctrl")
+    ] and found.provenance["n_fallback"] == 1 and found.provenance["fallback"] == "train mean"
     missed = (found.groups["condition"] == split.test[0]).to_numpy()
-    assert missed.any() and (found.delta[missed] == template.train_delta).all() and (found.delta[~missed] != template.train_delta).any(1).all()
+    assert missed.any() and (found.delta[missed]
+                             == template.train_delta).all() and (found.delta[~missed]
+                                                                 != template.train_delta).any(1).all()
     assert split.train[0] not in set(spy["train"].label)  # GEARS cannot learn from it either
 
 
@@ -204,11 +236,13 @@ def test_without_validation_a_tenth_is_spared(adata, spy):
 def test_refusals(adata, spy):
     split = holding(adata)
     template = test_set(adata, split)
-    with pytest.raises(ValueError, match="are not the template's 120"): gears_predictions(template, adata[:, ::-1], split)
+    with pytest.raises(ValueError, match="are not the template's 120"):
+        gears_predictions(template, adata[:, ::-1], split)
     with pytest.raises(ValueError, match="found 0, 32, 32"): gears_predictions(template, adata, split, epochs=0)
 
 
-# --- the shipped network ----------------------------------------------------------------------------------------------
+# --- the shipped network
+# ----------------------------------------------------------------------------------------------
 
 @pytest.mark.slow
 def test_gears_leaves_no_trace_and_repeats(adata, tmp_path, monkeypatch):
@@ -216,12 +250,15 @@ def test_gears_leaves_no_trace_and_repeats(adata, tmp_path, monkeypatch):
     split = holding(adata)
     template, settings = test_set(adata, split), dict(epochs=2, hidden=8, progress=False)
     torch.manual_seed(5); np.random.seed(5); random.seed(5)
-    states, filters = (torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()), list(warnings.filters)
+    states = (torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate())
+    filters = list(warnings.filters)
     first = gears_predictions(template, adata, split, **settings)
-    assert torch.equal(states[0], torch.get_rng_state()) and (states[1] == np.random.get_state()[1]).all() and states[2] == random.getstate()
+    assert torch.equal(states[0], torch.get_rng_state()) and (
+        states[1] == np.random.get_state()[1]).all() and states[2] == random.getstate()
     assert warnings.filters == filters and os.listdir(tmp_path) == []
     again = gears_predictions(template, adata, split, **settings)
-    assert first.delta == pytest.approx(again.delta, abs=1e-6) and len(first.provenance["validation_error"]) == 2
+    assert first.delta == pytest.approx(again.delta, abs=1e-6) and len(
+        first.provenance["validation_error"]) == 2
     other = gears_predictions(template, adata, split, **settings | dict(seed=1))
     assert np.abs(first.delta - other.delta).max() > 1e-3
 
@@ -235,8 +272,11 @@ def test_gears_answer_does_not_depend_on_the_control_cell(adata, monkeypatch):
     network = networks[0][0]
     nodes, cells = [[3], [5, 9], [40]], adata.X[split.controls(adata, "test")[:3]].toarray()
     empty = peers._ask(network, nodes, adata.n_vars, torch.device("cpu"))
-    for cell in cells: assert peers._ask(network, nodes, adata.n_vars, torch.device("cpu"), x=cell) == pytest.approx(empty, abs=1e-5)
-    assert peers._ask(network, nodes, adata.n_vars, torch.device("cpu"), batch_size=1) == pytest.approx(empty, abs=1e-5)
+    for cell in cells:
+        assert peers._ask(network, nodes, adata.n_vars, torch.device("cpu"),
+                          x=cell) == pytest.approx(empty, abs=1e-5)
+    assert peers._ask(network, nodes, adata.n_vars, torch.device("cpu"),
+                      batch_size=1) == pytest.approx(empty, abs=1e-5)
 
 
 @pytest.mark.slow

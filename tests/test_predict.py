@@ -31,14 +31,20 @@ def screen(lines=("x", "y"), genes=7, per=5, seed=0):
     for line in lines:
         for condition in ["ctrl"]*3 + TRAIN + VAL + TEST:
             guides = [""] if condition == "ctrl" or "ctrl" not in condition else ["1", "2"]
-            rows += [(condition, f"{condition}|{condition[0]}_{g}" if g else condition, f"{condition[0]}_{g}" if g else "", f"{line}{i % 2}", line) for g in guides for i in range(per)]
-    obs = pd.DataFrame(rows, columns=["condition", "perturbation", "guide_id", "batch", "cell_type"]).sample(frac=1, random_state=seed)
+            rows += [(condition, f"{condition}|{condition[0]}_{g}" if g else condition,
+                      f"{condition[0]}_{g}" if g else "", f"{line}{i % 2}", line) for g in guides
+                     for i in range(per)]
+    obs = pd.DataFrame(rows, columns=["condition", "perturbation", "guide_id", "batch",
+                                      "cell_type"]).sample(frac=1, random_state=seed)
     obs.index = [f"c{i:03d}" for i in range(len(obs))]
     x = rng.gamma(2, 1, (len(obs), genes))*(rng.random((len(obs), genes)) > 1/3)
     obs = obs.astype("category").assign(log_library_size=rng.normal(9, .3, len(obs)).astype(np.float32))
     names = [f"g{i}" for i in range(genes)]
     about = dict(schema_version=1, source="test", expression_space="log1p", history=np.array([], dtype=object))
-    return ad.AnnData(sp.csr_matrix(x, dtype=np.float32), obs=obs, var=pd.DataFrame({"gene_name": names}, index=names), uns={"biojepa": about})
+    return ad.AnnData(sp.csr_matrix(x, dtype=np.float32),
+                      obs=obs,
+                      var=pd.DataFrame({"gene_name": names}, index=names),
+                      uns={"biojepa": about})
 
 
 def held_out(adata, **parts):
@@ -98,9 +104,13 @@ def test_backed_data_give_the_same_set(case, template, tmp_path):
 
 def test_train_mean_is_the_mean_over_conditions_and_lines_not_over_cells():
     adata = screen()
-    kept = adata[(adata.obs.condition != "A+B") | (np.arange(adata.n_obs) % 3 > 0)].copy()   # unequal numbers of cells
+    kept = adata[(adata.obs.condition != "A+B") |
+                 (np.arange(adata.n_obs) % 3 > 0)].copy()  # unequal numbers of cells
     split, obs, x = held_out(kept), kept.obs, kept.X.toarray().astype(float)
-    deltas = [x[(obs.condition == c) & (obs.cell_type == l)].mean(0) - x[(obs.condition == "ctrl") & (obs.cell_type == l)].mean(0) for c in TRAIN for l in "xy"]
+    deltas = [
+        x[(obs.condition == c) & (obs.cell_type == l)].mean(0) -
+        x[(obs.condition == "ctrl") & (obs.cell_type == l)].mean(0) for c in TRAIN for l in "xy"
+    ]
     np.testing.assert_allclose(train_mean_delta(kept, split), np.mean(deltas, 0), atol=1e-6)
 
 
@@ -124,7 +134,9 @@ def test_every_test_cell_once_beside_a_control_of_its_own_gem_group(case, templa
 
 def test_seed_draws_other_controls_and_nothing_else(case, template):
     other, again = test_set(*case, seed=1), test_set(*case)
-    assert (other.cells["control"] != template.cells["control"]).any() and (again.cells["control"] == template.cells["control"]).all()
+    assert (other.cells["control"]
+            != template.cells["control"]).any() and (again.cells["control"]
+                                                     == template.cells["control"]).all()
     np.testing.assert_array_equal(other.control_mean, template.control_mean)
     assert other.provenance["data"] == template.provenance["data"]
 
@@ -133,7 +145,8 @@ def test_pairs_are_those_of_the_evaluation_loader(case):
     adata, split = case
     pairs = next(iter(pair_loader(adata, split, "val", batch_size=10**6, seed=3)))
     ps = test_set(adata, split, "val", seed=3)
-    assert adata.obs_names[pairs.ctrl.numpy()].tolist() == ps.cells["control"].tolist() and adata.obs_names[pairs.pert.numpy()].tolist() == ps.cells.index.tolist()
+    assert adata.obs_names[pairs.ctrl.numpy()].tolist() == ps.cells["control"].tolist() and adata.obs_names[
+        pairs.pert.numpy()].tolist() == ps.cells.index.tolist()
 
 
 def test_a_held_out_line_is_compared_with_its_own_controls():
@@ -160,8 +173,11 @@ def test_conditions_are_the_means_of_their_cells(template):
         mine = ((ps.cells.condition == row.condition) & (ps.cells.cell_type == row.cell_type)).to_numpy()
         np.testing.assert_allclose(bulk.observed[c], (x - ps.control_mean[ps.group])[mine].mean(0), atol=1e-5)
         np.testing.assert_allclose(bulk.predicted[c], ps.delta[ps.group][mine].mean(0), atol=1e-6)
-        np.testing.assert_allclose(np.sqrt(bulk.variance[c]), np.sqrt(ps.delta_variance)[ps.group][mine].mean(0), rtol=1e-5)
-        assert row.n_cells == mine.sum() and row.targets == tuple(sorted(set(row.condition.split("+")) - {"ctrl"}))
+        np.testing.assert_allclose(np.sqrt(bulk.variance[c]),
+                                   np.sqrt(ps.delta_variance)[ps.group][mine].mean(0),
+                                   rtol=1e-5)
+        assert row.n_cells == mine.sum() and row.targets == tuple(
+            sorted(set(row.condition.split("+")) - {"ctrl"}))
     guides = pseudobulk(ps, "perturbation")
     np.testing.assert_allclose(guides.observed, ps.observed_mean() - ps.control_mean)
     assert guides.conditions["perturbation"].tolist() == ps.groups["perturbation"].tolist()
@@ -171,9 +187,13 @@ def test_cells_without_a_prediction_of_their_own(template):
     ps = template.with_prediction("constant", np.random.default_rng(0).normal(size=template.delta.shape))
     g = ps.group
     np.testing.assert_allclose(ps.cells_predicted(), np.maximum(ps.control_mean[g] + ps.delta[g], 0), rtol=1e-6)
-    np.testing.assert_allclose(ps.shifted(np.array([4, 2])), np.maximum(ps.control.toarray()[[4, 2]] + ps.delta[g[[4, 2]]], 0), rtol=1e-6)
+    np.testing.assert_allclose(ps.shifted(np.array([4, 2])),
+                               np.maximum(ps.control.toarray()[[4, 2]] + ps.delta[g[[4, 2]]], 0),
+                               rtol=1e-6)
     np.testing.assert_allclose(ps.shifted(slice(3, 8)), ps.shifted()[3:8])
-    np.testing.assert_allclose(ps.control.toarray() + ps.cells_delta(), ps.control_mean[g] + ps.delta[g], atol=1e-6)
+    np.testing.assert_allclose(ps.control.toarray() + ps.cells_delta(),
+                               ps.control_mean[g] + ps.delta[g],
+                               atol=1e-6)
     np.testing.assert_allclose(ps.cells_delta([4, 2]), ps.cells_delta()[[4, 2]])
 
 
@@ -193,22 +213,26 @@ def test_a_saved_set_comes_back_bit_for_bit(template, tmp_path):
             a, b = getattr(ps, name), getattr(again, name)
             assert (a is None) == (b is None)
             if a is not None: np.testing.assert_array_equal(a, b); assert a.dtype == b.dtype
-        for name in ("observed", "control"): np.testing.assert_array_equal(getattr(ps, name).toarray(), getattr(again, name).toarray())
+        for name in ("observed", "control"):
+            np.testing.assert_array_equal(getattr(ps, name).toarray(), getattr(again, name).toarray())
         pd.testing.assert_frame_equal(ps.cells, again.cells)
         pd.testing.assert_frame_equal(ps.groups, again.groups)
-        assert (ps.name, ps.genes, ps.provenance, ps.expression_space) == (again.name, again.genes, again.provenance, again.expression_space)
+        assert (ps.name, ps.genes, ps.provenance,
+                ps.expression_space) == (again.name, again.genes, again.provenance, again.expression_space)
 
 
 def test_other_files_are_refused(case, tmp_path):
     case[0].write_h5ad(tmp_path/"cells.h5ad")
-    with pytest.raises(ValueError, match="cells.h5ad: holds no predictions"): PredictionSet.load(tmp_path/"cells.h5ad")
+    with pytest.raises(ValueError, match="cells.h5ad: holds no predictions"):
+        PredictionSet.load(tmp_path/"cells.h5ad")
     clipped = test_set(*case).to_anndata()      # as the first format was written
     clipped.uns["prediction"]["format"] = 1
     clipped.write_h5ad(tmp_path/"clipped.h5ad")
     message = "clipped.h5ad: holds predictions of format 1, this version reads 2 .*predict again and save"
     with pytest.raises(ValueError, match=message): PredictionSet.load(tmp_path/"clipped.h5ad")
     (tmp_path/"text.h5ad").write_text("no")
-    with pytest.raises(ValueError, match="text.h5ad: cannot be read as h5ad"): PredictionSet.load(tmp_path/"text.h5ad")
+    with pytest.raises(ValueError, match="text.h5ad: cannot be read as h5ad"):
+        PredictionSet.load(tmp_path/"text.h5ad")
 
 
 DAMAGE = dict(
@@ -242,7 +266,8 @@ def test_a_cell_in_another_group_twice_or_nowhere_is_refused(template):
     refused("cells: 'c.*' stands twice", cells=cells.set_index(cells.index[[0, 0, *range(2, len(cells))]]))
     refused("found -1 to", cells=cells.assign(group=cells["group"] - 1))
     refused("cells: lacks batch, control", cells=cells.drop(columns=["batch", "control"]))
-    refused("groups: a perturbation of a cell type stands twice", groups=groups.iloc[[0, 0, *range(2, len(groups))]].reset_index(drop=True))
+    refused("groups: a perturbation of a cell type stands twice",
+            groups=groups.iloc[[0, 0, *range(2, len(groups))]].reset_index(drop=True))
     refused("n_cells.*differs", groups=groups.assign(n_cells=groups["n_cells"] + 1))
     refused("cells: found no row", cells=cells[:0])
 
@@ -251,19 +276,30 @@ def test_what_is_not_prepared_or_empty_is_refused(case):
     adata, split = case
     counts = adata.copy()
     counts.uns["biojepa"] = dict(adata.uns["biojepa"], expression_space="counts")
-    with pytest.raises(ValueError, match="found 'counts'; predictions are made from log-normalised values"): test_set(counts, split)
-    with pytest.raises(ValueError, match="part 'test': the split leaves no perturbed cell"): test_set(adata[adata.obs.condition != "nothing"][:0].copy(), split)
+    with pytest.raises(ValueError, match="found 'counts'; predictions are made from log-normalised values"):
+        test_set(counts, split)
+    with pytest.raises(ValueError, match="part 'test': the split leaves no perturbed cell"):
+        test_set(adata[adata.obs.condition != "nothing"][:0].copy(), split)
     with pytest.raises(ValueError, match="control: found 'plate'"): test_set(adata, split, control="plate")
     with pytest.raises(ValueError, match="by: found 'gene'"): pseudobulk(test_set(adata, split), by="gene")
 
 
 # ---- a model's predictions ----
 
-SMALL = dict(n_genes=7, d_model=8, n_heads=2, n_encoder_layers=1, n_masked_predictor_layers=1, n_predictor_layers=1, d_protein=5, d_dna=6)
+SMALL = dict(n_genes=7,
+             d_model=8,
+             n_heads=2,
+             n_encoder_layers=1,
+             n_masked_predictor_layers=1,
+             n_predictor_layers=1,
+             d_protein=5,
+             d_dna=6)
 
 
 def bank(keys, modality=Modality.PROTEIN, width=5):
-    return FeatureBank(tuple(keys), np.random.default_rng(0).normal(size=(len(keys), width)), modality, dict(featurizer="random"))
+    return FeatureBank(tuple(keys),
+                       np.random.default_rng(0).normal(size=(len(keys), width)), modality,
+                       dict(featurizer="random"))
 
 
 def made(**switches):
@@ -279,8 +315,10 @@ def described(adata): return (table := ActionTable.from_anndata(adata)), action_
 def plain_change(model, adata, cell, actions, p):
     "One pair through the model's public interface, without the collapse."
     x, size = torch.from_numpy(adata[cell].X.toarray()), torch.tensor([float(adata.obs.log_library_size[cell])])
-    predicted, h = model.predict_latent(x, size, actions.take([p]), collapse=False), model.control_latents(x, size, collapse=False)
-    return model.readout.delta(predicted.mean, h.genes())[0].numpy(), model.readout.variance(predicted.logvar.exp())[0].numpy()
+    predicted = model.predict_latent(x, size, actions.take([p]), collapse=False)
+    h = model.control_latents(x, size, collapse=False)
+    return model.readout.delta(predicted.mean, h.genes())[0].numpy(), model.readout.variance(
+        predicted.logvar.exp())[0].numpy()
 
 
 @pytest.mark.parametrize("switches", [{}, dict(predicts="change", readout="per_gene", library_norm=(7., 15.), delta_from="teacher"), dict(value_embedding="offset", mask_keeps_gene=True)], ids=["released", "laptop", "naive"])
@@ -288,7 +326,10 @@ def test_predictions_are_the_models_own_pair_by_pair(case, switches):
     adata, split = case
     model, (table, actions) = made(**switches), described(adata)
     ps = predictions(model, adata, split, actions, table, batch_size=7, progress=False)
-    delta, variance = map(np.stack, zip(*(plain_change(model, adata, row.control, actions, table.perturbation.index(row.perturbation)) for row in ps.cells.itertuples())))
+    delta, variance = map(
+        np.stack,
+        zip(*(plain_change(model, adata, row.control, actions, table.perturbation.index(row.perturbation))
+              for row in ps.cells.itertuples())))
     assert np.abs(delta).mean() > .01 and variance.min() > 0
     np.testing.assert_allclose(ps.cell_delta, delta, atol=2e-5)
     np.testing.assert_allclose(ps.cells_predicted(), np.maximum(ps.control.toarray() + delta, 0), atol=2e-5)
@@ -320,7 +361,8 @@ def test_a_template_is_filled_in_and_not_asked_for_again(case, template, monkeyp
 def test_half_precision_rounds_cells_and_not_means(case, template):
     adata, split = case
     model, (table, actions) = made(), described(adata)
-    full, half = (predictions(model, adata, split, actions, table, template, dtype=d, progress=False) for d in (np.float32, np.float16))
+    full, half = (predictions(model, adata, split, actions, table, template, dtype=d, progress=False)
+                  for d in (np.float32, np.float16))
     assert half.cell_delta.dtype == half.variance.dtype == np.float16
     np.testing.assert_array_equal(half.delta, full.delta)
     np.testing.assert_array_equal(half.delta_variance, full.delta_variance)
@@ -330,7 +372,8 @@ def test_half_precision_rounds_cells_and_not_means(case, template):
 def test_batch_size_changes_nothing(case):
     adata, split = case
     model, (table, actions) = made(), described(adata)
-    one, many = (predictions(model, adata, split, actions, table, batch_size=n, progress=False) for n in (1, 10**4))
+    one, many = (predictions(model, adata, split, actions, table, batch_size=n, progress=False)
+                 for n in (1, 10**4))
     np.testing.assert_allclose(one.cell_delta, many.cell_delta, atol=2e-5)
 
 
@@ -339,11 +382,13 @@ def test_each_control_is_encoded_once_and_equal_pairs_are_answered_once(case):
     model, (table, actions) = made(), described(adata)
     seen = dict(encoder=0, teacher=0, predictor=0)
     for name in seen:
-        def count(module, args, output, name=name): seen[name] += len(args[0] if torch.is_tensor(args[0]) else args[1])
+        def count(module, args, output, name=name):
+            seen[name] += len(args[0] if torch.is_tensor(args[0]) else args[1])
         getattr(model, name).register_forward_hook(count)
     rng = np.random.default_rng(0)
     controls, action = rng.choice([3, 50, 7, 20], 40), rng.integers(1, 4, 40)
-    positions = np.concatenate([at for at, _, _ in changes(model, adata, controls, action, actions, 3, progress=False)])
+    positions = np.concatenate(
+        [at for at, _, _ in changes(model, adata, controls, action, actions, 3, progress=False)])
     assert sorted(positions) == list(range(40))
     assert seen == dict(encoder=4, teacher=4, predictor=len({*zip(controls, action)}))
 
@@ -351,14 +396,24 @@ def test_each_control_is_encoded_once_and_equal_pairs_are_answered_once(case):
 def test_a_finished_run_holds_everything(case, tmp_path):
     adata, split = case
     model, (table, actions) = made(), described(adata)
-    held = dict(model=model, folder=tmp_path/"abc-0", log=pd.DataFrame(), adata=adata, split=split, actions=actions, table=table, experiment=preset("smoke"))
+    held = dict(model=model,
+                folder=tmp_path/"abc-0",
+                log=pd.DataFrame(),
+                adata=adata,
+                split=split,
+                actions=actions,
+                table=table,
+                experiment=preset("smoke"))
     run = Run(**dict.fromkeys(Run._fields) | held)
-    ps, by_hand = predictions(run, progress=False), predictions(model, adata, split, actions, table, progress=False)
+    ps = predictions(run, progress=False)
+    by_hand = predictions(model, adata, split, actions, table, progress=False)
     np.testing.assert_array_equal(ps.cell_delta, by_hand.cell_delta)
     assert ps.provenance["run"] == "abc-0" and len(ps.provenance["experiment"]) == 12
     assert set(predictions(run, part="val", progress=False).groups["condition"]) == set(VAL)
-    with pytest.raises(ValueError, match="split, table: missing; give them, or a finished Run"): predictions(model, adata, actions=actions)
-    with pytest.raises(ValueError, match="make it with ActionTable.from_anndata"): predictions(model, adata, split, actions, table.select(range(3)), progress=False)
+    with pytest.raises(ValueError, match="split, table: missing; give them, or a finished Run"):
+        predictions(model, adata, actions=actions)
+    with pytest.raises(ValueError, match="make it with ActionTable.from_anndata"):
+        predictions(model, adata, split, actions, table.select(range(3)), progress=False)
 
 
 # ---- AnnData in, AnnData out ----
@@ -368,16 +423,37 @@ def test_predict_gives_the_models_values_in_named_layers(case, level):
     adata, _ = case
     model, controls = made(predicts="change"), adata[adata.obs.condition == "ctrl"].copy()
     labels = ["E", "A+E", "ctrl"]   # A+E was never made
-    out = predict(Pretrained(model, list(adata.var_names), []), controls, labels, bank("ABCDE"), mode="crispri", n_cells=4, level=level, batch_size=5, progress=False)
+    out = predict(Pretrained(model, list(adata.var_names), []),
+                  controls,
+                  labels,
+                  bank("ABCDE"),
+                  mode="crispri",
+                  n_cells=4,
+                  level=level,
+                  batch_size=5,
+                  progress=False)
     table = ActionTable.from_conditions(labels, Mode.CRISPRI)
-    actions, whole = action_batch(table, bank("ABCDE")), predict(model, controls, labels, bank("ABCDE"), mode="crispri", n_cells=4, level="cell", progress=False)
+    actions = action_batch(table, bank("ABCDE"))
+    whole = predict(model,
+                    controls,
+                    labels,
+                    bank("ABCDE"),
+                    mode="crispri",
+                    n_cells=4,
+                    level="cell",
+                    progress=False)
     assert set(out.obs["condition"]) == {"E+ctrl", "A+E", "ctrl"} and set(out.obs["cell_type"]) == {"x", "y"}
     assert out.obs.loc[out.obs["condition"] != "ctrl", "mode"].eq("crispri").all()
     for i, row in enumerate(out.obs.itertuples()):
-        cells = [row.control] if level == "cell" else whole.obs.query("condition == @row.condition and cell_type == @row.cell_type")["control"]
-        delta, variance = map(np.stack, zip(*(plain_change(model, adata, c, actions, table.condition.index(row.condition)) for c in cells)))
+        cells = [row.control] if level == "cell" else whole.obs.query(
+            "condition == @row.condition and cell_type == @row.cell_type")["control"]
+        delta, variance = map(
+            np.stack,
+            zip(*(plain_change(model, adata, c, actions, table.condition.index(row.condition))
+                  for c in cells)))
         x = adata[cells].X.toarray()
-        for name, value in dict(delta=delta, predicted=np.maximum(x + delta, 0), control=x).items(): np.testing.assert_allclose(out.layers[name][i], value.mean(0), atol=2e-5)
+        for name, value in dict(delta=delta, predicted=np.maximum(x + delta, 0), control=x).items():
+            np.testing.assert_allclose(out.layers[name][i], value.mean(0), atol=2e-5)
         np.testing.assert_allclose(out.layers["sd"][i], np.sqrt(variance.mean(0)), rtol=1e-4)
         assert len(cells) == (1 if level == "cell" else row.n_cells)
     np.testing.assert_array_equal(out.X, out.layers["predicted"])
@@ -388,7 +464,8 @@ def test_the_output_says_what_it_is_and_survives_the_disk(case, tmp_path):
     out = predict(made(), case[0], ["D"], bank("ABCDE"), progress=False)
     out.write_h5ad(tmp_path/"out.h5ad")
     about = ad.read_h5ad(tmp_path/"out.h5ad").uns["biojepa"]
-    assert about["expression_space"] == "log1p" and "not counts" in about["values"] and set(about["layers"]) == {"predicted", "delta", "sd", "control"}
+    assert about["expression_space"] == "log1p" and "not counts" in about["values"] and set(
+        about["layers"]) == {"predicted", "delta", "sd", "control"}
 
 
 def test_number_seed_and_order_of_cells(case):
@@ -396,43 +473,69 @@ def test_number_seed_and_order_of_cells(case):
     model, n = made(), (case[0].obs.condition == "ctrl").sum()
     ask = lambda a=adata, **k: predict(model, a, ["D"], features, level="cell", progress=False, **k)
     assert len(ask(n_cells=None)) == n and len(ask(n_cells=3)) == 6 and len(ask(n_cells=10**6)) == n
-    assert (ask(n_cells=3).obs_names == ask(n_cells=3).obs_names).all() and (ask(n_cells=3).obs_names != ask(n_cells=3, seed=1).obs_names).any()
+    assert (ask(n_cells=3).obs_names == ask(n_cells=3).obs_names).all() and (ask(
+        n_cells=3).obs_names != ask(n_cells=3, seed=1).obs_names).any()
 
 
 def test_perturbed_cells_in_the_input_change_nothing_but_the_mode(case):
     adata, model = case[0].copy(), made()
     adata.obs["mode"] = pd.Categorical(np.where(adata.obs.condition == "ctrl", "control", "knockout"))
     controls = adata[adata.obs.condition == "ctrl"].copy()
-    a, b, c = predict(model, adata, ["D"], bank("D"), progress=False), predict(model, controls, ["D"], bank("D"), "knockout", progress=False), predict(model, controls, ["D"], bank("D"), progress=False)
+    a = predict(model, adata, ["D"], bank("D"), progress=False)
+    b = predict(model, controls, ["D"], bank("D"), "knockout", progress=False)
+    c = predict(model, controls, ["D"], bank("D"), progress=False)
     np.testing.assert_allclose(a.X, b.X, atol=1e-6)
     assert a.obs["mode"].iloc[0] == "knockout" and c.obs["mode"].iloc[0] == "unknown"
     assert np.abs(a.layers["delta"] - c.layers["delta"]).max() > 1e-3
 
 
 def test_guides_come_in_a_table(case):
-    adata, guides = case[0], FeatureBank(("ACGT", "GGGT"), np.random.default_rng(1).normal(size=(2, 6)), Modality.DNA, {})
-    table = ActionTable(perturbation=("D|1", "D|2"), condition=("D+ctrl",)*2, targets=(("D",),)*2, guide_id=("1", "2"), guide_seqs=(("ACGT",), ("GGGT",)), mode=(Mode.CRISPRI,)*2, n_cells=(0, 0))
+    adata = case[0]
+    guides = FeatureBank(("ACGT", "GGGT"), np.random.default_rng(1).normal(size=(2, 6)), Modality.DNA, {})
+    table = ActionTable(perturbation=("D|1", "D|2"),
+                        condition=("D+ctrl", )*2,
+                        targets=(("D", ), )*2,
+                        guide_id=("1", "2"),
+                        guide_seqs=(("ACGT", ), ("GGGT", )),
+                        mode=(Mode.CRISPRI, )*2,
+                        n_cells=(0, 0))
     out = predict(made(), adata, table, [bank("D"), guides], progress=False)
-    assert out.obs["perturbation"].tolist() == ["D|1", "D|1", "D|2", "D|2"] and np.abs(out.X[0] - out.X[2]).max() > 1e-3
+    assert out.obs["perturbation"].tolist() == ["D|1", "D|1", "D|2", "D|2"
+                                                ] and np.abs(out.X[0] - out.X[2]).max() > 1e-3
 
 
 def test_genes_are_put_in_order_only_if_all_are_there(case, tmp_path):
     adata, model = case[0], made()
     folder = save_pretrained(model, tmp_path/"model", list(adata.var_names), [])
-    wide = ad.concat([adata[:, ::-1], ad.AnnData(np.ones((adata.n_obs, 1), np.float32), obs=adata.obs[[]], var=pd.DataFrame({"gene_name": ["other"]}, index=["other"]))], axis=1, merge="same", uns_merge="first")
+    wide = ad.concat([
+        adata[:, ::-1],
+        ad.AnnData(np.ones((adata.n_obs, 1), np.float32),
+                   obs=adata.obs[[]],
+                   var=pd.DataFrame({"gene_name": ["other"]}, index=["other"]))
+    ],
+                     axis=1,
+                     merge="same",
+                     uns_merge="first")
     wide.obs, wide.X = adata.obs, sp.csr_matrix(wide.X, dtype=np.float32)
     a, b = (predict(folder, x, ["D"], bank("D"), progress=False) for x in (adata, wide))
     assert list(b.var_names) == list(adata.var_names)
     np.testing.assert_allclose(a.X, b.X, atol=1e-6)
-    with pytest.raises(ValueError, match="1 of 7 genes are missing: g3"): predict(folder, adata[:, [0, 1, 2, 4, 5, 6]].copy(), ["D"], bank("D"))
-    with pytest.raises(ValueError, match="found 6 genes, the model reads 7"): predict(model, adata[:, :6].copy(), ["D"], bank("D"))
+    with pytest.raises(ValueError, match="1 of 7 genes are missing: g3"):
+        predict(folder, adata[:, [0, 1, 2, 4, 5, 6]].copy(), ["D"], bank("D"))
+    with pytest.raises(ValueError, match="found 6 genes, the model reads 7"):
+        predict(model, adata[:, :6].copy(), ["D"], bank("D"))
 
 
 def test_bad_input_is_refused_by_name(case, tmp_path):
     adata, model, features = case[0], made(), bank("ABCDE")
     def refused(message, a=adata, labels=("D",), f=features, m=model, error=ValueError, **k):
-        with pytest.raises(error, match=message): predict(m, a, labels if isinstance(labels, str) else list(labels), f, progress=False, **k)
-    refused(r"2 of 3 perturbations have no feature .* NEW\+ctrl: NEW \(PROTEIN\), D\+OTHER: OTHER \(PROTEIN\); the model can only", labels=["D", "NEW", "D+OTHER"], error=MissingFeatureError)
+        with pytest.raises(error, match=message):
+            predict(m, a, labels if isinstance(labels, str) else list(labels), f, progress=False, **k)
+    refused(
+        r"2 of 3 perturbations have no feature .* NEW\+ctrl: NEW \(PROTEIN\), D\+OTHER: OTHER \(PROTEIN\); the "
+        r"model can only",
+        labels=["D", "NEW", "D+OTHER"],
+        error=MissingFeatureError)
     refused("perturbations: found none", labels=[])
     refused("found the single label 'D'", labels="D")
     refused("level: found 'guide'", level="guide")
@@ -458,11 +561,15 @@ def test_a_finished_run_answers_unseen_targets_in_five_lines(tmp_path):
     from biojepa.training.run import run_stages
     data = small_data()
     run = run_stages(small_experiment(), **data, runs=tmp_path, **OPTIONS)
-    cells, unseen = data["adata"][data["adata"].obs.condition == "ctrl"].copy(), [data["split"].test[0].split("+")[0], data["split"].test[1].split("+")[0]]
+    cells = data["adata"][data["adata"].obs.condition == "ctrl"].copy()
+    unseen = [data["split"].test[0].split("+")[0], data["split"].test[1].split("+")[0]]
     out = predict(run.folder/"model", cells, [unseen[0], "+".join(unseen)], progress=False)
-    assert list(out.obs.condition) == [f"{unseen[0]}+ctrl", "+".join(sorted(unseen))] and out.shape == (2, 40) and {"predicted", "delta", "sd"} <= set(out.layers)
+    assert list(out.obs.condition) == [f"{unseen[0]}+ctrl", "+".join(
+        sorted(unseen))] and out.shape == (2, 40) and {"predicted", "delta", "sd"} <= set(out.layers)
     assert out.uns["biojepa"]["expression_space"] == "log1p"
     same = predict(run, cells, [unseen[0], "+".join(unseen)], progress=False)
     np.testing.assert_array_equal(out.X, same.X)
-    with pytest.raises(ValueError, match="NOBODY"): predict(run.folder/"model", cells, ["NOBODY"], progress=False)
-    with pytest.raises(ValueError, match="features: none given"): predict(run.model, cells, unseen, progress=False)
+    with pytest.raises(ValueError, match="NOBODY"):
+        predict(run.folder/"model", cells, ["NOBODY"], progress=False)
+    with pytest.raises(ValueError, match="features: none given"):
+        predict(run.model, cells, unseen, progress=False)

@@ -22,9 +22,16 @@ def screen(n=240, genes=120, seed=0, space="counts", **obs):
     counts = rng.negative_binomial(2, 2/(2 + rng.gamma(.5, 2, genes)), (n, genes)).astype(np.float32)
     counts[:, 0] += 1
     names = ["A", "B"] + [f"g{i}" for i in range(genes - 2)]
-    table = pd.DataFrame(dict(condition=condition, batch=rng.choice(["0", "1"], n), cell_type="K562", perturbation=condition, **obs),
+    table = pd.DataFrame(dict(condition=condition,
+                              batch=rng.choice(["0", "1"], n),
+                              cell_type="K562",
+                              perturbation=condition,
+                              **obs),
                          index=[f"c{i}" for i in range(n)])
-    about = dict(schema_version=1, source="test", expression_space=space, history=np.array(["made"], dtype=object))
+    about = dict(schema_version=1,
+                 source="test",
+                 expression_space=space,
+                 history=np.array(["made"], dtype=object))
     if space != "counts": counts = np.log1p(1e4*counts/counts.sum(1, keepdims=True)).astype(np.float32)
     return ad.AnnData(sp.csr_matrix(counts), obs=table.astype("category").astype({k: float for k in obs}),
                       var=pd.DataFrame({"gene_name": names}, index=names), uns={"biojepa": about})
@@ -33,7 +40,9 @@ def screen(n=240, genes=120, seed=0, space="counts", **obs):
 def split_of(*train):
     "A stand-in for Split: these conditions and all controls are for training."
     rows = lambda a, names: np.flatnonzero(a.obs["condition"].isin(names))
-    return SimpleNamespace(hash="+".join(train), cells=lambda a, part: rows(a, train), controls=lambda a, part: rows(a, ["ctrl"]))
+    return SimpleNamespace(hash="+".join(train),
+                           cells=lambda a, part: rows(a, train),
+                           controls=lambda a, part: rows(a, ["ctrl"]))
 
 
 def by_scanpy(adata, times=1):
@@ -79,7 +88,8 @@ def test_total_library_size_divides_by_the_files_total():
     out = prepare(adata, library_size="total", target_sum=500)
     np.testing.assert_allclose(out.X.toarray(), np.log1p(adata.X.toarray()/2), rtol=1e-5)
     np.testing.assert_allclose(out.obs["log_library_size"], np.log1p(1000), rtol=1e-6)
-    np.testing.assert_allclose(prepare(adata).obs["log_library_size"], np.log1p(1000), rtol=1e-6)  # known totals win
+    np.testing.assert_allclose(prepare(adata).obs["log_library_size"], np.log1p(1000),
+                               rtol=1e-6)  # known totals win
     np.testing.assert_allclose(prepare(adata).X.toarray(), by_scanpy(adata), rtol=1e-5)
 
 
@@ -87,7 +97,8 @@ def test_total_library_size_divides_by_the_files_total():
 def test_blocks_cover_every_row_once(entries):
     X = sp.random(50, 20, density=.2, format="csr", random_state=0)
     X.data[:] = np.arange(X.nnz) + 1
-    X = sp.vstack([sp.csr_matrix((3, 20)), X, sp.csr_matrix((2, 20))], format="csr")  # rows without values at both ends
+    X = sp.vstack([sp.csr_matrix((3, 20)), X, sp.csr_matrix((2, 20))],
+                  format="csr")  # rows without values at both ends
     rows, owner = [], np.zeros(X.nnz, int) - 1
     for r, at, row in _blocks(X, entries):
         rows += range(r.start, r.stop); owner[at] = row + r.start
@@ -107,16 +118,30 @@ def test_many_blocks_equal_one(monkeypatch):
 def test_layouts_that_work(layout, tmp_path):
     adata = screen()
     expected, X = prepare(adata), adata.X
-    if layout == "dense": adata.X = X.toarray()
-    elif layout == "csc": adata.X = X.tocsc()
-    elif layout == "int": adata.X = X.astype(np.int64)
-    elif layout == "float64": adata.X = X.astype(np.float64)
-    elif layout == "csr_array": adata.X = sp.csr_array(X)
+    if layout == "dense":
+        adata.X = X.toarray()
+    elif layout == "csc":
+        adata.X = X.tocsc()
+    elif layout == "int":
+        adata.X = X.astype(np.int64)
+    elif layout == "float64":
+        adata.X = X.astype(np.float64)
+    elif layout == "csr_array":
+        adata.X = sp.csr_array(X)
     elif layout == "duplicates":  # every value stored as two parts in reverse order; legal CSR
-        half, order = X.copy(), np.concatenate([np.arange(a, b).repeat(2)[::-1] for a, b in zip(X.indptr, X.indptr[1:])])
-        adata.X = sp.csr_matrix((np.where(np.arange(2*X.nnz) % 2, 1, half.data[order] - 1), X.indices[order], 2*X.indptr), shape=X.shape)
-    elif layout == "view": adata = ad.concat([adata, screen(seed=1)], index_unique="-")[:adata.n_obs]; adata.obs_names = expected.obs_names; adata.var["gene_name"] = adata.var_names; adata.uns = expected.uns | {"biojepa": dict(expected.uns["biojepa"], expression_space="counts")}
-    elif layout == "backed": adata.write_h5ad(tmp_path/"a.h5ad"); adata = ad.read_h5ad(tmp_path/"a.h5ad", backed="r")
+        half = X.copy()
+        order = np.concatenate([np.arange(a, b).repeat(2)[::-1] for a, b in zip(X.indptr, X.indptr[1:])])
+        adata.X = sp.csr_matrix(
+            (np.where(np.arange(2*X.nnz) % 2, 1, half.data[order] - 1), X.indices[order], 2*X.indptr),
+            shape=X.shape)
+    elif layout == "view":
+        adata = ad.concat([adata, screen(seed=1)], index_unique="-")[:adata.n_obs]
+        adata.obs_names = expected.obs_names
+        adata.var["gene_name"] = adata.var_names
+        adata.uns = expected.uns | {"biojepa": dict(expected.uns["biojepa"], expression_space="counts")}
+    elif layout == "backed":
+        adata.write_h5ad(tmp_path/"a.h5ad")
+        adata = ad.read_h5ad(tmp_path/"a.h5ad", backed="r")
     out = prepare(adata)
     assert type(out.X) is sp.csr_matrix and out.X.dtype == out.layers["counts"].dtype == np.float32
     np.testing.assert_allclose(out.X.toarray(), expected.X.toarray(), rtol=1e-6)
@@ -129,9 +154,11 @@ def test_input_is_untouched(options):
     if "zero_counts" in options: _empty_cell(adata)
     before, parts = adata.copy(), [x.copy() for x in (adata.X.data, adata.X.indices, adata.X.indptr)]
     prepare(adata, **options)
-    for now, then in zip((adata.X.data, adata.X.indices, adata.X.indptr), parts): np.testing.assert_array_equal(now, then)
+    for now, then in zip((adata.X.data, adata.X.indices, adata.X.indptr), parts):
+        np.testing.assert_array_equal(now, then)
     pd.testing.assert_frame_equal(adata.obs, before.obs); pd.testing.assert_frame_equal(adata.var, before.var)
-    assert adata.uns["biojepa"].keys() == before.uns["biojepa"].keys() and list(adata.uns["biojepa"]["history"]) == ["made"]
+    assert adata.uns["biojepa"].keys() == before.uns["biojepa"].keys() and list(
+        adata.uns["biojepa"]["history"]) == ["made"]
     assert not adata.layers
 
 
@@ -160,7 +187,9 @@ def test_variable_genes_are_scanpys_on_training_cells(space, flavor, seed):
     np.testing.assert_array_equal(out.X.toarray(), prepare(adata)[:, out.var_names].X.toarray())
     np.testing.assert_array_equal(out.obs["log_library_size"], prepare(adata).obs["log_library_size"])
     record = out.uns["biojepa"]["variable_genes"]
-    assert record == {"split": "A+ctrl", "n_train_cells": train.sum(), "train_cells": cells_hash(adata.obs_names[train])}
+    assert record == {
+        "split": "A+ctrl", "n_train_cells": train.sum(), "train_cells": cells_hash(adata.obs_names[train])
+    }
 
 
 @pytest.mark.parametrize("space", ["counts", "log1p"])
@@ -173,7 +202,10 @@ def test_held_out_cells_cannot_change_the_choice(space):
     other.X = sp.csr_matrix(X)
     chosen = [prepare(a, n_top_genes=40, split=split_of("A+ctrl")).var_names for a in (adata, other)]
     assert list(chosen[0]) == list(chosen[1])
-    everything = [prepare(a, n_top_genes=40, split=split_of("A+ctrl", "B+ctrl", "A+B")).var_names for a in (adata, other)]
+    everything = [
+        prepare(a, n_top_genes=40, split=split_of("A+ctrl", "B+ctrl", "A+B")).var_names
+        for a in (adata, other)
+    ]
     assert list(everything[0]) != list(everything[1])  # so the check above could have failed
 
 
@@ -193,7 +225,8 @@ def test_targets_are_kept_if_asked():
 def test_a_choice_cannot_be_laundered_by_a_second_split():
     first = prepare(screen(), n_top_genes=40, split=split_of("A+ctrl"))
     narrower = prepare(first, n_top_genes=20, split=split_of("A+ctrl"))
-    np.testing.assert_array_equal(narrower.layers["counts"].toarray(), screen()[:, narrower.var_names].X.toarray())
+    np.testing.assert_array_equal(narrower.layers["counts"].toarray(),
+                                  screen()[:, narrower.var_names].X.toarray())
     np.testing.assert_array_equal(screen().var_names[narrower.var["file_column"]], narrower.var_names)
     with pytest.raises(SchemaError, match="already chosen on the cells of split A\\+ctrl"):
         prepare(first, n_top_genes=20, split=split_of("B+ctrl"))
@@ -217,7 +250,8 @@ def _rename(axis, old, new):
     return change
 
 def _obs(column, values):
-    def change(adata): adata.obs[column] = values if not callable(values) else values(adata.obs[column].astype(str))
+    def change(adata):
+        adata.obs[column] = values if not callable(values) else values(adata.obs[column].astype(str))
     return change
 
 def _log(adata): adata.X.data = np.log1p(adata.X.data)
@@ -231,27 +265,36 @@ MALFORMED = {
     "infinite": (_with(_set(np.inf)), "1 NaN or infinite"),
     "logged, declared counts": (_with(_log), "declared as counts but found fractions"),
     "counts, declared log1p": (_with(_declare("log1p")), "declared as log1p but found whole numbers"),
-    "scaled, declared log1p": (_with(lambda a: setattr(a, "X", a.X*2.5), "log1p"), "too large for a logarithm"),
+    "scaled, declared log1p": (_with(lambda a: setattr(a, "X", a.X*2.5),
+                                     "log1p"), "too large for a logarithm"),
     "unknown space": (_with(_declare("tpm")), "'tpm'"),
     "logged twice, log1p wanted": (_with(_declare("log1p_twice"), "log1p"), "is logged twice"),
     "no record": (_with(lambda a: a.uns.clear()), "read the file with load_dataset"),
     "only zeros": (_with(lambda a: setattr(a, "X", a.X*0)), "only zeros"),
-    "duplicate cells": (_with(_rename("obs_names", "c1", "c0")), "obs_names: found 1 duplicate names \\(c0\\)"),
-    "duplicate genes": (_with(_rename("var_names", "g1", "g0")), "var_names: found 1 duplicate names \\(g0\\)"),
-    "duplicate gene_name": (_with(lambda a: a.var.__setitem__("gene_name", "x")), "var\\['gene_name'\\]: found duplicates"),
-    "no gene_name": (_with(lambda a: a.var.drop(columns="gene_name", inplace=True)), "var\\['gene_name'\\]: missing"),
+    "duplicate cells": (_with(_rename("obs_names", "c1",
+                                      "c0")), "obs_names: found 1 duplicate names \\(c0\\)"),
+    "duplicate genes": (_with(_rename("var_names", "g1",
+                                      "g0")), "var_names: found 1 duplicate names \\(g0\\)"),
+    "duplicate gene_name":
+    (_with(lambda a: a.var.__setitem__("gene_name", "x")), "var\\['gene_name'\\]: found duplicates"),
+    "no gene_name":
+    (_with(lambda a: a.var.drop(columns="gene_name", inplace=True)), "var\\['gene_name'\\]: missing"),
     "no controls": (_with(_obs("condition", "A+ctrl")), "no control cells"),
     "no condition": (_with(_drop("condition")), "obs\\['condition'\\]: missing, found batch"),
     "no batch": (_with(_drop("batch")), "obs\\['batch'\\]: missing"),
-    "gap in cell_type": (_with(_obs("cell_type", lambda c: c.mask(c.index == "c7"))), "1 cells without a value, first c7"),
-    "foreign control": (_with(_obs("condition", lambda c: c.replace("ctrl", "control"))), "expected 'ctrl'"),
+    "gap in cell_type": (_with(_obs(
+        "cell_type", lambda c: c.mask(c.index == "c7"))), "1 cells without a value, first c7"),
+    "foreign control": (_with(_obs("condition",
+                                   lambda c: c.replace("ctrl", "control"))), "expected 'ctrl'"),
     "unsorted double": (_with(_obs("condition", lambda c: c.replace("A+B", "B+A"))), "found B\\+A"),
-    "perturbation of another condition": (_with(_obs("perturbation", lambda c: c.replace("A+B", "A+ctrl|g1"))), "A\\+ctrl\\|g1 in A\\+B"),
+    "perturbation of another condition": (_with(
+        _obs("perturbation", lambda c: c.replace("A+B", "A+ctrl|g1"))), "A\\+ctrl\\|g1 in A\\+B"),
     "cell without counts": (_with(_empty_cell), "1 cells without counts \\(c4\\)"),
     "no cells": (_with(lambda a: a[:0].copy()), "0 cells × 120 genes"),
     "no genes": (_with(lambda a: a[:, :0].copy()), "240 cells × 0 genes"),
     "no X": (_with(lambda a: ad.AnnData(obs=a.obs, var=a.var, uns=a.uns)), "found nothing"),
-    "words": (_with(lambda a: setattr(a, "X", np.full(a.shape, "high", dtype=object))), "expected a matrix of numbers"),
+    "words": (_with(lambda a: setattr(a, "X", np.full(a.shape, "high", dtype=object))),
+              "expected a matrix of numbers"),
 }
 
 @pytest.mark.parametrize("name", MALFORMED)
@@ -263,7 +306,11 @@ def test_malformed_input_is_named(name):
 OPTIONS = {
     "no split": (dict(n_top_genes=5), "needs split"),
     "too many genes": (dict(n_top_genes=500, split=split_of("A+ctrl")), "n_top_genes: found 500"),
-    "split of other data": (dict(n_top_genes=5, split=SimpleNamespace(hash="x", cells=lambda a, p: np.array([], int), controls=lambda a, p: np.array([], int))), "found 0 training cells"),
+    "split of other data":
+    (dict(n_top_genes=5,
+          split=SimpleNamespace(hash="x",
+                                cells=lambda a, p: np.array([], int),
+                                controls=lambda a, p: np.array([], int))), "found 0 training cells"),
     "no totals": (dict(library_size="total"), "obs\\['total_counts'\\]: missing"),
     "library_size": (dict(library_size="median"), "library_size: found 'median'"),
     "expression_space": (dict(expression_space="tpm"), "expression_space: found 'tpm'"),
@@ -300,14 +347,17 @@ def test_bad_totals_are_named():
 
 
 def test_prepared_objects_are_checked():
-    for change, message in [(lambda a: a.obs.drop(columns="log_library_size", inplace=True), "log_library_size"),
-                            (lambda a: setattr(a, "obs", a.obs.assign(log_library_size=np.nan)), "NaN or infinite"),
-                            (lambda a: setattr(a, "X", a.X.tocsc()), "expected CSR float32"),
-                            (lambda a: setattr(a, "X", a.X.astype(np.float64)), "expected CSR float32"),
-                            (lambda a: a.layers.__setitem__("counts", a.X.copy()), "layers\\['counts'\\]: found fractions")]:
+    for change, message in [
+        (lambda a: a.obs.drop(columns="log_library_size", inplace=True), "log_library_size"),
+        (lambda a: setattr(a, "obs", a.obs.assign(log_library_size=np.nan)), "NaN or infinite"),
+        (lambda a: setattr(a, "X", a.X.tocsc()), "expected CSR float32"),
+        (lambda a: setattr(a, "X", a.X.astype(np.float64)), "expected CSR float32"),
+        (lambda a: a.layers.__setitem__("counts", a.X.copy()), "layers\\['counts'\\]: found fractions")
+    ]:
         adata = prepare(screen())
         change(adata)
-        with pytest.raises(SchemaError, match=message): validate(adata, "prepared")
+        with pytest.raises(SchemaError, match=message):
+            validate(adata, "prepared")
 
 
 def test_dropped_cells_are_listed_and_leave_no_category():
@@ -318,9 +368,11 @@ def test_dropped_cells_are_listed_and_leave_no_category():
         X = sp.csr_matrix(adata.X.toarray()*(np.arange(adata.n_obs) != 4)[:, None])
         if stored_zeros: X = adata.X.copy(); X.data[X.indptr[4]:X.indptr[5]] = 0
         out = prepare(ad.AnnData(X, obs=adata.obs, var=adata.var, uns=adata.uns), zero_counts="drop")
-        assert out.n_obs == adata.n_obs - 1 and "c4" not in out.obs_names and "Z+ctrl" not in out.obs["perturbation"].cat.categories
+        assert out.n_obs == adata.n_obs - 1 and "c4" not in out.obs_names and "Z+ctrl" not in out.obs[
+            "perturbation"].cat.categories
         assert any("dropped 1 cells without counts: c4" in line for line in out.uns["biojepa"]["history"])
-        np.testing.assert_array_equal(out.X.toarray(), prepare(adata[adata.obs_names != "c4"].copy()).X.toarray())
+        np.testing.assert_array_equal(out.X.toarray(),
+                                      prepare(adata[adata.obs_names != "c4"].copy()).X.toarray())
 
 
 # ---- size ----
@@ -370,7 +422,11 @@ def test_memory_stays_within_two_and_a_half_matrices(space, choose):
 
 def test_known_answers_of_the_twin(shared):
     "The control mean under the published per-cell protocol, twin (simulated): logged once and twice (data README)."
-    loaded = load_dataset(shared/"k562_essential_twin.h5ad", condition="condition", control="ctrl", batch="gem_group", guide="guide_id")
+    loaded = load_dataset(shared/"k562_essential_twin.h5ad",
+                          condition="condition",
+                          control="ctrl",
+                          batch="gem_group",
+                          guide="guide_id")
     for space, mse, r2 in [("log1p", .340, .965), ("log1p_twice", .666, .930)]:
         adata = prepare(loaded, expression_space=space)
         X, condition = adata.X.toarray(), adata.obs["condition"].astype(str).to_numpy()
@@ -380,4 +436,5 @@ def test_known_answers_of_the_twin(shared):
         means = {c: X[condition == c].mean(0) for c in held_out}
         rows = np.isin(condition, held_out)
         assert np.mean((X[rows] - mean)**2) == pytest.approx(mse, abs=.02)
-        assert np.mean([1 - np.sum((m - mean)**2)/np.sum((m - m.mean())**2) for m in means.values()]) == pytest.approx(r2, abs=.02)
+        assert np.mean([1 - np.sum((m - mean)**2)/np.sum((m - m.mean())**2)
+                        for m in means.values()]) == pytest.approx(r2, abs=.02)

@@ -18,7 +18,8 @@ from biojepa.actions.vocabulary import ActionTable, Modality, Mode
 from biojepa.config import DataConfig
 
 RNG = np.random.default_rng(0)
-PROTEINS = {f"p{n}": "".join(RNG.choice(list("ACDEFGHIKLMNPQRSTVWY"), n)) for n in (1, 7, 60, 200)} | {"rare": "MUXBZO"}
+PROTEINS = {f"p{n}": "".join(RNG.choice(list("ACDEFGHIKLMNPQRSTVWY"), n))
+            for n in (1, 7, 60, 200)} | {"rare": "MUXBZO"}
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,8 @@ def quiet():
 
 def test_shape_is_the_8m_model(esm):
     model, alphabet = load_esm_fair(esm[0])
-    assert (model.num_layers, model.embed_dim, model.attention_heads, len(alphabet.all_toks)) == (6, 320, 20, 33)
+    assert (model.num_layers, model.embed_dim, model.attention_heads, len(
+        alphabet.all_toks)) == (6, 320, 20, 33)
     n = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("contact_head"))
     assert 7.4e6 < n < 7.6e6                                       # "8M"
 
@@ -52,7 +54,8 @@ def test_agreement_depends_on_every_kind_of_weight(esm, tmp_path):
     "The comparison above can fail: exchange two weights of one layer in one of the formats."
     checkpoint = torch.load(esm[0], weights_only=False)
     state = checkpoint["model"]
-    q, k = "encoder.sentence_encoder.layers.3.self_attn.q_proj.bias", "encoder.sentence_encoder.layers.3.self_attn.k_proj.bias"
+    q = "encoder.sentence_encoder.layers.3.self_attn.q_proj.bias"
+    k = "encoder.sentence_encoder.layers.3.self_attn.k_proj.bias"
     state[q], state[k] = state[k], state[q]
     torch.save(checkpoint, tmp_path/"swapped.pt")
     wrong = featurize("esm2_fair", PROTEINS, model=tmp_path/"swapped.pt", cache=False, progress=False)
@@ -97,8 +100,13 @@ def test_pooling_over_all_tokens_is_the_releases(esm):
 
 
 def test_the_two_poolings_never_share_a_cache(esm, tmp_path):
-    banks = [featurize("esm2_hf", {"p": PROTEINS["p7"]}, model=esm[1], pooling=pooling, cache=tmp_path, progress=False)
-             for pooling in ("residues", "tokens", "residues")]
+    banks = [
+        featurize("esm2_hf", {"p": PROTEINS["p7"]},
+                  model=esm[1],
+                  pooling=pooling,
+                  cache=tmp_path,
+                  progress=False) for pooling in ("residues", "tokens", "residues")
+    ]
     assert np.abs(banks[0].values - banks[1].values).max() > 1e-3
     np.testing.assert_array_equal(banks[0].values, banks[2].values)
 
@@ -115,25 +123,34 @@ def test_cut_at_1022_residues_with_a_warning(tmp_path):
     esm = write_random_esm2(tmp_path, layers=1, width=40, heads=4)
     long = "".join(RNG.choice(list("ACDEFGHIKLMNPQRSTVWY"), 1500))
     with pytest.warns(UserWarning, match="1 of 2 sequences were cut to 1022 letters: TTN"):
-        bank = featurize("esm2_fair", {"TTN": long, "head": long[:1022]}, model=esm[0], width=40, cache=False, progress=False)
+        bank = featurize("esm2_fair", {"TTN": long, "head": long[:1022]},
+                         model=esm[0],
+                         width=40,
+                         cache=False,
+                         progress=False)
     np.testing.assert_array_equal(*bank.rows(["TTN", "head"]))
     assert bank.provenance["cut"] == {"TTN": 1500}
     seen = []
     made = Esm2HF(model=esm[1], width=40); made.embed(["M"])
-    made.model.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
+    made.model.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs["input_ids"].shape[1]),
+                                         with_kwargs=True)
     made.embed([long[:1022]])
     assert seen == [1024]                                          # 1,022 residues and two special tokens
 
 
 def test_lower_case_and_line_breaks_are_the_same_protein(esm):
-    bank = featurize("esm2_fair", {"a": "MKTAYIAK", "b": "mkta\nyiak*"}, model=esm[0], cache=False, progress=False)
+    bank = featurize("esm2_fair", {"a": "MKTAYIAK", "b": "mkta\nyiak*"},
+                     model=esm[0],
+                     cache=False,
+                     progress=False)
     np.testing.assert_array_equal(*bank.values)
 
 
 def test_width_is_checked(esm, tmp_path):
     fair, hf = write_random_esm2(tmp_path, layers=1, width=40, heads=4)
     for make, path in ((Esm2Fair, fair), (Esm2HF, hf)):
-        with pytest.raises(ValueError, match="hidden width of 40, expected 320; pass width=40"): make(model=path).embed(["MK"])
+        with pytest.raises(ValueError, match="hidden width of 40, expected 320; pass width=40"):
+            make(model=path).embed(["MK"])
         assert make(model=path, width=40).embed(["MK"]).shape == (1, 40)
 
 
@@ -142,7 +159,8 @@ def test_provenance_names_the_weights(esm, tmp_path):
     assert bank.provenance["weights"] == weights_hash(esm[0]) and bank.provenance["model"] == "random.pt"
     assert bank.provenance["versions"]["torch"] == torch.__version__
     other, _ = write_random_esm2(tmp_path, seed=1)
-    changed = featurize("esm2_fair", {"a": "MK"}, model=other, cache=tmp_path, progress=False)   # other weights, other cache
+    changed = featurize("esm2_fair", {"a": "MK"}, model=other, cache=tmp_path,
+                        progress=False)  # other weights, other cache
     assert np.abs(changed.values - bank.values).max() > 1e-3
 
 
@@ -155,10 +173,12 @@ class Hostile:
 
 
 def test_a_checkpoint_cannot_run_code(tmp_path):
-    (tmp_path/"esm2.pt").write_bytes(pickle.dumps({"cfg": Hostile(tmp_path/"was-here"), "model": {}}, protocol=2))
+    (tmp_path/"esm2.pt").write_bytes(
+        pickle.dumps({"cfg": Hostile(tmp_path/"was-here"), "model": {}}, protocol=2))
     torch.save({"cfg": Hostile(tmp_path/"was-here"), "model": {}}, tmp_path/"esm2_zip.pt")
     for name in ("esm2.pt", "esm2_zip.pt"):
-        with pytest.raises(ValueError, match=f"{name}: found no readable checkpoint"): load_esm_fair(tmp_path/name)
+        with pytest.raises(ValueError, match=f"{name}: found no readable checkpoint"):
+            load_esm_fair(tmp_path/name)
     assert not (tmp_path/"was-here").exists()
     torch.load(tmp_path/"esm2_zip.pt", weights_only=False)         # the file is as bad as it claims
     assert (tmp_path/"was-here").exists()
@@ -166,14 +186,17 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
 
 def test_broken_or_foreign_checkpoints_are_named(esm, tmp_path):
     (tmp_path/"half.pt").write_bytes(esm[0].read_bytes()[:100_000])
-    with pytest.raises(ValueError, match="half.pt: found no readable checkpoint"): load_esm_fair(tmp_path/"half.pt")
+    with pytest.raises(ValueError, match="half.pt: found no readable checkpoint"):
+        load_esm_fair(tmp_path/"half.pt")
     torch.save({"weights": torch.ones(1)}, tmp_path/"foreign.pt")
-    with pytest.raises(ValueError, match="foreign.pt: found no 'cfg' and 'model'"): load_esm_fair(tmp_path/"foreign.pt")
+    with pytest.raises(ValueError, match="foreign.pt: found no 'cfg' and 'model'"):
+        load_esm_fair(tmp_path/"foreign.pt")
 
 
 def test_pickled_weights_in_a_folder_are_refused(tmp_path):
     (tmp_path/"config.json").write_text("{}"); (tmp_path/"pytorch_model.bin").write_bytes(b"x")
-    with pytest.raises(ValueError, match="found no \\*.safetensors.*pickled weights are not read"): Esm2HF(model=tmp_path)
+    with pytest.raises(ValueError, match="found no \\*.safetensors.*pickled weights are not read"):
+        Esm2HF(model=tmp_path)
 
 
 def test_a_missing_weight_is_never_drawn_at_random(esm, tmp_path):
@@ -182,7 +205,10 @@ def test_a_missing_weight_is_never_drawn_at_random(esm, tmp_path):
     state = load_file(tmp_path/"model.safetensors")
     del state["encoder.layer.2.attention.self.query.weight"]
     save_file(state, tmp_path/"model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="found no weights for .*encoder.layer.2.attention.self.query.weight.*draw them at random"):
+    with pytest.raises(
+            ValueError,
+            match="found no weights for .*encoder.layer.2.attention.self.query.weight.*draw them at random"
+    ):
         Esm2HF(model=tmp_path).embed(["MK"])
 
 
@@ -195,17 +221,25 @@ def test_missing_weights_say_what_to_do(kind, address, gate, tmp_path, monkeypat
     monkeypatch.setattr(pretrained.PATHS, "raw", pretrained.PATHS.root/"data"/"raw-of-this-test")
     with pytest.raises(MissingWeightsError) as error: featurize(kind, {"a": "ACGT"}, download=False)
     text = str(error.value)
-    assert address in text and f"data/raw-of-this-test/models/{SOURCES[kind].name}" in text and "licence" in text.lower() and "'kmer'" in text
+    assert address in text and f"data/raw-of-this-test/models/{SOURCES[kind].name}" in text and "licence" in text.lower(
+    ) and "'kmer'" in text
     assert ("gated" in text and "HF_TOKEN" in text) is gate
-    with pytest.raises(MissingWeightsError, match="found nothing at model='/nowhere'"): featurize(kind, {"a": "ACGT"}, model="/nowhere")
+    with pytest.raises(MissingWeightsError, match="found nothing at model='/nowhere'"):
+        featurize(kind, {"a": "ACGT"}, model="/nowhere")
 
 
 def hub_errors():
     import httpx
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, OfflineModeIsEnabled
     response = httpx.Response(403, request=httpx.Request("GET", "https://huggingface.co"))
-    return [GatedRepoError("403 Client Error: access to model is restricted", response=response), LocalEntryNotFoundError("no connection, nothing cached"),
-            OfflineModeIsEnabled("offline"), httpx.ConnectError("no route to host"), ConnectionError("refused"), TimeoutError("slow")]
+    return [
+        GatedRepoError("403 Client Error: access to model is restricted", response=response),
+        LocalEntryNotFoundError("no connection, nothing cached"),
+        OfflineModeIsEnabled("offline"),
+        httpx.ConnectError("no route to host"),
+        ConnectionError("refused"),
+        TimeoutError("slow")
+    ]
 
 
 @pytest.mark.parametrize("n", range(6))
@@ -215,12 +249,14 @@ def test_every_failed_download_becomes_the_same_error(n, tmp_path, monkeypatch):
     def fail(*args, **kwargs): raise error
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     monkeypatch.setattr(pretrained.PATHS, "raw", pretrained.PATHS.root/"data"/"raw-of-this-test")
-    with pytest.raises(MissingWeightsError, match=f"download failed .*{type(error).__name__}.*gated"): find_weights(SOURCES["ntv3"])
+    with pytest.raises(MissingWeightsError, match=f"download failed .*{type(error).__name__}.*gated"):
+        find_weights(SOURCES["ntv3"])
 
 
 def test_weights_are_found_where_the_error_says(tmp_path, monkeypatch, esm):
     root = tmp_path
-    monkeypatch.setattr(pretrained.PATHS, "raw", root/"raw"); monkeypatch.setattr(pretrained.PATHS, "root", root)
+    monkeypatch.setattr(pretrained.PATHS, "raw", root/"raw")
+    monkeypatch.setattr(pretrained.PATHS, "root", root)
     (root/"raw"/"models").mkdir(parents=True)
     (root/"raw"/"models"/"esm2_t6_8M_UR50D.pt").write_bytes(esm[0].read_bytes())
     bank = featurize("esm2_fair", {"a": "MK"}, download=False, cache=False, progress=False)
@@ -278,12 +314,25 @@ def ntv3(tmp_path_factory):
     torch.manual_seed(0)
     model = module.StandIn(module.StandInConfig())
     save_file(model.state_dict(), folder/"model.safetensors", metadata={"format": "pt"})
-    (folder/"config.json").write_text(json.dumps(dict(model_type="ntv3_stand_in", vocab_size=11, embed_dim=1536, architectures=["StandIn"],
-        auto_map={"AutoConfig": "modeling_stand_in.StandInConfig", "AutoModelForMaskedLM": "modeling_stand_in.StandIn"})))
+    (folder/"config.json").write_text(
+        json.dumps(
+            dict(model_type="ntv3_stand_in",
+                 vocab_size=11,
+                 embed_dim=1536,
+                 architectures=["StandIn"],
+                 auto_map={
+                     "AutoConfig": "modeling_stand_in.StandInConfig", "AutoModelForMaskedLM":
+                     "modeling_stand_in.StandIn"
+                 })))
     tokenizer = Tokenizer(models.WordLevel({t: i for i, t in enumerate(BASES)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.save(str(folder/"tokenizer.json"))
-    (folder/"tokenizer_config.json").write_text(json.dumps(dict(tokenizer_class="PreTrainedTokenizerFast", unk_token="<unk>", pad_token="<pad>", mask_token="<mask>")))
+    (folder/"tokenizer_config.json").write_text(
+        json.dumps(
+            dict(tokenizer_class="PreTrainedTokenizerFast",
+                 unk_token="<unk>",
+                 pad_token="<pad>",
+                 mask_token="<mask>")))
     return folder, model.eval()
 
 
@@ -294,8 +343,10 @@ def modules_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setattr(d, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("hf_modules")))
 
 
-GUIDES = {"a": "GCTTGACCTAAGGATCCATA", "b": "TTGACCATGGCAAGTCATTC", "ab": ("GCTTGACCTAAGGATCCATA", "TTGACCATGGCAAGTCATTC"),
-          "long": "".join(RNG.choice(list("ACGT"), 130))}
+GUIDES = {
+    "a": "GCTTGACCTAAGGATCCATA", "b": "TTGACCATGGCAAGTCATTC", "ab":
+    ("GCTTGACCTAAGGATCCATA", "TTGACCATGGCAAGTCATTC"), "long": "".join(RNG.choice(list("ACGT"), 130))
+}
 
 
 @pytest.mark.parametrize("pad", ["pad", "N"])
@@ -306,14 +357,18 @@ def test_ntv3_by_hand(ntv3, pad):
     def by_hand(s):
         fill = BASES.index("<pad>" if pad == "pad" else "N")
         ids = [BASES.index(c) for c in s] + [fill]*(-len(s) % 128)
-        with torch.no_grad(): return model(torch.tensor([ids]), output_hidden_states=True).hidden_states[-1][0, :len(s)].mean(0).numpy()
-    for name in ("a", "b", "long"): np.testing.assert_allclose(bank.rows(name)[0], by_hand(GUIDES[name]), atol=1e-5)
+        with torch.no_grad():
+            return model(torch.tensor([ids]),
+                         output_hidden_states=True).hidden_states[-1][0, :len(s)].mean(0).numpy()
+    for name in ("a", "b", "long"):
+        np.testing.assert_allclose(bank.rows(name)[0], by_hand(GUIDES[name]), atol=1e-5)
     np.testing.assert_allclose(bank.rows("ab")[0], (by_hand(GUIDES["a"]) + by_hand(GUIDES["b"]))/2, atol=1e-5)
     assert bank.provenance["pad"] == pad
 
 
 def test_ntv3_padding_letter_matters(ntv3):
-    a, b = (featurize("ntv3", GUIDES, model=ntv3[0], pad=pad, cache=False, progress=False).values for pad in ("pad", "N"))
+    a, b = (featurize("ntv3", GUIDES, model=ntv3[0], pad=pad, cache=False, progress=False).values
+            for pad in ("pad", "N"))
     assert np.abs(a - b).max() > 1e-3
     with pytest.raises(ValueError, match="pad: found 'X'"): NucleotideTransformer(model=ntv3[0], pad="X")
 
@@ -345,7 +400,8 @@ def test_a_kmer_tokenizer_is_found_out(ntv3, tmp_path):
     tokenizer = Tokenizer(models.WordLevel({t: i for i, t in enumerate(BASES)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(".."), "isolated")
     tokenizer.save(str(tmp_path/"tokenizer.json"))
-    with pytest.raises(ValueError, match="does not read one token per letter"): featurize("ntv3", {"a": "ACGTAC"}, model=tmp_path, cache=False, progress=False)
+    with pytest.raises(ValueError, match="does not read one token per letter"):
+        featurize("ntv3", {"a": "ACGTAC"}, model=tmp_path, cache=False, progress=False)
 
 
 # ---------------------------------------------------------------- an experiment's features, as released
@@ -358,10 +414,15 @@ def test_an_experiment_with_released_features(esm, ntv3, tmp_path, monkeypatch):
     (tmp_path/"raw/models/NTv3_650M_pre").symlink_to(ntv3[0])
     pairs = [(GUIDES["a"], GUIDES["b"]), (GUIDES["long"][:20], GUIDES["long"][40:60])]
     names = ("X+ctrl", "Y+ctrl", "ctrl")
-    table = ActionTable(perturbation=names, condition=names, targets=(("X",), ("Y",), ()), guide_id=("", "y1", ""),
-                        guide_seqs=(sum(pairs, ()), pairs[0], ()), mode=(Mode.CRISPRI, Mode.CRISPRI, Mode.CONTROL),
+    table = ActionTable(perturbation=names,
+                        condition=names,
+                        targets=(("X", ), ("Y", ), ()),
+                        guide_id=("", "y1", ""),
+                        guide_seqs=(sum(pairs, ()), pairs[0], ()),
+                        mode=(Mode.CRISPRI, Mode.CRISPRI, Mode.CONTROL),
                         n_cells=(1, 1, 1))
-    adata = AnnData(np.zeros((1, 1), "float32"), uns={"protein_sequences": {"X": PROTEINS["p60"], "Y": PROTEINS["p7"]}})
+    adata = AnnData(np.zeros((1, 1), "float32"),
+                    uns={"protein_sequences": {"X": PROTEINS["p60"], "Y": PROTEINS["p7"]}})
     banks = default_features(adata, table, DataConfig(features="pretrained", pooling="tokens"))
     assert [(b.modality, b.width) for b in banks] == [(Modality.PROTEIN, 320), (Modality.DNA, 1536)]
     def by_hand(s):
@@ -370,7 +431,11 @@ def test_an_experiment_with_released_features(esm, ntv3, tmp_path, monkeypatch):
         return hidden[0, :len(s)].mean(0).numpy()
     actions = action_batch(table, banks)
     for p, name, guides in ((0, "p60", sum(pairs, ())), (1, "p7", pairs[0])):
-        np.testing.assert_allclose(actions.features[p, 0, :320].numpy(), released_mean(esm, PROTEINS[name]), atol=1e-5)
-        np.testing.assert_allclose(actions.features[p, 1].numpy(), np.mean([by_hand(g) for g in guides], 0), atol=1e-5)
+        np.testing.assert_allclose(actions.features[p, 0, :320].numpy(),
+                                   released_mean(esm, PROTEINS[name]),
+                                   atol=1e-5)
+        np.testing.assert_allclose(actions.features[p, 1].numpy(),
+                                   np.mean([by_hand(g) for g in guides], 0),
+                                   atol=1e-5)
     kmers = default_features(adata, table)
     assert [b.provenance["featurizer"] for b in kmers] == ["kmer", "kmer"]

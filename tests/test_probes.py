@@ -34,10 +34,22 @@ def adata():
     for gene in (1, 2): x[[f"G{gene}" in c for c in condition], gene] = 0
     x[condition == "G1+ctrl", 5:15] += .5
     genes = [f"G{i}" for i in range(G)]
-    obs = pd.DataFrame(dict(condition=condition, batch=[f"gem{b}" for b in batch], cell_type=line, log_library_size=rng.normal(9, .3, N).astype("float32")), index=[f"c{i}" for i in range(N)])
-    adata = AnnData(sp.csr_matrix(x.astype("float32")), obs=obs.assign(perturbation=condition).astype({c: "category" for c in ("condition", "batch", "cell_type")}), var=pd.DataFrame(dict(gene_name=genes), index=genes))
-    adata.uns["biojepa"] = dict(schema_version=1, source="test", expression_space="log1p", history=np.array(["made by hand"]))
-    adata.uns["truth"] = dict(edges=dict(source=np.array(["G3", "G3", "G4"]), sink=np.array(["G5", "G6", "G3"]), weight=np.array([[1., -3.], [.5, .5], [-2., 2.]])))
+    obs = pd.DataFrame(dict(condition=condition,
+                            batch=[f"gem{b}" for b in batch],
+                            cell_type=line,
+                            log_library_size=rng.normal(9, .3, N).astype("float32")),
+                       index=[f"c{i}" for i in range(N)])
+    adata = AnnData(sp.csr_matrix(x.astype("float32")),
+                    obs=obs.assign(perturbation=condition).astype(
+                        {c: "category" for c in ("condition", "batch", "cell_type")}),
+                    var=pd.DataFrame(dict(gene_name=genes), index=genes))
+    adata.uns["biojepa"] = dict(schema_version=1,
+                                source="test",
+                                expression_space="log1p",
+                                history=np.array(["made by hand"]))
+    adata.uns["truth"] = dict(edges=dict(source=np.array(["G3", "G3", "G4"]),
+                                         sink=np.array(["G5", "G6", "G3"]),
+                                         weight=np.array([[1., -3.], [.5, .5], [-2., 2.]])))
     return adata
 
 
@@ -50,11 +62,18 @@ def test_latents_are_the_mean_over_genes_of_the_naive_form(adata):
     model = BioJEPA(preset("smoke").model.changed(n_genes=G))
     rows = np.array([7, 3, 200, 3])
     with torch.inference_mode():
-        naive = model.teacher(dense_rows(adata.X, rows), torch.tensor(adata.obs["log_library_size"].to_numpy()[rows]), None, False).genes().mean(1).numpy()
-    np.testing.assert_allclose(p.cell_latents(model, adata, rows, batch_size=3, progress=False), naive, atol=2e-6)
+        naive = model.teacher(dense_rows(adata.X, rows),
+                              torch.tensor(adata.obs["log_library_size"].to_numpy()[rows]), None,
+                              False).genes().mean(1).numpy()
+    np.testing.assert_allclose(p.cell_latents(model, adata, rows, batch_size=3, progress=False),
+                               naive,
+                               atol=2e-6)
     one = p.cell_latents(model, adata, rows[:1], p.gene_sketch, progress=False)
-    np.testing.assert_allclose(p.cell_latents(model, adata, rows, p.gene_sketch, progress=False)[:1], one, atol=1e-4)
-    with pytest.raises(ValueError, match="found 29 genes, the model reads 30"): p.cell_latents(model, adata[:, :29].copy(), rows, progress=False)
+    np.testing.assert_allclose(p.cell_latents(model, adata, rows, p.gene_sketch, progress=False)[:1],
+                               one,
+                               atol=1e-4)
+    with pytest.raises(ValueError, match="found 29 genes, the model reads 30"):
+        p.cell_latents(model, adata[:, :29].copy(), rows, progress=False)
     assert p.gene_embeddings(model).shape == (G, model.config.d_model)
     with torch.no_grad(): model.encoder.tokenizer.gene.weight += 1
     np.testing.assert_allclose(p.gene_embeddings(model) - p.gene_embeddings(model, "teacher"), 1, atol=1e-6)
@@ -65,7 +84,8 @@ def test_a_sketch_keeps_scalar_products_on_average():
     torch.manual_seed(0)
     tokens = TokenSet(torch.randn(2, 20, 8))
     flat = tokens.x.flatten(1)
-    products = np.array([(lambda s: float(s[0] @ s[1]))(p.gene_sketch(tokens, 64, seed)) for seed in range(400)])
+    products = np.array([(lambda s: float(s[0]@s[1]))(p.gene_sketch(tokens, 64, seed))
+                         for seed in range(400)])
     error = products - float(flat[0] @ flat[1])
     assert abs(error.mean()) < 3*error.std()/20
     assert error.std() < 1.5*float(flat[0].norm()*flat[1].norm())*(2/64)**.5
@@ -78,16 +98,20 @@ def test_components_of_latents_see_only_the_cells_they_are_fitted_to(adata):
     other.X[300:] = other.X[300:]*3
     np.testing.assert_allclose(p.latent_components(model, other, rows, fit, 4, progress=False), got, atol=1e-3)
     assert got.shape == (30, 4)
-    with pytest.raises(ValueError, match="found 2 cells"): p.latent_components(model, adata, rows, fit[:2], 4, progress=False)
+    with pytest.raises(ValueError, match="found 2 cells"):
+        p.latent_components(model, adata, rows, fit[:2], 4, progress=False)
 
 
 def test_the_cells_that_are_probed(adata):
     class Split:
-        def cells(self, adata, part): return np.flatnonzero(adata.obs.condition == dict(train="G1+ctrl", val="X+ctrl", test="G2+ctrl")[part])
+        def cells(self, adata, part):
+            return np.flatnonzero(
+                adata.obs.condition == dict(train="G1+ctrl", val="X+ctrl", test="G2+ctrl")[part])
         def controls(self, adata, part): return np.flatnonzero(adata.obs.condition == "ctrl")[:20]
     rows, fit = p.probed_cells(adata, Split(), "test", 15)
     assert len(rows) == 15 and set(adata.obs.condition.iloc[rows]) == {"G2+ctrl"} and (np.diff(rows) > 0).all()
-    assert set(adata.obs.condition.iloc[fit]) == {"G1+ctrl", "ctrl"} and len(p.probed_cells(adata, Split(), "all")[0]) == N
+    assert set(adata.obs.condition.iloc[fit]) == {"G1+ctrl", "ctrl"} and len(
+        p.probed_cells(adata, Split(), "all")[0]) == N
     with pytest.raises(ValueError, match="part: found 'held_out'"): p.probed_cells(adata, Split(), "held_out")
 
 
@@ -102,14 +126,19 @@ def test_components_are_scikit_learns_and_see_only_the_cells_they_are_fitted_to(
     loadings = p.gene_loadings(adata, fit, 200)   # all components: scalar products are covariances
     np.testing.assert_allclose(loadings @ loadings.T, np.cov(adata.X[fit].toarray().T), atol=1e-4)
     level = p.expression_level(adata, fit)
-    np.testing.assert_allclose(level, np.stack([adata.X[fit].toarray().mean(0), (adata.X[fit].toarray() > 0).mean(0)], 1), atol=1e-5)
+    np.testing.assert_allclose(
+        level,
+        np.stack([adata.X[fit].toarray().mean(0), (adata.X[fit].toarray() > 0).mean(0)], 1),
+        atol=1e-5)
     with pytest.raises(ValueError, match="found 2 cells"): p.cell_components(adata, rows, fit[:2], 5)
 
 
 def test_every_label_is_dealt_to_every_part(labels):
     parts = p.label_parts(labels, seed=3)
     counts = pd.crosstab(labels, parts)
-    assert set(counts) == {"train", "val", "test"} and (np.abs(counts.div(counts.sum(1), axis=0) - [.2, .6, .2]) < .02).all(axis=None)
+    assert set(counts) == {
+        "train", "val", "test"
+    } and (np.abs(counts.div(counts.sum(1), axis=0) - [.2, .6, .2]) < .02).all(axis=None)
     assert (parts == p.label_parts(labels, seed=3)).all() and (parts != p.label_parts(labels, seed=4)).any()
     few = p.label_parts(["a"]*4 + ["b"]*5)
     assert set(few[:4]) == {""} and sorted(few[4:]) == ["test", "train", "train", "train", "val"]
@@ -122,7 +151,8 @@ def test_a_probe_is_logistic_regression_with_the_strength_that_validation_prefer
     scaler, scores = StandardScaler().fit(x[train]), {}
     for c in p.STRENGTHS:
         fitted = LogisticRegression(C=c, max_iter=500).fit(scaler.transform(x[train]), labels[train])
-        scores[c] = fitted.score(scaler.transform(x[val]), labels[val]), fitted.predict(scaler.transform(x[test])) == labels[test]
+        scores[c] = fitted.score(scaler.transform(x[val]),
+                                 labels[val]), fitted.predict(scaler.transform(x[test])) == labels[test]
     best = max(scores, key=lambda c: scores[c][0])
     found = p.fit_probe(x, labels, parts)
     assert found.strength == best and (found.correct == scores[best][1]).all()
@@ -131,28 +161,47 @@ def test_a_probe_is_logistic_regression_with_the_strength_that_validation_prefer
 
 def test_perfect_representations_get_1_and_shuffled_ones_chance(labels):
     perfect, rng = np.eye(4)[labels.astype(int)], np.random.default_rng(3)
-    table = p.probe_table({"PCA": perfect[rng.permutation(N)], "perfect": perfect, "noise": rng.normal(size=(N, 6))}, {"batch": labels, "line": np.full(N, "K562")}, n_shuffles=4, progress=False)
+    table = p.probe_table(
+        {"PCA": perfect[rng.permutation(N)], "perfect": perfect, "noise": rng.normal(size=(N, 6))},
+        {"batch": labels, "line": np.full(N, "K562")},
+        n_shuffles=4,
+        progress=False)
     assert table["representation"].iloc[:3].tolist() == ["PCA", "perfect", "noise"]
     of = table.set_index("representation").loc[["PCA", "perfect", "noise"]]
-    assert of.loc["perfect", ["accuracy", "low", "balanced"]].eq(1).all() and of.loc["perfect", "difference_low"] > .5
+    assert of.loc["perfect", ["accuracy", "low", "balanced"]].eq(1).all() and of.loc["perfect",
+                                                                                     "difference_low"] > .5
     n = int(of.loc["noise", "n_test"])
-    for name in ("PCA", "noise"): assert abs(of.loc[name, "accuracy"] - .25) < 3*np.sqrt(.25*.75/n)    # 99.7 % of probes without information
+    for name in ("PCA", "noise"):
+        assert abs(of.loc[name, "accuracy"] -
+                   .25) < 3*np.sqrt(.25*.75/n)  # 99.7 % of probes without information
     assert (np.abs(of["shuffled"] - .25) < .08).all() and (of["shuffled_high"] >= of["shuffled"]).all()
-    assert (of["balanced_chance"] == .25).all() and (of.loc["PCA", ["difference", "difference_low", "difference_high"]] == 0).all()
-    assert table["note"].iloc[-1] == "left out: 1 label(s), 1 with enough cells" and np.isnan(table["accuracy"].iloc[-1])
+    assert (of["balanced_chance"]
+            == .25).all() and (of.loc["PCA", ["difference", "difference_low", "difference_high"]]
+                               == 0).all()
+    assert table["note"].iloc[-1] == "left out: 1 label(s), 1 with enough cells" and np.isnan(
+        table["accuracy"].iloc[-1])
 
 
 def test_the_planted_batch_and_perturbation_are_found_in_components(adata):
     rows = np.arange(N)
-    table = p.probe_table({"PCA": p.cell_components(adata, rows, rows, 20), "depth": p.library_size(adata, rows)}, {k: adata.obs[k].astype(str) for k in ("batch", "condition")}, n_shuffles=1, progress=False)
+    table = p.probe_table(
+        {"PCA": p.cell_components(adata, rows, rows, 20), "depth": p.library_size(adata, rows)},
+        {k: adata.obs[k].astype(str) for k in ("batch", "condition")},
+        n_shuffles=1,
+        progress=False)
     at = table.set_index(["question", "representation"])
-    assert at.loc[("batch", "PCA"), "accuracy"] > .95 and at.loc[("condition", "PCA"), "accuracy"] > at.loc[("condition", "PCA"), "majority"] + .2
+    assert at.loc[("batch", "PCA"),
+                  "accuracy"] > .95 and at.loc[("condition", "PCA"),
+                                               "accuracy"] > at.loc[("condition", "PCA"), "majority"] + .2
     assert at.loc[("batch", "depth"), "low"] < .3
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(x=np.ones((N - 1, 2))), "one row, label and part per cell"), (dict(x=np.full((N, 2), np.nan)), "NaN or infinite"),
-    (dict(labels=np.full(N, "a")), "found 1 among the training cells"), (dict(parts=np.full(N, "train")), "no validation or no test cell"),
+    (dict(x=np.ones((N - 1, 2))), "one row, label and part per cell"), (dict(x=np.full((N, 2), np.nan)), "NaN "
+                                                                                                         "or "
+                                                                                                         "infinite"),
+    (dict(labels=np.full(N, "a")), "found 1 among the training cells"), (dict(parts=np.full(N, "train")), "no "
+                                                                                                          "validation or no test cell"),
     (dict(labels=np.where(np.arange(N) == N - 1, "new", np.where(np.arange(N) % 2, "a", "b")), parts=np.repeat(["train", "val", "test"], [200, 100, 100])), "in no training cell")])
 def test_probes_refuse_by_name(labels, change, message):
     given = dict(x=np.ones((N, 2)), labels=labels, parts=p.label_parts(labels)) | change
@@ -162,18 +211,25 @@ def test_probes_refuse_by_name(labels, change, message):
 def test_scores_from_tables_and_from_data(adata, tmp_path):
     (tmp_path/"scores.csv").write_text("symbol,chronos\nG1,-1.5\nG2,\nG3,0.25\n")
     assert p.read_scores(tmp_path/"scores.csv", "symbol", "chronos").to_dict() == {"G1": -1.5, "G3": .25}
-    for table, message in ((dict(gene=["A"], s=[1]), r"columns \['score'\] are missing"), (dict(gene=["A"], score=["high"]), "'high' in column 'score'"),
-                           (dict(gene=["A", "A"], score=[1, 2]), "'A' stands twice"), (dict(gene=["A"], score=[np.inf]), "infinite values")):
-        with pytest.raises(ValueError, match=message): p.read_scores(pd.DataFrame(table))
+    for table, message in ((dict(gene=["A"], s=[1]), r"columns \['score'\] are missing"), (dict(
+            gene=["A"], score=["high"]), "'high' in column 'score'"), (dict(
+                gene=["A", "A"],
+                score=[1, 2]), "'A' stands twice"), (dict(gene=["A"], score=[np.inf]), "infinite values")):
+        with pytest.raises(ValueError, match=message):
+            p.read_scores(pd.DataFrame(table))
     with pytest.raises(ValueError, match="no such file"): p.read_scores(tmp_path/"none.csv")
     planted = p.planted_scores(adata)
-    assert planted[["G3", "G4", "G5"]].tolist() == [2.5, 2., 0.] and planted.index.tolist() == adata.var_names.tolist()
+    assert planted[["G3", "G4", "G5"
+                    ]].tolist() == [2.5, 2., 0.] and planted.index.tolist() == adata.var_names.tolist()
     plain = AnnData(adata.X, obs=adata.obs, var=adata.var)
     with pytest.raises(ValueError, match="no planted network"): p.planted_scores(plain)
     effects = p.effect_scores(adata)
     assert sorted(effects.index) == ["G1", "G2"]    # X is not measured, the double is no single
-    rows = lambda c, line: adata.X[((adata.obs.condition == c) & (adata.obs.cell_type == line)).to_numpy()].toarray().mean(0)
-    expected = np.mean([np.sqrt((np.delete(rows("G1+ctrl", l) - rows("ctrl", l), 1)**2).sum()/G) for l in ("K562", "RPE1")])
+    rows = lambda c, line: adata.X[
+        ((adata.obs.condition == c) & (adata.obs.cell_type == line)).to_numpy()].toarray().mean(0)
+    expected = np.mean([
+        np.sqrt((np.delete(rows("G1+ctrl", l) - rows("ctrl", l), 1)**2).sum()/G) for l in ("K562", "RPE1")
+    ])
     assert effects["G1"] == pytest.approx(expected, rel=1e-5) and effects["G1"] > 2*effects["G2"]
 
 
@@ -185,7 +241,8 @@ def test_scores_of_the_genes_that_are_measured(adata, tmp_path):
     plain = AnnData(adata.X, obs=adata.obs, var=adata.var, uns=dict(biojepa=adata.uns["biojepa"]))
     assert p.gene_scores(plain)[0].to_dict() == p.effect_scores(adata)[["G1", "G2"]].to_dict()
     (tmp_path/"s.csv").write_text("gene,score\nTP53,5\n")
-    with pytest.raises(ValueError, match="none of 1 genes is among the 30 measured"): p.gene_scores(adata, tmp_path/"s.csv")
+    with pytest.raises(ValueError, match="none of 1 genes is among the 30 measured"):
+        p.gene_scores(adata, tmp_path/"s.csv")
 
 
 def test_representations_of_genes_are_rows_of_training_cells(adata):
@@ -197,15 +254,21 @@ def test_representations_of_genes_are_rows_of_training_cells(adata):
     got, same = (p.gene_representations(model, a, Split(), ["G5", "G0"]) for a in (adata, other))
     for name in got: np.testing.assert_allclose(got[name], same[name], atol=1e-5)
     np.testing.assert_allclose(got["gene embedding"], p.gene_embeddings(model)[[5, 0]])
-    np.testing.assert_allclose(got["embedding and level"], np.concatenate([got["gene embedding"], p.expression_level(adata, np.arange(80))[[5, 0]]], 1))
-    with pytest.raises(ValueError, match="'TP53' is not measured"): p.gene_representations(model, adata, Split(), ["G1", "TP53"])
+    np.testing.assert_allclose(
+        got["embedding and level"],
+        np.concatenate(
+            [got["gene embedding"], p.expression_level(adata, np.arange(80))[[5, 0]]], 1))
+    with pytest.raises(ValueError, match="'TP53' is not measured"):
+        p.gene_representations(model, adata, Split(), ["G1", "TP53"])
 
 
 def gene_case(n=200, seed=0):
     rng = np.random.default_rng(seed)
     score = pd.Series(rng.gamma(2, 1, n), [f"g{i}" for i in range(n)])
     held = np.stack([score.to_numpy() + .01*rng.normal(size=n), rng.normal(size=n)], 1)
-    return {"held": held, "dealt anew": held[rng.permutation(n)], "expression level": rng.normal(size=(n, 2))}, score
+    return {
+        "held": held, "dealt anew": held[rng.permutation(n)], "expression level": rng.normal(size=(n, 2))
+    }, score
 
 
 def test_gene_probes_find_a_score_and_nothing_in_shuffled_rows():
@@ -213,7 +276,8 @@ def test_gene_probes_find_a_score_and_nothing_in_shuffled_rows():
     result = p.gene_probe(representations, score, n_shuffles=6, n_draws=400, progress=False)
     at = result.table.set_index(["representation", "measure"])
     for measure, best in (("auroc", 1.), ("r", 1.), ("rho", 1.)):
-        assert at.loc[("held", measure), "value"] > .98*best and at.loc[("held", measure), "difference_low"] > .2
+        assert at.loc[("held", measure), "value"] > .98*best and at.loc[("held", measure),
+                                                                        "difference_low"] > .2
         chance = at.loc[("dealt anew", measure), "chance"]
         assert at.loc[("dealt anew", measure), "low"] < chance < at.loc[("dealt anew", measure), "high"]
         assert abs(at.loc[("held", measure), "shuffled"] - chance) < .12
@@ -224,7 +288,11 @@ def test_gene_probes_find_a_score_and_nothing_in_shuffled_rows():
 def test_gene_probe_values_are_scipys_and_scikit_learns_on_held_out_genes():
     representations, score = gene_case(seed=1)
     representations["held"] = representations["held"] + np.random.default_rng(5).normal(0, 2, (200, 2))
-    result = p.gene_probe({k: representations[k] for k in ("held", "expression level")}, score, n_shuffles=0, n_draws=200, progress=False)
+    result = p.gene_probe({k: representations[k] for k in ("held", "expression level")},
+                          score,
+                          n_shuffles=0,
+                          n_draws=200,
+                          progress=False)
     folds = [rows for _, rows in result.genes[result.genes.representation == "held"].groupby("fold")]
     at = result.table.set_index(["representation", "measure"])["value"]["held"]
     assert at["auroc"] == pytest.approx(np.mean([roc_auc_score(r.positive, r.probability) for r in folds]))
@@ -245,14 +313,18 @@ def test_bootstrap_weights_are_repeats():
 
 @pytest.mark.parametrize("change, message", [
     (dict(reference="level"), "'level' is not among"), (dict(threshold=99.), "0 of 200 genes are above 99"),
-    (dict(score=gene_case()[1].iloc[:50]), "one row per gene"), (dict(score=gene_case()[1]*np.nan), "score: found NaN"),
+    (dict(score=gene_case()[1].iloc[:50]), "one row per gene"), (dict(score=gene_case()[1]*np.nan), "score: "
+                                                                                                    "found NaN"),
     (dict(score=pd.Series(np.arange(200) < 5, dtype=float)), "5 of 200 genes are above 0.5")])
 def test_gene_probes_refuse_by_name(change, message):
     representations, score = gene_case()
-    with pytest.raises(ValueError, match=message): p.gene_probe(**(dict(representations=representations, score=score, n_shuffles=0, progress=False) | change))
+    with pytest.raises(ValueError, match=message):
+        p.gene_probe(**(dict(representations=representations, score=score, n_shuffles=0, progress=False)
+                        | change))
 
 
-# --- as released ------------------------------------------------------------------------------------------------------
+# --- as released
+# ------------------------------------------------------------------------------------------------------
 
 def adam_by_hand(x, gradient, shape, steps, clip, seed):
     "Weights and biases of a linear layer after each step of Adam (Kingma and Ba 2015, algorithm 1), in float64."
@@ -285,7 +357,8 @@ def test_released_cell_probe_by_hand():
     found = p.released_cell_probe(x, labels, 5)
     assert found["accuracy"] == pytest.approx(max(looks)) and len(looks) == 5
     assert max(looks) > found["majority"] == pytest.approx(50/120)
-    assert (found["chance"], found["n_labels"], found["n_train"], found["n_test"]) == (pytest.approx(1/3), 3, 96, 24)
+    assert (found["chance"], found["n_labels"], found["n_train"], found["n_test"]) == (pytest.approx(
+        1/3), 3, 96, 24)
 
 
 def test_released_gene_probe_by_hand():
@@ -318,7 +391,8 @@ def test_released_probes_read_the_students_latents_of_the_paired_control_cells(a
     table = p.released_cell_probes(model, adata, SimpleNamespace(cells=frame), progress=False)
     size = torch.tensor(adata.obs["log_library_size"].to_numpy())
     for got, cells in ((seen[0][0], ctrl), (seen[2][0], rows)):
-        with torch.inference_mode(): tokens = model.encoder(dense_rows(adata.X, cells), size[cells], None, False)
+        with torch.inference_mode():
+            tokens = model.encoder(dense_rows(adata.X, cells), size[cells], None, False)
         np.testing.assert_allclose(got, tokens.genes().mean(1).numpy(), atol=2e-6)
     assert seen[0][1] == frame["batch"].tolist() and seen[3][1] == frame["perturbation"].tolist()
     assert seen[1][0].shape == seen[0][0].shape and table["representation"].eq("released run").sum() == 2

@@ -13,7 +13,9 @@ def loop(readout, z):
     "Every gene of every cell by itself; z (B, G, D)."
     w, b = readout.linear.weight, readout.linear.bias
     row = (lambda g: 0) if readout.kind == "shared" else (lambda g: g)
-    return torch.stack([torch.stack([z[i, g].dot(w[row(g)]) + b[row(g)] for g in range(z.shape[1])]) for i in range(len(z))])
+    return torch.stack([
+        torch.stack([z[i, g].dot(w[row(g)]) + b[row(g)] for g in range(z.shape[1])]) for i in range(len(z))
+    ])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -22,13 +24,15 @@ def loop(readout, z):
 def test_tokens_with_an_index_equal_every_genes_copy(kind, b, g, t, d, seed):
     gen = torch.Generator().manual_seed(seed)
     readout = LinearReadout(d, g, kind).double()
-    z, index = torch.randn(b, t, d, generator=gen, dtype=torch.float64).requires_grad_(), torch.randint(t, (b, g), generator=gen)
+    z = torch.randn(b, t, d, generator=gen, dtype=torch.float64).requires_grad_()
+    index = torch.randint(t, (b, g), generator=gen)
     every_gene = z[torch.arange(b)[:, None], index]
     pull, leaves = torch.randn(b, g, generator=gen, dtype=torch.float64), [z, *readout.parameters()]
     expected = torch.autograd.grad((loop(readout, every_gene)*pull).sum(), leaves, retain_graph=True)
     for out in (readout(z, index), readout(every_gene)):
         torch.testing.assert_close(out, loop(readout, every_gene))
-        for a, e in zip(torch.autograd.grad((out*pull).sum(), leaves, retain_graph=True), expected): torch.testing.assert_close(a, e)
+        for a, e in zip(torch.autograd.grad((out*pull).sum(), leaves, retain_graph=True), expected):
+            torch.testing.assert_close(a, e)
 
 
 @pytest.mark.parametrize("kind, count", [("shared", 257), ("per_gene", 1_285_000)])
@@ -49,7 +53,10 @@ def test_the_bias_cancels_in_the_change(kind):
     change = readout.delta(z_hat, z_ctrl, index_ctrl=index_ctrl)
     torch.testing.assert_close(change, readout(z_hat) - readout(z_ctrl, index_ctrl))
     change.square().sum().backward()
-    torch.testing.assert_close(readout.linear.bias.grad, torch.zeros_like(readout.linear.bias), rtol=0, atol=1e-5)
+    torch.testing.assert_close(readout.linear.bias.grad,
+                               torch.zeros_like(readout.linear.bias),
+                               rtol=0,
+                               atol=1e-5)
     with torch.no_grad(): readout.linear.bias.add_(7.)
     torch.testing.assert_close(readout.delta(z_hat, z_ctrl, index_ctrl=index_ctrl), change, rtol=0, atol=1e-5)
 
@@ -62,7 +69,9 @@ def test_expression_is_control_plus_change_and_never_negative():
 @pytest.mark.parametrize("kind", KINDS)
 def test_variance_is_that_of_the_jacobian(kind):
     "Var = J diag(var_z) Jᵀ, diagonal, with J by autograd."
-    readout, z, var_z = LinearReadout(3, 4, kind).double(), torch.randn(1, 4, 3).double(), torch.rand(1, 4, 3).double()
+    readout = LinearReadout(3, 4, kind).double()
+    z = torch.randn(1, 4, 3).double()
+    var_z = torch.rand(1, 4, 3).double()
     jacobian = torch.autograd.functional.jacobian(lambda z: readout(z)[0], z).reshape(4, 12)
     torch.testing.assert_close(readout.variance(var_z)[0], (jacobian.square() @ var_z.flatten()))
     index = torch.tensor([[3, 0, 0, 1]])
@@ -98,7 +107,8 @@ def test_per_gene_keeps_no_gathered_latents_for_the_backward_pass():
     (lambda r: r(torch.zeros(2, 5, 4), torch.full((2, 6), 5)), "index: found 5 to 5; tokens go from 0 to 4"),
     (lambda r: r(torch.zeros(2, 5, 4), torch.full((2, 6), -1)), "index: found -1 to -1"),
     (lambda r: r.variance(torch.zeros(2, 5, 4)), "z: found 5 tokens for 6 genes"),
-    (lambda r: r.expression(torch.zeros(1, 6), torch.zeros(2, 6)), "x_ctrl: found shape .1, 6., delta has .2, 6."),
+    (lambda r: r.expression(torch.zeros(1, 6), torch.zeros(2, 6)), "x_ctrl: found shape .1, 6., delta "
+                                                                   "has .2, 6."),
 ])
 @pytest.mark.parametrize("kind", KINDS)
 def test_refusals(kind, call, said):

@@ -74,30 +74,39 @@ def card(archive, guides, proteins):
     "The project's card, with the addresses of this test and tables of simpler kinds."
     head, table, rest = (PATHS.cards/f"{NAME}.toml").read_text().partition("[companions.guides]")
     columns = re.findall(r"^(?:guide|gene|sequence) = .*$", rest.partition("\n[")[0], re.M)
-    return "\n".join([re.sub(r"^url = .*$", f'url = "{archive}"', head, flags=re.M),
-                      table, 'file = "guides.csv.gz"', f'url = "{guides}"', *columns,
-                      "[companions.proteins]", 'file = "proteins.csv.gz"', f'url = "{proteins}"', 'gene = "gene"',
-                      'sequence = ["seq"]'])
+    return "\n".join([
+        re.sub(r"^url = .*$", f'url = "{archive}"', head, flags=re.M), table, 'file = "guides.csv.gz"',
+        f'url = "{guides}"', *columns, "[companions.proteins]", 'file = "proteins.csv.gz"',
+        f'url = "{proteins}"', 'gene = "gene"', 'sequence = ["seq"]'
+    ])
 
 
 class Rehearsal:
     "The command, started again and again in the same folders; what each start reached is noted with its second."
-    STEPS = {"guides are there": f"raw/{NAME}/guides.csv.gz", "proteins are there": f"raw/{NAME}/proteins.csv.gz",
-             "archive is there": f"raw/{NAME}/{NAME}.zip", "cells are taken out": f"raw/{NAME}/perturb_processed.h5ad",
-             "split is drawn": "runs/splits/*.json", "run is opened": "runs/*-0/run.json",
-             **{f"{stage} begins": f"runs/*-0/{stage}" for stage in ("pretrain", "align", "dynamics", "readout")},
-             "model is saved": "runs/*-0/model/config.json", "predictions are saved": "runs/*-0/predictions.h5ad",
-             "Table 1 is written": "figures/table1_published_protocol.csv"}
+    STEPS = {
+        "guides are there": f"raw/{NAME}/guides.csv.gz", "proteins are there":
+        f"raw/{NAME}/proteins.csv.gz", "archive is there": f"raw/{NAME}/{NAME}.zip", "cells are taken out":
+        f"raw/{NAME}/perturb_processed.h5ad", "split is drawn": "runs/splits/*.json", "run is opened":
+        "runs/*-0/run.json", **{
+            f"{stage} begins": f"runs/*-0/{stage}" for stage in ("pretrain", "align", "dynamics", "readout")
+        }, "model is saved": "runs/*-0/model/config.json", "predictions are saved":
+        "runs/*-0/predictions.h5ad", "Table 1 is written": "figures/table1_published_protocol.csv"
+    }
 
-    ANSWERS = {"truncated": "connection cut midway", "slow": "stalls midway", "short zip": "half of it, no length",
-               "ok": "whole"}
+    ANSWERS = {
+        "truncated": "connection cut midway", "slow": "stalls midway", "short zip": "half of it, no length",
+        "ok": "whole"
+    }
 
     def __init__(self, folder, archive):
         self.folder, self.archive, self.rows, self.starts, self.process = folder, archive, [], 0, None
 
     def start(self, *options):
         "A process as a user would start it, on a machine that reaches no host but itself."
-        moved = {f"BIOJEPA_{name.upper()}": str(self.folder/name) for name in ("cards", "raw", "splits", "processed")}
+        moved = {
+            f"BIOJEPA_{name.upper()}": str(self.folder/name)
+            for name in ("cards", "raw", "splits", "processed")
+        }
         closed = "http://127.0.0.1:9"
         offline = dict(HTTP_PROXY=closed, HTTPS_PROXY=closed, NO_PROXY="127.0.0.1", HF_HUB_OFFLINE="1")
         given = dict(dataset=NAME, preset="paper", settings=SMALL, runs=self.folder/"runs",
@@ -106,8 +115,14 @@ class Rehearsal:
         self.starts, self.began = self.starts + 1, time.monotonic()
         self.errors = open(self.folder/f"errors-{self.starts}.txt", "w+")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "papermill", "nbs/90_eval.ipynb", str(self.folder/"out.ipynb"), "--no-progress-bar",
-             *words, *options], stdout=self.errors, stderr=self.errors, cwd=PATHS.root, start_new_session=True,
+            [
+                sys.executable, "-m", "papermill", "nbs/90_eval.ipynb",
+                str(self.folder/"out.ipynb"), "--no-progress-bar", *words, *options
+            ],
+            stdout=self.errors,
+            stderr=self.errors,
+            cwd=PATHS.root,
+            start_new_session=True,
             env={**os.environ, **moved, **offline, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"})
 
     def note(self, step):
@@ -147,7 +162,10 @@ class Rehearsal:
 
 
 def half_written(raw, least=1 << 20):
-    return [p for p in raw.rglob("*") if p.name.startswith(("tmp", ".")) and p.is_file() and p.stat().st_size >= least]
+    return [
+        p for p in raw.rglob("*")
+        if p.name.startswith(("tmp", ".")) and p.is_file() and p.stat().st_size >= least
+    ]
 
 
 def contents(folder):
@@ -172,7 +190,8 @@ def story(shared, tmp_path_factory):
         r.start("-p", "features", "kmer")
         assert r.until(lambda: archive.requests == 2 and half_written(folder/"raw")) is None, r.said()[-2000:]
         r.kill("killed in the download, half of the archive written")
-        seen["after_kill"] = dict(files={p.name for p in (folder/"raw").rglob("*") if p.is_file()}, requests=requests())
+        seen["after_kill"] = dict(files={p.name for p in (folder/"raw").rglob("*") if p.is_file()},
+                                  requests=requests())
 
         r.start()
         seen["without_weights"] = (r.until(None), r.said(), requests(), [*(folder/"runs").glob("*-0")])
@@ -196,9 +215,10 @@ def story(shared, tmp_path_factory):
 
 def test_what_was_cut_or_killed_is_never_taken_for_the_file(story):
     files, requests = story["after_kill"]["files"], story["after_kill"]["requests"]
-    assert requests == (2, 1, 2)            # the guides came whole at the second attempt; so did not the archive
+    assert requests == (2, 1, 2)  # the guides came whole at the second attempt; so did not the archive
     assert not files & {f"{NAME}.zip", "perturb_processed.h5ad", "record.json"} and "guides.csv.gz" in files
-    assert story["requests"] == (2, 1, 4)   # a third one without its length and cut, a fourth one whole; then none
+    assert story["requests"] == (
+        2, 1, 4)  # a third one without its length and cut, a fourth one whole; then none
     with zipfile.ZipFile(story["folder"]/f"raw/{NAME}/{NAME}.zip") as z: assert z.testzip() is None
     read = ad.read_h5ad(story["folder"]/f"raw/{NAME}/perturb_processed.h5ad")
     assert (read.X != story["cells"].X).nnz == 0
@@ -208,18 +228,21 @@ def test_without_weights_it_stops_before_training_and_says_what_to_do(story):
     status, said, requests, runs = story["without_weights"]
     assert status != 0 and not runs and requests == story["requests"]
     place = re.escape(str(story["folder"]/"raw/models/esm2_t6_8M_UR50D.pt"))
-    assert re.search(rf"MissingWeightsError: esm2_t6_8M_UR50D.pt: .*Download the file from https://\S+ to {place}", said)
+    assert re.search(
+        rf"MissingWeightsError: esm2_t6_8M_UR50D.pt: .*Download the file from https://\S+ to {place}", said)
     assert "-p features kmer" in said and "-p relations FILE" in said
 
 
 def test_what_was_trained_before_the_kill_is_not_trained_again(story):
     killed, run = story["killed_run"], story["run"]
     for stage in ("pretrain", "align"): assert contents(run/stage) == killed[stage]
-    last = max(int(Path(name).stem.removeprefix("step-")) for name in killed["dynamics"] if name.endswith(".json"))
+    last = max(
+        int(Path(name).stem.removeprefix("step-")) for name in killed["dynamics"] if name.endswith(".json"))
     log, before = pd.read_csv(run/"dynamics/log.csv"), pd.read_csv(io.BytesIO(killed["dynamics"]["log.csv"]))
     kept = before[before["step"] <= last]
     assert kept["cells_per_second"].notna().sum() >= 3
-    pd.testing.assert_frame_equal(log.iloc[:len(kept)], kept, check_exact=True)    # cells per second, too: no step anew
+    pd.testing.assert_frame_equal(log.iloc[:len(kept)], kept,
+                                  check_exact=True)  # cells per second, too: no step anew
     assert log["step"].is_monotonic_increasing and last < log["step"].iloc[-1] and log["epoch"].iloc[-1] == 4
 
 

@@ -38,11 +38,13 @@ def attention_shapes(name):
     return q | k | v | c
 
 
-def mlp_shapes(name): return linear_shapes(f"{name}.c_fc", HIDDEN, D) | linear_shapes(f"{name}.c_proj", D, HIDDEN)
+def mlp_shapes(name):
+    return linear_shapes(f"{name}.c_fc", HIDDEN, D) | linear_shapes(f"{name}.c_proj", D, HIDDEN)
 
 
 def encoder_block_shapes(name):
-    return norm_shapes(f"{name}.ln_1", f"{name}.ln_2") | attention_shapes(f"{name}.attn") | mlp_shapes(f"{name}.mlp")
+    return norm_shapes(f"{name}.ln_1",
+                       f"{name}.ln_2") | attention_shapes(f"{name}.attn") | mlp_shapes(f"{name}.mlp")
 
 
 def predictor_block_shapes(name):
@@ -195,7 +197,9 @@ def test_encoders_are_the_published_ones(both, cells, part, masked):
 def test_masked_predictor_is_the_published_one(both, cells):
     (model, published, close), (x, size, mask) = both, cells
     z = published.encode("student", x, size, mask, BLOCKS["encoder"])
-    close(model.masked_predictor(model.encoder(x, size, mask)).genes(), published.masked_predictor(z, BLOCKS["masked"]))
+    close(
+        model.masked_predictor(model.encoder(x, size, mask)).genes(),
+        published.masked_predictor(z, BLOCKS["masked"]))
 
 
 def guides(modality, g):
@@ -213,7 +217,8 @@ def test_actions_and_predictions_are_the_published_ones(both, cells, modality):
     actions = guides(modality, torch.Generator().manual_seed(modality))
     action = published.action(actions.features[:, 0], modality, actions.mode[:, 0])
     close(model.composer(actions)[:, 0], action)
-    ours, z = model.predict_latent(x, size, actions), published.encode("student", x, size, None, BLOCKS["encoder"])
+    ours = model.predict_latent(x, size, actions)
+    z = published.encode("student", x, size, None, BLOCKS["encoder"])
     mean, logvar = published.predict(z, action, BLOCKS["predictor"])
     close(ours.mean, mean)
     close(ours.logvar, logvar)
@@ -235,7 +240,13 @@ def test_maps_that_no_answer_shows_are_the_released_ones(converted):
 def test_sizes_are_those_of_the_file_and_switches_those_of_the_paper(tmp_path, decoder):
     path = written(tmp_path/"m.pt", random_state(encoder=2, masked=1, predictor=3))
     model, genes, actions = convert_released(path, GENES, decoder, n_heads=2)
-    sizes = dict(n_genes=G, d_model=D, n_heads=2, mlp_ratio=HIDDEN//D, d_action=ACTION, d_mode=MODE, n_modes=MODES)
+    sizes = dict(n_genes=G,
+                 d_model=D,
+                 n_heads=2,
+                 mlp_ratio=HIDDEN // D,
+                 d_action=ACTION,
+                 d_mode=MODE,
+                 n_modes=MODES)
     sizes |= dict(n_encoder_layers=2, n_masked_predictor_layers=1, n_predictor_layers=3)
     sizes |= dict(zip(("d_protein", "d_chemical", "d_dna"), WIDTHS))
     assert model.config == preset("paper").model.changed(**sizes)
@@ -295,7 +306,10 @@ def test_a_missing_tensor_is_named_with_its_shape(tmp_path, name):
 @pytest.mark.parametrize("name", SMALL)
 def test_a_misshapen_tensor_is_named_with_both_shapes(tmp_path, name):
     good = SMALL[name].shape
-    wrong = [n if name in FREE and (i == 1) == name.startswith("composer.proj") else n + 1 for i, n in enumerate(good)]
+    wrong = [
+        n if name in FREE and (i == 1) == name.startswith("composer.proj") else n + 1
+        for i, n in enumerate(good)
+    ]
     message = refusal(tmp_path, SMALL | {name: torch.ones(wrong)})
     assert "in 1 place:" in message and f"{name}: found shape {shown(wrong)}, expected {shown(good)}" in message
     message = refusal(tmp_path, SMALL | {name: SMALL[name][None]})
@@ -340,9 +354,11 @@ def test_a_hidden_width_that_is_no_multiple_is_refused(tmp_path):
     assert f"mlp.c_fc.weight: found {n} rows" in refusal(tmp_path, SMALL | narrow)
 
 
-@pytest.mark.parametrize("genes, words", [(None, "var_names of the GEARS file"), (GENES[:-1], f"found {G - 1} names"),
+@pytest.mark.parametrize("genes, words", [(None, "var_names of the GEARS file"),
+                                          (GENES[:-1], f"found {G - 1} names"),
                                           ([GENES[1], *GENES[1:]], f"{G - 1} of them different")])
-def test_genes_must_be_named_each_once(tmp_path, genes, words): assert words in refusal(tmp_path, SMALL, genes=genes)
+def test_genes_must_be_named_each_once(tmp_path, genes, words):
+    assert words in refusal(tmp_path, SMALL, genes=genes)
 
 
 def test_heads_must_divide_the_width(tmp_path): assert "n_heads 3" in refusal(tmp_path, SMALL, n_heads=3)
@@ -417,7 +433,8 @@ NUMPY = pickle.dumps(SMALL["student.ln_f.bias"].numpy(), protocol=2)
                          ids=["empty", "text", "zip", "half", "numpy"])
 def test_what_is_no_checkpoint_is_refused_by_file(tmp_path, content):
     (path := tmp_path/"m.pt").write_bytes(content)
-    with pytest.raises(ValueError, match=r"m\.pt: (not readable as tensors|holds numpy)"): convert_released(path, GENES)
+    with pytest.raises(ValueError, match=r"m\.pt: (not readable as tensors|holds numpy)"):
+        convert_released(path, GENES)
 
 
 def test_an_absent_file_and_a_list_are_refused(tmp_path):

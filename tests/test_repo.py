@@ -48,7 +48,8 @@ def package_imports(path):
             assert [n.name for n in node.names] != ["*"], f"{path.name}: star import of {node.module}"
             if node.level: yield ".".join([*parents[:len(parents) - node.level + 1], node.module])
             elif node.module.split(".")[0] == "biojepa": yield node.module
-        if isinstance(node, ast.Import): yield from (n.name for n in node.names if n.name.split(".")[0] == "biojepa")
+        if isinstance(node, ast.Import):
+            yield from (n.name for n in node.names if n.name.split(".")[0] == "biojepa")
 
 
 @pytest.mark.parametrize("notebook", MODULES.values(), ids=place)
@@ -56,12 +57,17 @@ def test_exported_module_is_in_step_with_its_notebook(notebook, tmp_path):
     module = module_of(notebook)
     nb_export(notebook, lib_path=tmp_path/"biojepa")  # the folder name decides which imports become relative
     relative = Path(*module.split(".")[1:]).with_suffix(".py")
-    body = lambda p: re.sub(r"\S*/nbs/", "nbs/", p.read_text())  # the comments hold the notebook's path as seen from the module
-    assert body(tmp_path/"biojepa"/relative) == body(PATHS.root/"biojepa"/relative), f"{relative} differs from {notebook.name}; run nbdev_export"
+    body = lambda p: re.sub(r"\S*/nbs/", "nbs/", p.read_text()
+                            )  # the comments hold the notebook's path as seen from the module
+    assert body(tmp_path/"biojepa"/relative) == body(
+        PATHS.root/"biojepa"/relative), f"{relative} differs from {notebook.name}; run nbdev_export"
 
 
 def test_every_module_has_a_notebook():
-    files = {p.relative_to(PATHS.root).with_suffix("").as_posix().replace("/", ".") for p in (PATHS.root/"biojepa").rglob("*.py")}
+    files = {
+        p.relative_to(PATHS.root).with_suffix("").as_posix().replace("/", ".")
+        for p in (PATHS.root/"biojepa").rglob("*.py")
+    }
     assert {f for f in files if not f.endswith(("__init__", "_modidx"))} == set(MODULES)
 
 
@@ -72,7 +78,8 @@ def test_notebook_is_clean_light_and_without_machine_paths(notebook):
     assert nb == before, f"{notebook.name} holds metadata or counts; run nbdev_clean"
     assert notebook.stat().st_size < 300_000, f"{notebook.name}: outputs too heavy"
     text = notebook.read_text()
-    assert not re.search(r"(?<![\w.])/(home|root|work|Users|tmp)/", text), f"{notebook.name} shows a path of one machine"
+    assert not re.search(r"(?<![\w.])/(home|root|work|Users|tmp)/",
+                         text), f"{notebook.name} shows a path of one machine"
     assert '"output_type": "error"' not in text, f"{notebook.name} holds a traceback"
 
 
@@ -93,7 +100,8 @@ def test_paper_notebook_is_skipped_by_nbdev_and_has_parameters(notebook):
 
 @pytest.mark.parametrize("notebook", LIBRARY, ids=place)
 def test_a_folder_of_notebooks_is_a_folder_of_the_package(notebook):
-    folder, name = re.fullmatch(r"\d_(\w+)", notebook.parent.name)[1], re.fullmatch(r"\d\d_(\w+)", notebook.stem)[1]
+    folder = re.fullmatch(r"\d_(\w+)", notebook.parent.name)[1]
+    name = re.fullmatch(r"\d\d_(\w+)", notebook.stem)[1]
     top_level = {"0_base/01_core", "0_base/02_config", "4_training/09_cli"}
     expected = f"biojepa.{name}" if place(notebook) in top_level else f"biojepa.{folder}.{name}"
     assert module_of(notebook) == expected
@@ -122,14 +130,17 @@ def test_plots_import_nothing_else_of_the_package():
 
 def pins(lines):
     "name -> version of every pinned requirement."
-    return dict(re.fullmatch(r"([\w.-]+)==(\S+)", l.strip()).groups() for l in lines if re.match(r"\s*[\w.-]+==", l))
+    return dict(
+        re.fullmatch(r"([\w.-]+)==(\S+)", l.strip()).groups() for l in lines
+        if re.match(r"\s*[\w.-]+==", l))
 
 
 def test_environment_yml_has_the_pins_of_the_lock():
     lock = pins((PATHS.root/"requirements.lock").read_text().splitlines())
     environment = yaml.safe_load((PATHS.root/"environment.yml").read_text())
     conda = [d for d in environment["dependencies"] if isinstance(d, str)]
-    assert pins(next(d["pip"] for d in environment["dependencies"] if isinstance(d, dict))) == lock and len(lock) > 100
+    assert pins(next(
+        d["pip"] for d in environment["dependencies"] if isinstance(d, dict))) == lock and len(lock) > 100
     assert f"python={SETTINGS['min_python']}" in conda
     assert lock["torch"] == "2.13.0" and lock["nbdev"].startswith("2.")
 
@@ -146,10 +157,13 @@ def test_no_code_unpickles():
         tree = ast.parse(path.read_text())
         names = {n.name for node in ast.walk(tree) if isinstance(node, ast.Import) for n in node.names}
         assert not names & {"pickle", "dill", "joblib", "cloudpickle"}, f"{path.name} imports a pickle reader"
-        for call in (n for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute) and n.func.attr == "load"):
+        for call in (
+                n for n in ast.walk(tree)
+                if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute) and n.func.attr == "load"):
             keywords = {k.arg: getattr(k.value, "value", None) for k in call.keywords}
             owner = getattr(call.func.value, "id", "")
-            assert owner != "torch" or keywords.get("weights_only") is True, f"{path.name}: torch.load without weights_only=True"
+            assert owner != "torch" or keywords.get(
+                "weights_only") is True, f"{path.name}: torch.load without weights_only=True"
             assert not keywords.get("allow_pickle"), f"{path.name}: allow_pickle"
 
 

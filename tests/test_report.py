@@ -24,28 +24,37 @@ def test_entries_say_what_was_made_from_what(tmp_path):
     assert list(entries) == ["f.png", "f_numbers.csv"] and entries["f.png"]["drawn_from"] == ["f_numbers.csv"]
     for name, entry in entries.items():
         assert entry["sha256"] == hashlib.sha256((tmp_path/name).read_bytes()).hexdigest()
-        assert entry["notebook"] == "90_eval" and entry["made_from"] == dict(data="abc", split="def") and entry["versions"]["torch"]
+        assert entry["notebook"] == "90_eval" and entry["made_from"] == dict(
+            data="abc", split="def") and entry["versions"]["torch"]
     Report("91_gene_level", tmp_path).table(TABLE, "t")
-    assert set(read_manifest(tmp_path)) == {"f.png", "f_numbers.csv", "t.csv"}, "entries of other notebooks stay"
+    assert set(read_manifest(tmp_path)) == {"f.png", "f_numbers.csv",
+                                            "t.csv"}, "entries of other notebooks stay"
 
 
 def test_changed_missing_and_unlisted_files_are_told_apart(tmp_path):
     report = Report("n", tmp_path)
     for name in ("same", "changed", "missing"): report.table(TABLE, name)
-    (tmp_path/"changed.csv").write_text("a\n3\n"); (tmp_path/"missing.csv").unlink(); (tmp_path/"stray.csv").write_text("")
+    (tmp_path/"changed.csv").write_text("a\n3\n")
+    (tmp_path/"missing.csv").unlink()
+    (tmp_path/"stray.csv").write_text("")
     found = check_manifest(tmp_path).set_index("file").state.to_dict()
-    assert found == {"same.csv": "as listed", "changed.csv": "changed", "missing.csv": "missing", "stray.csv": "not listed"}
+    assert found == {
+        "same.csv": "as listed", "changed.csv": "changed", "missing.csv": "missing", "stray.csv":
+        "not listed"
+    }
     assert check_manifest(tmp_path/"nothing").empty
 
 
 def test_a_broken_manifest_is_named_and_not_overwritten(tmp_path):
     (tmp_path/"MANIFEST.json").write_text("{")
-    with pytest.raises(ValueError, match="MANIFEST.json: not readable as JSON"): Report("n", tmp_path).table(TABLE, "t")
+    with pytest.raises(ValueError, match="MANIFEST.json: not readable as JSON"):
+        Report("n", tmp_path).table(TABLE, "t")
     assert (tmp_path/"MANIFEST.json").read_text() == "{"
 
 
 def test_a_figure_needs_its_numbers(tmp_path):
-    with pytest.raises(ValueError, match="tables: none given for figure 'f'"): Report("n", tmp_path).figure(Figure(), {}, "f")
+    with pytest.raises(ValueError, match="tables: none given for figure 'f'"):
+        Report("n", tmp_path).figure(Figure(), {}, "f")
     assert not list(tmp_path.iterdir())
 
 

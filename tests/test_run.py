@@ -33,8 +33,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:latents collapse", "ignore:find_
 
 def program(*arguments, timeout=900):
     "Run tests/training_cases.py in a process of its own, which forks the runs."
-    done = subprocess.run([sys.executable, training_cases.__file__, *map(str, arguments)], capture_output=True, text=True, timeout=timeout,
-                          cwd=PATHS.root, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"})
+    done = subprocess.run([sys.executable, training_cases.__file__, *map(str, arguments)],
+                          capture_output=True,
+                          text=True,
+                          timeout=timeout,
+                          cwd=PATHS.root,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"})
     assert done.returncode == 0, done.stderr[-3000:]
     return done
 
@@ -60,17 +64,23 @@ def check_kills(tmp_path, n, damages):
     for stage in STAGES:  # optimiser and generators, too
         mine, theirs = (Checkpointer(folder/stage/"checkpoints") for folder in (killed, plain))
         assert mine.steps() == theirs.steps()
-        assert file_hash(mine.path(mine.steps()[-1], ".safetensors")) == file_hash(theirs.path(theirs.steps()[-1], ".safetensors"))
-        rows = [[{k: v for k, v in r.items() if k != "cells_per_second"} for r in read_log(folder/stage/"log.csv")] for folder in (killed, plain)]
+        assert file_hash(mine.path(mine.steps()[-1], ".safetensors")) == file_hash(
+            theirs.path(theirs.steps()[-1], ".safetensors"))
+        rows = [[{k: v for k, v in r.items() if k != "cells_per_second"}
+                 for r in read_log(folder/stage/"log.csv")] for folder in (killed, plain)]
         assert rows[0] == rows[1]
     for kill, following in zip(kills, [*kills[1:], dict(first=report["last_first"])]):
         stage, step = kill["checkpoint"]
         if kill["spoiled"]: stage, step = kill["spoiled"]["stage"], kill["spoiled"]["good"]
-        if stage == STAGES[-1] and step == report["lengths"][stage]: expected = None  # killed after the last checkpoint: nothing is left to do
-        elif stage is None or step == report["lengths"][stage]: expected = [STAGES[STAGES.index(stage) + 1] if stage else "pretrain", 0]
-        else: expected = [stage, step]
+        if stage == STAGES[-1] and step == report["lengths"][stage]:
+            expected = None  # killed after the last checkpoint: nothing is left to do
+        elif stage is None or step == report["lengths"][stage]:
+            expected = [STAGES[STAGES.index(stage) + 1] if stage else "pretrain", 0]
+        else:
+            expected = [stage, step]
         assert following["first"] == expected, "went on elsewhere than after the last good checkpoint"
-        if kill["killed_at"][0] == kill["checkpoint"][0]: assert kill["killed_at"][1] - kill["checkpoint"][1] <= OPTIONS["checkpoint_every"]
+        if kill["killed_at"][0] == kill["checkpoint"][0]:
+            assert kill["killed_at"][1] - kill["checkpoint"][1] <= OPTIONS["checkpoint_every"]
     assert len(kills) == n and not report["never_spoiled"]
     assert warned.count("damaged checkpoint") >= len(damages)
     return report
@@ -90,32 +100,54 @@ def test_killed_twenty_times_ends_with_the_same_bits(tmp_path):
 # shared
 
 def test_two_processes_give_the_losses_of_one_with_twice_the_batch(tmp_path):
-    cases = dict(tokens=({}, {}), cells=(dict(vicreg_over="cells", mask_kind="exact", latent_loss="mse"), {}), pieces=({}, dict(accumulate=2, stages=["pretrain"])))
+    cases = dict(tokens=({}, {}),
+                 cells=(dict(vicreg_over="cells", mask_kind="exact", latent_loss="mse"), {}),
+                 pieces=({}, dict(accumulate=2, stages=["pretrain"])))
     program("share", tmp_path, json.dumps(cases))
     for case in cases:
-        one, first, second = (json.loads((tmp_path/f"{name}.json").read_text()) for name in (f"one-{case}-0", f"two-{case}-0", f"two-{case}-1"))
-        assert first["weights"] == second["weights"] and first["teacher"] == second["teacher"] and first["log"] == second["log"]
+        one, first, second = (json.loads((tmp_path/f"{name}.json").read_text())
+                              for name in (f"one-{case}-0", f"two-{case}-0", f"two-{case}-1"))
+        assert first["weights"] == second["weights"] and first["teacher"] == second["teacher"] and first[
+            "log"] == second["log"]
         a, b = (pd.DataFrame(json.loads(x["log"])) for x in (one, first))
-        if case == "pieces": a, b = a[:-1], b[:-1]  # the last batch cannot be cut into the same pieces
-        else: assert {"rank_teacher", "rank_predicted", "val_top10", "collapsed"} <= set(a.columns) and len([*Path(first["folder"]).glob("*/log.csv")]) == 4
+        if case == "pieces":
+            a, b = a[:-1], b[:-1]  # the last batch cannot be cut into the same pieces
+        else:
+            assert {"rank_teacher", "rank_predicted", "val_top10", "collapsed"} <= set(a.columns) and len(
+                [*Path(first["folder"]).glob("*/log.csv")]) == 4
         pd.testing.assert_frame_equal(a, b, rtol=2e-5, atol=1e-6)
         assert (a[a.stage == "pretrain"].loss.diff().abs().dropna() > 1e-4).all()  # the losses do move
 
 
 @pytest.mark.slow
 def test_torchrun_and_the_module_itself_start_two_processes(tmp_path):
-    sizes = [f"{s}.epochs=1" for s in STAGES] + ["pretrain.batch_size=256", "dynamics.batch_size=256", "readout.batch_size=256", "data.split=guide", "model.d_model=8"]
-    command = ["-m", "biojepa.cli", "--preset", "smoke", "--accelerator", "cpu", "--no-progress", "--set", *sizes]
+    sizes = [f"{s}.epochs=1" for s in STAGES] + [
+        "pretrain.batch_size=256", "dynamics.batch_size=256", "readout.batch_size=256", "data.split=guide",
+        "model.d_model=8"
+    ]
+    command = [
+        "-m", "biojepa.cli", "--preset", "smoke", "--accelerator", "cpu", "--no-progress", "--set", *sizes
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     logs = {}
-    for name, start in dict(one=[sys.executable, *command], two=[sys.executable, *command, "--devices", "2"],
-                            torchrun=[sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *command, "--devices", "2"]).items():
-        done = subprocess.run([*start, "--runs", str(tmp_path/name)], capture_output=True, text=True, cwd=PATHS.root, env=environment, timeout=900)
+    for name, start in dict(one=[sys.executable, *command],
+                            two=[sys.executable, *command, "--devices", "2"],
+                            torchrun=[
+                                sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+                                *command, "--devices", "2"
+                            ]).items():
+        done = subprocess.run([*start, "--runs", str(tmp_path/name)],
+                              capture_output=True,
+                              text=True,
+                              cwd=PATHS.root,
+                              env=environment,
+                              timeout=900)
         assert done.returncode == 0 and "finished: " in done.stderr, done.stderr[-2000:]
         folder = Path(done.stderr.split("finished: ")[1].split("\n")[0])
         logs[name] = [read_log(folder/s/"log.csv")[-1]["loss"] for s in STAGES]
     np.testing.assert_allclose(logs["two"], logs["torchrun"], rtol=1e-6)
-    np.testing.assert_allclose(logs["one"], logs["two"], rtol=.05)  # the last, short batch of an epoch is shared out equally
+    np.testing.assert_allclose(logs["one"], logs["two"],
+                               rtol=.05)  # the last, short batch of an epoch is shared out equally
 
 
 # one folder
@@ -125,11 +157,16 @@ def test_a_run_leaves_what_it_was_made_of(finished, data):
     assert folder.name == f"{config_hash(small_experiment())}-0"
     assert json.loads((folder/"config.json").read_text()) == small_experiment().model_dump(mode="json")
     about = json.loads((folder/"run.json").read_text())
-    assert about["identity"]["data"] == data_hash(data["adata"]) and about["identity"]["split"] == data["split"].hash
-    assert about["versions"]["torch"] == torch.__version__.split("+")[0] or about["versions"]["torch"] == torch.__version__
-    assert about["history"] == [str(line) for line in data["adata"].uns["biojepa"]["history"]] and about["history"]
+    assert about["identity"]["data"] == data_hash(
+        data["adata"]) and about["identity"]["split"] == data["split"].hash
+    assert about["versions"]["torch"] == torch.__version__.split(
+        "+")[0] or about["versions"]["torch"] == torch.__version__
+    assert about["history"] == [str(line)
+                                for line in data["adata"].uns["biojepa"]["history"]] and about["history"]
     assert json.loads((folder/"split.json").read_text())["hash"] == data["split"].hash
-    saved = from_pretrained(folder/"model", genes=list(data["adata"].var_names), config=small_experiment().model)
+    saved = from_pretrained(folder/"model",
+                            genes=list(data["adata"].var_names),
+                            config=small_experiment().model)
     assert weights_hash(saved.model) == weights_hash(finished.model)
     assert [*finished.log.stage.unique()] == list(STAGES) and finished.log.columns[0] == "stage"
     assert len(finished.actions.features) == len(finished.table)
@@ -148,11 +185,18 @@ def test_stages_can_be_added_later(data, finished, tmp_path):
     assert [*first.log.stage.unique()] == ["pretrain", "align"]
     whole = run_stages(small_experiment(), **data, runs=tmp_path, **OPTIONS)
     assert weights_hash(whole.model) == weights_hash(finished.model)
-    with pytest.raises(ValueError, match=r"stages: found \['dynamics'\]; each needs those before it"): run_stages(small_experiment(), **data, runs=tmp_path, stages=["dynamics"])
+    with pytest.raises(ValueError, match=r"stages: found \['dynamics'\]; each needs those before it"):
+        run_stages(small_experiment(), **data, runs=tmp_path, stages=["dynamics"])
 
 
 def test_each_stage_changes_only_its_parts(data, tmp_path):
-    states = [run_stages(small_experiment(epochs=(1, 1, 1, 1)), **data, runs=tmp_path, stages=STAGES[:n], **OPTIONS).model for n in (1, 2, 3, 4)]
+    states = [
+        run_stages(small_experiment(epochs=(1, 1, 1, 1)),
+                   **data,
+                   runs=tmp_path,
+                   stages=STAGES[:n],
+                   **OPTIONS).model for n in (1, 2, 3, 4)
+    ]
     hashes = [{n: weights_hash(m) for n, m in model.named_children()} for model in states]
     changed = [{n for n in a if a[n] != b[n]} for a, b in zip(hashes, hashes[1:])]
     assert changed == [{"composer"}, {"predictor", "composer"}, {"readout"}]
@@ -169,15 +213,24 @@ def test_other_inputs_never_reuse_a_run(what, finished, data):
         other["split"] = type(s)(**{**s.__dict__, "train": s.train[1:]})
     if what == "features":
         bank = data["features"][0]
-        other["features"] = [type(bank)(bank.keys, bank.values + 1, bank.modality, bank.provenance), data["features"][1]]
+        other["features"] = [
+            type(bank)(bank.keys, bank.values + 1, bank.modality, bank.provenance), data["features"][1]
+        ]
     before = {p: file_hash(p) for p in finished.folder.rglob("*") if p.is_file()}
-    with pytest.raises(ValueError, match=f"this configuration was run on something else: {what} .* there, .* now; choose another folder"):
+    with pytest.raises(
+            ValueError,
+            match=
+            f"this configuration was run on something else: {what} .* there, .* now; choose another folder"
+    ):
         run_stages(small_experiment(), **other, runs=finished.folder.parent, **OPTIONS)
     assert before == {p: file_hash(p) for p in finished.folder.rglob("*") if p.is_file()}
 
 
 def test_another_configuration_is_another_folder():
-    folders = {run_folder(e) for e in (small_experiment(), small_experiment(epochs=(3, 8, 2, 2)), small_experiment(mask_ratio=.5), small_experiment().changed(seed=1))}
+    folders = {
+        run_folder(e) for e in (small_experiment(), small_experiment(epochs=(3, 8, 2, 2)),
+                                small_experiment(mask_ratio=.5), small_experiment().changed(seed=1))
+    }
     assert len(folders) == 4 and all(f.parent == PATHS.runs for f in folders)
 
 
@@ -185,10 +238,12 @@ def test_other_versions_are_reported_and_a_damaged_record_is_named(finished, dat
     runs = tmp_path/"runs"
     run_stages(small_experiment(epochs=(1, 1, 1, 1)), **data, runs=runs, stages=STAGES[:1], **OPTIONS)
     monkeypatch.setattr(run_module, "version", lambda package: "0.0")
-    with pytest.warns(UserWarning, match="begun with other versions: biojepa .* there, 0.0 now"): run_stages(small_experiment(epochs=(1, 1, 1, 1)), **data, runs=runs, stages=STAGES[:1], **OPTIONS)
+    with pytest.warns(UserWarning, match="begun with other versions: biojepa .* there, 0.0 now"):
+        run_stages(small_experiment(epochs=(1, 1, 1, 1)), **data, runs=runs, stages=STAGES[:1], **OPTIONS)
     record = next(runs.glob("*/run.json"))
     record.write_text("{")
-    with pytest.raises(ValueError, match="run.json: not readable as JSON"): run_stages(small_experiment(epochs=(1, 1, 1, 1)), **data, runs=runs, stages=STAGES[:1], **OPTIONS)
+    with pytest.raises(ValueError, match="run.json: not readable as JSON"):
+        run_stages(small_experiment(epochs=(1, 1, 1, 1)), **data, runs=runs, stages=STAGES[:1], **OPTIONS)
 
 
 # data and actions
@@ -205,7 +260,8 @@ def test_data_hash_sees_values_names_and_labels_and_not_how_they_are_stored(data
         other = adata.copy()
         if change == "value": other.X.data[-1] += 1e-3
         if change == "gene": other.var_names = [*other.var_names[:-1], "other"]
-        if change == "label": other.obs["perturbation"] = other.obs["perturbation"].cat.rename_categories({"ctrl": "control"})
+        if change == "label":
+            other.obs["perturbation"] = other.obs["perturbation"].cat.rename_categories({"ctrl": "control"})
         if change == "batch": other.obs["batch"] = np.roll(other.obs["batch"].astype(str), 1)
         hashes.add(data_hash(other))
     assert len(hashes) == 5
@@ -214,65 +270,102 @@ def test_data_hash_sees_values_names_and_labels_and_not_how_they_are_stored(data
 def test_actions_are_described_as_released_unless_told_otherwise(data):
     adata, split, features = data["adata"], data["split"], data["features"]
     described = describe_actions(adata, split, features)
-    assert described.actions.features.shape[1] == 1 and set(described.actions.modality[described.actions.present].tolist()) == {Modality.DNA}
-    assert set(described.anchor.mode[described.anchor.present].tolist()) == {Mode.CONTROL} and set(described.anchor.modality[described.anchor.present].tolist()) == {Modality.PROTEIN}
+    assert described.actions.features.shape[1] == 1 and set(
+        described.actions.modality[described.actions.present].tolist()) == {Modality.DNA}
+    assert set(described.anchor.mode[described.anchor.present].tolist()) == {Mode.CONTROL} and set(
+        described.anchor.modality[described.anchor.present].tolist()) == {Modality.PROTEIN}
     train = set(adata.obs.perturbation.iloc[split.cells(adata, "train")])
     assert {described.table.perturbation[i] for i in described.aligned("train")} == train
     both = describe_actions(adata, split, features, DataConfig(tokens=("protein", "dna")))
     assert both.actions.present.sum(1).max() == 2 and both.hash != described.hash
     assert describe_actions(adata, split, features[:1]).actions.modality.max() == Modality.PROTEIN
-    with pytest.raises(ValueError, match="tokens: no features of chemical; found protein, dna"): describe_actions(adata, split, features, DataConfig(tokens=("chemical",)))
+    with pytest.raises(ValueError, match="tokens: no features of chemical; found protein, dna"):
+        describe_actions(adata, split, features, DataConfig(tokens=("chemical", )))
 
 
 def test_without_guides_alignment_is_left_out_with_a_warning(data, tmp_path):
     with pytest.warns(UserWarning, match="'align' is left out"):
-        run = run_stages(small_experiment(epochs=(1, 1, 1, 1)), data["adata"], data["split"], tmp_path, data["features"][:1], **OPTIONS)
+        run = run_stages(small_experiment(epochs=(1, 1, 1, 1)), data["adata"], data["split"], tmp_path,
+                         data["features"][:1], **OPTIONS)
     assert [*run.log.stage.unique()] == ["pretrain", "dynamics", "readout"]
 
 
 def test_a_target_without_a_protein_stays_out_of_the_pairs_only(data):
     adata, split, (protein, dna) = data["adata"], data["split"], data["features"]
     lacking = describe_actions(adata, split, data["features"]).table.targets
-    gene = next(t[0] for t, p in zip(lacking, describe_actions(adata, split, data["features"]).table.perturbation) if t and f"{t[0]}+ctrl" in split.train)
+    gene = next(t[0] for t, p in zip(lacking,
+                                     describe_actions(adata, split, data["features"]).table.perturbation)
+                if t and f"{t[0]}+ctrl" in split.train)
     described = describe_actions(adata, split, [protein.select([k for k in protein.keys if k != gene]), dna])
-    assert all(described.table.targets[i] != (gene,) for i in described.pairs) and described.actions.present.any(1).sum() == 24
+    assert all(described.table.targets[i] != (gene, )
+               for i in described.pairs) and described.actions.present.any(1).sum() == 24
 
 
 def test_relations_and_proteins_come_from_files(data, tmp_path):
     adata, genes = data["adata"], describe_actions(data["adata"], data["split"], data["features"]).table.genes
-    edges = pd.DataFrame([(a, b) for i, a in enumerate(genes[:-1]) for b in (*genes[i + 1:i + 3], *(f"other{j}" for j in range(400)))], columns=["a", "b"])
+    edges = pd.DataFrame([(a, b) for i, a in enumerate(genes[:-1])
+                          for b in (*genes[i + 1:i + 3], *(f"other{j}" for j in range(400)))],
+                         columns=["a", "b"])
     edges.to_csv(tmp_path/"edges.csv", index=False)
-    with pytest.warns(UserWarning, match=f"1 of {len(genes)} targets have no graph feature and get the mean one: {genes[0]}"):
-        pd.concat([edges[(edges.a != genes[0]) & (edges.b != genes[0])]]).to_csv(tmp_path/"fewer.csv", index=False)
-        described = describe_actions(adata, data["split"], data=DataConfig(relations=str(tmp_path/"fewer.csv"), tokens=("protein", "dna")))
+    with pytest.warns(
+            UserWarning,
+            match=f"1 of {len(genes)} targets have no graph feature and get the mean one: {genes[0]}"):
+        pd.concat([edges[(edges.a != genes[0]) & (edges.b != genes[0])]]).to_csv(tmp_path/"fewer.csv",
+                                                                                 index=False)
+        described = describe_actions(adata,
+                                     data["split"],
+                                     data=DataConfig(relations=str(tmp_path/"fewer.csv"),
+                                                     tokens=("protein", "dna")))
     assert described.widths["protein"] == 320 and described.actions.present.any(1).sum() == 24
     row = described.table.targets.index((genes[0],))
-    np.testing.assert_allclose(described.actions.features[row, 0, :320].numpy(), np.mean([described.actions.features[described.table.targets.index((g,)), 0, :320].numpy() for g in genes[1:]], 0), atol=1e-6)
-    pd.DataFrame(dict(gene=genes, sequence=[adata.uns["protein_sequences"][g] for g in genes])).to_csv(tmp_path/"proteins.csv", index=False)
+    np.testing.assert_allclose(described.actions.features[row, 0, :320].numpy(),
+                               np.mean([
+                                   described.actions.features[described.table.targets.index(
+                                       (g, )), 0, :320].numpy() for g in genes[1:]
+                               ], 0),
+                               atol=1e-6)
+    pd.DataFrame(dict(gene=genes, sequence=[adata.uns["protein_sequences"][g]
+                                            for g in genes])).to_csv(tmp_path/"proteins.csv", index=False)
     bare = adata.copy()
     del bare.uns["protein_sequences"]
-    assert describe_actions(bare, data["split"], data=DataConfig(proteins=str(tmp_path/"proteins.csv"), tokens=("protein",))).hash == describe_actions(adata, data["split"], data=DataConfig(tokens=("protein",))).hash
-    with pytest.raises(ValueError, match="text columns"): describe_actions(bare, data["split"], data=DataConfig(proteins=str(tmp_path/"none.csv"))) if (tmp_path/"none.csv").write_text("a,b\n1,2\n") else None
+    assert describe_actions(bare,
+                            data["split"],
+                            data=DataConfig(proteins=str(
+                                tmp_path/"proteins.csv"), tokens=("protein", ))).hash == describe_actions(
+                                    adata, data["split"], data=DataConfig(tokens=("protein", ))).hash
+    with pytest.raises(ValueError, match="text columns"):
+        describe_actions(bare, data["split"], data=DataConfig(
+            proteins=str(tmp_path/"none.csv"))) if (tmp_path/"none.csv").write_text("a,b\n1,2\n") else None
 
 
 def test_data_without_sequences_asks_for_features(data):
     bare = data["adata"].copy()
     del bare.uns["protein_sequences"]
     bare.obs = bare.obs.drop(columns=["guide_seq_a", "guide_seq_b"])
-    with pytest.raises(ValueError, match="features: the data hold neither .* --features bank.safetensors"): describe_actions(bare, data["split"])
+    with pytest.raises(ValueError, match="features: the data hold neither .* --features bank.safetensors"):
+        describe_actions(bare, data["split"])
 
 
 def test_sizes_follow_the_data_with_a_warning(data, tmp_path):
     experiment = small_experiment(epochs=(1, 1, 1, 1), n_genes=50, d_dna=1536)
-    with pytest.warns(UserWarning, match="model.n_genes: 50 in the configuration, 40 as the data have; model.d_dna: 1536 in the configuration, 20"):
+    with pytest.warns(
+            UserWarning,
+            match=
+            "model.n_genes: 50 in the configuration, 40 as the data have; model.d_dna: 1536 in the "
+            "configuration, 20"
+    ):
         run = run_stages(experiment, **data, runs=tmp_path, stages=STAGES[:1], **OPTIONS)
-    assert run.model.config.n_genes == 40 and run.experiment.model.d_dna == 20 and run.folder == run_folder(run.experiment, tmp_path)
+    assert run.model.config.n_genes == 40 and run.experiment.model.d_dna == 20 and run.folder == run_folder(
+        run.experiment, tmp_path)
 
 
 def test_leaking_alignment_pairs_are_refused(data, tmp_path, monkeypatch):
     describe = run_module.describe_actions
-    monkeypatch.setattr(run_module, "describe_actions", lambda *a: describe(*a)._replace(train=np.flatnonzero(~describe(*a).table.is_control)))
-    with pytest.raises(ValueError, match="pairs"): run_stages(small_experiment(), **data, runs=tmp_path, **OPTIONS)
+    monkeypatch.setattr(
+        run_module, "describe_actions",
+        lambda *a: describe(*a)._replace(train=np.flatnonzero(~describe(*a).table.is_control)))
+    with pytest.raises(ValueError, match="pairs"):
+        run_stages(small_experiment(), **data, runs=tmp_path, **OPTIONS)
 
 
 def test_a_split_is_made_once_and_read_back(tmp_path, monkeypatch):
@@ -290,16 +383,32 @@ def test_options_reach_the_configuration(tmp_path):
     parse = lambda text: experiment_of(parser().parse_args(text.split()))
     assert parse("") == preset("laptop")
     assert parse("--preset paper") == preset("paper")
-    found = parse("--preset paper --data cells.h5ad --condition gene --control nt --batch lane --cell-type line --guide sgrna --seed 4 --tokens protein dna")
-    assert found.data.model_dump(include=set("dataset condition control batch cell_type guide tokens".split())) == dict(
-        dataset="cells.h5ad", condition="gene", control="nt", batch="lane", cell_type="line", guide="sgrna", tokens=("protein", "dna")) and found.seed == 4
-    found = parse("--set model.vicreg_over=cells model.library_norm=[9,0.5] pretrain.epochs=3 data.n_top_genes=200 readout.clip_norm=null")
-    assert (found.model.vicreg_over, found.model.library_norm, found.pretrain.epochs, found.data.n_top_genes, found.readout.clip_norm) == ("cells", (9., .5), 3, 200, None)
+    found = parse(
+        "--preset paper --data cells.h5ad --condition gene --control nt --batch lane --cell-type line --guide "
+        "sgrna --seed 4 --tokens protein dna"
+    )
+    assert found.data.model_dump(
+        include=set("dataset condition control batch cell_type guide tokens".split())) == dict(
+            dataset="cells.h5ad",
+            condition="gene",
+            control="nt",
+            batch="lane",
+            cell_type="line",
+            guide="sgrna",
+            tokens=("protein", "dna")) and found.seed == 4
+    found = parse(
+        "--set model.vicreg_over=cells model.library_norm=[9,0.5] pretrain.epochs=3 data.n_top_genes=200 "
+        "readout.clip_norm=null"
+    )
+    assert (found.model.vicreg_over, found.model.library_norm, found.pretrain.epochs,
+            found.data.n_top_genes, found.readout.clip_norm) == ("cells", (9., .5), 3, 200, None)
     text = "model.vicreg_over=cells model.library_norm=[9,0.5] pretrain.epochs=3 readout.clip_norm=null"
     assert named_experiment("paper", settings=text) == parse(f"--preset paper --set {text}")
-    assert named_experiment("paper", seed=1, dataset="a.h5ad", settings="seed=2 data.dataset=b.h5ad").data.dataset == "b.h5ad"
+    assert named_experiment("paper", seed=1, dataset="a.h5ad",
+                            settings="seed=2 data.dataset=b.h5ad").data.dataset == "b.h5ad"
     for wrong in ("epochs", "=3", "pretrain.epochs = 3"):
-        with pytest.raises(ValueError, match="settings .--set.: found .*; write field=value"): named_experiment(settings=wrong)
+        with pytest.raises(ValueError, match="settings .--set.: found .*; write field=value"):
+            named_experiment(settings=wrong)
     with pytest.raises(ValueError, match="found 'seed=1' beside run 'of-mine'.*give one of the two"):
         named_experiment(run="of-mine", settings="seed=1")
     (tmp_path/"config.json").write_text(json.dumps(preset("smoke").changed(seed=5).model_dump(mode="json")))
@@ -307,11 +416,18 @@ def test_options_reach_the_configuration(tmp_path):
 
 
 def test_the_documented_command_is_understood():
-    args = parser().parse_args("--preset paper --data cells.h5ad --features esm2.safetensors ntv3.safetensors --devices 8 --nodes 2".split())
+    args = parser().parse_args(
+        "--preset paper --data cells.h5ad --features esm2.safetensors ntv3.safetensors --devices 8 --nodes 2"
+        .split())
     assert (args.devices, args.nodes, args.preset) == (8, 2, "paper")
     assert args.features == ["esm2.safetensors", "ntv3.safetensors"]
-    args = parser().parse_args("--accumulate 4 --precision bf16-mixed --stages pretrain align --early-stop 3:-val_top10 --checkpoint-every 500 --validate-every 100 --log-every 5 --tensorboard --no-progress".split())
-    assert (args.accumulate, args.precision, args.stages, args.early_stop, args.checkpoint_every, args.validate_every, args.log_every) == (4, "bf16-mixed", ["pretrain", "align"], (3, "-val_top10"), 500, 100, 5)
+    args = parser().parse_args(
+        "--accumulate 4 --precision bf16-mixed --stages pretrain align --early-stop 3:-val_top10 "
+        "--checkpoint-every 500 --validate-every 100 --log-every 5 --tensorboard --no-progress"
+        .split())
+    assert (args.accumulate, args.precision, args.stages, args.early_stop, args.checkpoint_every,
+            args.validate_every, args.log_every) == (4, "bf16-mixed", ["pretrain", "align"],
+                                                     (3, "-val_top10"), 500, 100, 5)
 
 
 @pytest.mark.parametrize("text, message", [("--preset papre", "invalid choice: 'papre'"), ("--early-stop soon", "found 'soon'; write it like 3:val_total"), ("--devices two", "invalid int"), ("--stages pretrian", "invalid choice")])
@@ -320,8 +436,11 @@ def test_wrong_options_are_refused_by_the_parser(text, message, capsys):
     assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("text, message", [("--set pretrain.epoch=3", "the configuration has no field 'pretrain.epoch'"), ("--set pretrain.epochs=0", "greater than 0"), ("--set epochs", "found 'epochs'; write field=value"),
-                                           ("--set model.x.y=1", "no field 'model.x.y'"), ("--data none.h5ad", "'none.h5ad': neither a file nor a dataset"), ("--features none.safetensors", "none.safetensors: no such file")])
+@pytest.mark.parametrize("text, message", [("--set pretrain.epoch=3", "the configuration has no field "
+                                                                      "'pretrain.epoch'"), ("--set "
+                                                                                            "pretrain.epochs=0", "greater than 0"), ("--set epochs", "found 'epochs'; write field=value"),
+                                           ("--set model.x.y=1", "no field 'model.x.y'"), ("--data "
+                                                                                           "none.h5ad", "'none.h5ad': neither a file nor a dataset"), ("--features none.safetensors", "none.safetensors: no such file")])
 def test_wrong_input_is_one_line(text, message, capsys):
     with pytest.raises(SystemExit) as stop: main(f"--accelerator cpu --no-progress {text}".split())
     error = capsys.readouterr().err
@@ -337,4 +456,5 @@ def test_ctrl_c_on_the_command_line_says_where_it_stands(data, tmp_path, monkeyp
 
 def test_many_devices_get_ddp_that_allows_idle_parameters():
     fabric = make_fabric(256, "cpu", devices=2, nodes=3, precision="32-true")
-    assert type(fabric.strategy).__name__ == "DDPStrategy" and fabric.strategy._ddp_kwargs["find_unused_parameters"] is True and fabric.strategy._num_nodes == 3 and fabric.world_size == 6
+    assert type(fabric.strategy).__name__ == "DDPStrategy" and fabric.strategy._ddp_kwargs[
+        "find_unused_parameters"] is True and fabric.strategy._num_nodes == 3 and fabric.world_size == 6

@@ -59,15 +59,18 @@ def test_obs_follow_the_contract(wide):
     obs, truth = wide.obs, wide.uns["truth"]
     text = ["condition", "batch", "cell_type", "guide_id", "mode", "guide_seq_a", "guide_seq_b", "perturbation"]
     assert all(obs[c].dtype.name == "category" for c in text)
-    assert wide.obs_names.is_unique and wide.var_names.is_unique and list(wide.var["gene_name"]) == list(wide.var_names)
+    assert wide.obs_names.is_unique and wide.var_names.is_unique and list(wide.var["gene_name"]) == list(
+        wide.var_names)
     control = (obs["condition"] == "ctrl").to_numpy()
     known = obs["condition"].astype(str) + "|" + obs["guide_id"].astype(str)
     assert (obs["perturbation"].astype(str) == np.where(control, "ctrl", known)).all()
-    assert (obs.loc[control, "mode"] == "control").all() and set(obs.loc[~control, "mode"]) == {"crispri", "crispra"}
+    assert (obs.loc[control, "mode"] == "control").all() and set(obs.loc[~control,
+                                                                         "mode"]) == {"crispri", "crispra"}
     assert set(obs["condition"]) == {"ctrl", *truth["condition"]}
     for name in truth["double"]: assert name.split("+") == sorted(name.split("+")) and "ctrl" not in name
     assert obs.groupby("condition", observed=True)["mode"].nunique().max() == 1
-    assert obs[~control].groupby("condition", observed=True)["guide_id"].nunique().eq(WIDE.guides_per_target).all()
+    assert obs[~control].groupby("condition",
+                                 observed=True)["guide_id"].nunique().eq(WIDE.guides_per_target).all()
 
 
 def test_gem_groups_hold_one_line_and_have_controls(wide):
@@ -91,7 +94,8 @@ def test_sequences_are_sequences(wide):
     targets = {c.split("+")[0] for c in singles["condition"].unique()}
     proteins = wide.uns["protein_sequences"]
     assert set(proteins) == targets
-    assert all(s[0] == "M" and set(s) <= set("ACDEFGHIKLMNPQRSTVWY") and 80 <= len(s) <= 900 for s in proteins.values())
+    assert all(s[0] == "M" and set(s) <= set("ACDEFGHIKLMNPQRSTVWY") and 80 <= len(s) <= 900
+               for s in proteins.values())
     assert singles.groupby("guide_id", observed=True)["guide_seq_a"].nunique().eq(1).all()
 
 
@@ -107,7 +111,8 @@ def test_h5ad_round_trip(wide, tmp_path):
     wide.write_h5ad(tmp_path/"wide.h5ad")
     back = ad.read_h5ad(tmp_path/"wide.h5ad")
     assert (back.X != wide.X).nnz == 0
-    assert same(back.uns["truth"], wide.uns["truth"]) and same(back.uns["protein_sequences"], wide.uns["protein_sequences"])
+    assert same(back.uns["truth"], wide.uns["truth"]) and same(back.uns["protein_sequences"],
+                                                               wide.uns["protein_sequences"])
     assert back.obs.astype(str).equals(wide.obs.astype(str))
     spec = json.loads(back.uns["truth"]["spec"])
     assert SimulationSpec(**spec | {"guide_efficacy": tuple(spec["guide_efficacy"])}) == WIDE
@@ -118,10 +123,14 @@ def test_h5ad_round_trip(wide, tmp_path):
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10_000), st.integers(2, 30), st.floats(0.05, 1.0))
 def test_radius_bound_holds_for_any_matrix(seed, n, density):
-    W = sp.random(n, n, density=density, random_state=seed, data_rvs=np.random.default_rng(seed).standard_normal).tocsr()
+    W = sp.random(n,
+                  n,
+                  density=density,
+                  random_state=seed,
+                  data_rvs=np.random.default_rng(seed).standard_normal).tocsr()
     radius = np.abs(np.linalg.eigvals(W.toarray())).max()
     assert radius <= _radius_bound(W)*(1 + 1e-9) + 1e-9
-    positive = abs(W) + sp.eye(n)*0.1 + 0.01*np.ones((n, n))                      # irreducible: the bound is tight
+    positive = abs(W) + sp.eye(n)*0.1 + 0.01*np.ones((n, n))  # irreducible: the bound is tight
     exact = np.abs(np.linalg.eigvals(np.asarray(positive))).max()
     assert _radius_bound(sp.csr_matrix(positive)) == pytest.approx(exact, rel=1e-3)
 
@@ -143,7 +152,8 @@ def test_truth_is_the_steady_state_of_its_own_edges(seed):
     at = {g: i for i, g in enumerate(truth["gene"])}
     source, sink = ([at[g] for g in truth["edges"][k]] for k in ("source", "sink"))
     strength = {}
-    for target, s in zip(truth["guides"]["target"], truth["guides"]["strength"]): strength.setdefault(target, []).append(s)
+    for target, s in zip(truth["guides"]["target"], truth["guides"]["strength"]):
+        strength.setdefault(target, []).append(s)
     for line in range(WIDE.n_cell_types):
         W = np.zeros((len(at),)*2)
         np.add.at(W, (sink, source), truth["edges"]["weight"][:, line])
@@ -163,10 +173,12 @@ def test_effect_size_and_radius_are_obeyed():
     own = [at[c.split("+")[0]] for c in none["condition"]]
     alone = none["log_fold"].copy()
     alone[np.arange(len(own)), own] = 0
-    assert np.abs(alone).max() < 1e-6                                             # a target touches nothing but itself
+    assert np.abs(alone).max() < 1e-6  # a target touches nothing but itself
     for radius in (0.2, 0.5):
         weight = simulate_perturb_seq(replace(SMALL, spectral_radius=radius)).uns["truth"]["edges"]
-        W = sp.csr_matrix((weight["weight"][:, 0], ([at[g] for g in weight["sink"]], [at[g] for g in weight["source"]])), shape=(120, 120))
+        W = sp.csr_matrix(
+            (weight["weight"][:, 0], ([at[g] for g in weight["sink"]], [at[g] for g in weight["source"]])),
+            shape=(120, 120))
         assert np.abs(np.linalg.eigvals(W.toarray())).max() <= radius + 1e-6
 
 
@@ -195,8 +207,10 @@ def test_a_gene_is_negative_binomial():
 
 
 def test_dispersion_is_recovered_by_moments():
-    adata = simulate_perturb_seq(replace(SMALL, n_cells=6000, n_targets=1, control_fraction=0.9, zero_fraction=0.2, **PLAIN))
-    truth, X = adata.uns["truth"], adata.X[(adata.obs["condition"] == "ctrl").to_numpy()].toarray().astype(float)
+    adata = simulate_perturb_seq(
+        replace(SMALL, n_cells=6000, n_targets=1, control_fraction=0.9, zero_fraction=0.2, **PLAIN))
+    truth = adata.uns["truth"]
+    X = adata.X[(adata.obs["condition"] == "ctrl").to_numpy()].toarray().astype(float)
     mean = np.exp(truth["baseline"][0])
     estimate = (X.var(0) - X.mean(0))/X.mean(0)**2
     clear = mean > 3
@@ -213,7 +227,13 @@ def test_share_of_zeros_is_as_asked(zeros):
 
 def test_means_and_variances_of_every_condition_match_the_truth():
     "z-scores of condition means, from planted log-folds and the closed-form variance, are standard normal."
-    spec = replace(WIDE, n_cells=30_000, n_targets=6, n_doubles=3, guides_per_target=1, library_sd=0.2, cell_state_sd=0.2)
+    spec = replace(WIDE,
+                   n_cells=30_000,
+                   n_targets=6,
+                   n_doubles=3,
+                   guides_per_target=1,
+                   library_sd=0.2,
+                   cell_state_sd=0.2)
     adata = simulate_perturb_seq(spec)
     truth, obs = adata.uns["truth"], adata.obs.astype(str)
     z, ratio = [], []
@@ -234,11 +254,19 @@ def test_means_and_variances_of_every_condition_match_the_truth():
 @pytest.mark.parametrize("sd", [0., 0.5])
 def test_cells_vary_together_as_the_network_says(sd):
     "Covariance of log-normal rates, cov = m_i m_j (exp(R_i . R_j) - 1), with R rebuilt from the stored edges."
-    adata = simulate_perturb_seq(replace(SMALL, n_cells=8000, control_fraction=0.9, n_targets=1, zero_fraction=0.2, **PLAIN | dict(cell_state_sd=sd)))
-    truth, X = adata.uns["truth"], adata.X[(adata.obs["condition"] == "ctrl").to_numpy()].toarray().astype(float)
+    adata = simulate_perturb_seq(
+        replace(SMALL,
+                n_cells=8000,
+                control_fraction=0.9,
+                n_targets=1,
+                zero_fraction=0.2,
+                **PLAIN | dict(cell_state_sd=sd)))
+    truth = adata.uns["truth"]
+    X = adata.X[(adata.obs["condition"] == "ctrl").to_numpy()].toarray().astype(float)
     at = {g: i for i, g in enumerate(truth["gene"])}
     W = np.zeros((len(at),)*2)
-    np.add.at(W, tuple([at[g] for g in truth["edges"][k]] for k in ("sink", "source")), truth["edges"]["weight"][:, 0])
+    np.add.at(W, tuple([at[g] for g in truth["edges"][k]] for k in ("sink", "source")),
+              truth["edges"]["weight"][:, 0])
     R = sd*np.linalg.inv(np.eye(len(at)) - W)[:, truth["regulator"]]
     mean, pair = np.exp(truth["baseline"][0]), np.triu_indices(len(at), 1)
     expected, observed = np.expm1(R @ R.T)[pair], (np.cov(X.T)/np.outer(mean, mean))[pair]
@@ -263,9 +291,11 @@ def delta_of(adata)->tuple[np.ndarray, np.ndarray, np.ndarray]:
     X = adata.X.toarray()
     X = np.log1p(X/X.sum(1, keepdims=True)*1e4)
     singles = np.flatnonzero([c.endswith("+ctrl") for c in truth["condition"]])
-    delta = np.stack([X[condition == c].mean(0) for c in truth["condition"][singles]]) - X[condition == "ctrl"].mean(0)
+    delta = np.stack([X[condition == c].mean(0)
+                      for c in truth["condition"][singles]]) - X[condition == "ctrl"].mean(0)
     at = {g: i for i, g in enumerate(truth["gene"])}
-    return delta, truth["log_fold"][singles], np.array([at[c.split("+")[0]] for c in truth["condition"][singles]])
+    return delta, truth["log_fold"][singles], np.array(
+        [at[c.split("+")[0]] for c in truth["condition"][singles]])
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -281,10 +311,10 @@ def test_module_foretells_a_held_out_target_better_than_the_mean(seed):
     oracle = score(lambda i, o: planted[i])
     gain = by_module - mean
     assert gain.mean() > 3*gain.std()/np.sqrt(n) and oracle.mean() > by_module.mean()
-    assert 0.1 < mean.mean() < 0.5 < oracle.mean() < 0.8                          # a competitor and a ceiling as real screens have
+    assert 0.1 < mean.mean() < 0.5 < oracle.mean() < 0.8  # a competitor and a ceiling as real screens have
     severity = np.sqrt((planted**2).mean(1))
     assert np.quantile(severity, 0.95) > 2*np.quantile(severity, 0.05)
-    assert (planted > 0.1).any(1).all() and (planted < -0.1).any(1).all()         # mixed signs in every response
+    assert (planted > 0.1).any(1).all() and (planted < -0.1).any(1).all()  # mixed signs in every response
 
 
 def test_stronger_guides_leave_less_of_their_target():
@@ -293,15 +323,20 @@ def test_stronger_guides_leave_less_of_their_target():
     guide, condition = adata.obs["guide_id"].to_numpy(str), adata.obs["condition"].to_numpy(str)
     assert len(set(truth["guides"]["strength"])) == 24
     def share(cells, gene): return adata.X[cells][:, list(truth["gene"]).index(gene)].sum()/umi[cells].sum()
-    left = np.array([np.log(share(guide == g, t)/share(condition == "ctrl", t)) for g, t in zip(truth["guides"]["guide_id"], truth["guides"]["target"])])
-    assert np.corrcoef(left, truth["guides"]["strength"])[0, 1] > 0.9             # strength is signed, as is what is left
+    left = np.array([
+        np.log(share(guide == g, t)/share(condition == "ctrl", t))
+        for g, t in zip(truth["guides"]["guide_id"], truth["guides"]["target"])
+    ])
+    assert np.corrcoef(left, truth["guides"]["strength"])[0,
+                                                          1] > 0.9  # strength is signed, as is what is left
     gap, seen = (np.diff(x.reshape(-1, 2), axis=1).ravel() for x in (truth["guides"]["strength"], left))
     clear = np.abs(gap) > 0.5
     assert clear.sum() >= 4 and (np.sign(gap) == np.sign(seen))[clear].all()
 
 
 def test_guide_strengths_span_the_efficacy_asked_for():
-    strength = simulate_perturb_seq(replace(SMALL, guide_efficacy=(0.3, 0.6))).uns["truth"]["guides"]["strength"]
+    strength = simulate_perturb_seq(replace(SMALL,
+                                            guide_efficacy=(0.3, 0.6))).uns["truth"]["guides"]["strength"]
     assert (strength <= np.log(0.7)).all() and (strength >= np.log(0.4)).all() and strength.std() > 0.05
 
 
@@ -312,7 +347,8 @@ def test_doubles_are_additive_plus_the_planted_interaction(wide):
         at = {g: i for i, g in enumerate(truth["gene"])}
         for name, interaction in zip(truth["double"], truth["interaction"]):
             a, b = name.split("+")
-            extra = truth["log_fold"][row[name]] - truth["log_fold"][row[f"{a}+ctrl"]] - truth["log_fold"][row[f"{b}+ctrl"]]
+            extra = truth["log_fold"][row[name]] - truth["log_fold"][row[f"{a}+ctrl"]] - truth["log_fold"][
+                row[f"{b}+ctrl"]]
             assert np.allclose(extra, interaction, atol=1e-5)
             assert np.abs(extra[[at[a], at[b]]]).max() < 1e-5
             assert (np.abs(extra).max() > 1e-3) == planted
@@ -350,24 +386,32 @@ def test_composition_tells_the_module_only_if_asked(kind, k):
     correct, chance = {True: [], False: []}, []
     for seed in range(3):
         for informative in correct:
-            adata = simulate_perturb_seq(SimulationSpec(n_genes=200, n_cells=600, n_targets=100, n_modules=5, seed=seed, informative_features=informative))
+            adata = simulate_perturb_seq(
+                SimulationSpec(n_genes=200,
+                               n_cells=600,
+                               n_targets=100,
+                               n_modules=5,
+                               seed=seed,
+                               informative_features=informative))
             module = dict(zip(adata.uns["truth"]["gene"], adata.uns["truth"]["module"]))
             if kind == "protein": targets, texts = zip(*adata.uns["protein_sequences"].items())
             else:
                 table = adata.obs.astype(str).query("condition != 'ctrl'").drop_duplicates("condition")
-                targets, texts = table["condition"].str.split("+").str[0], table["guide_seq_a"] + table["guide_seq_b"]
+                targets = table["condition"].str.split("+").str[0]
+                texts = table["guide_seq_a"] + table["guide_seq_b"]
             label = np.array([module[t] for t in targets])
             X = composition(texts, k)
             near = X @ X.T - 2*np.eye(len(X))
             correct[informative].append((label[near.argmax(1)] == label).mean())
             chance.append(((label[:, None] == label).sum() - len(label))/(len(label)*(len(label) - 1)))
     assert np.mean(correct[True]) > np.mean(chance) + 0.25
-    assert np.mean(correct[False]) < np.mean(chance) + 0.1                         # 300 targets: three standard errors are 0.07
+    assert np.mean(correct[False]) < np.mean(chance) + 0.1  # 300 targets: three standard errors are 0.07
 
 
 def test_the_feature_switch_changes_nothing_but_the_sequences(wide):
     plain = simulate_perturb_seq(replace(WIDE, informative_features=False))
-    assert (plain.X != wide.X).nnz == 0 and np.array_equal(plain.uns["truth"]["log_fold"], wide.uns["truth"]["log_fold"])
+    assert (plain.X != wide.X).nnz == 0 and np.array_equal(plain.uns["truth"]["log_fold"],
+                                                           wide.uns["truth"]["log_fold"])
     assert plain.uns["protein_sequences"] != wide.uns["protein_sequences"]
 
 
@@ -375,8 +419,10 @@ def test_the_feature_switch_changes_nothing_but_the_sequences(wide):
 
 def test_same_seed_same_everything(wide):
     again, other = simulate_perturb_seq(WIDE), simulate_perturb_seq(replace(WIDE, seed=1))
-    assert (again.X != wide.X).nnz == 0 and again.obs.equals(wide.obs) and same(again.uns["truth"], wide.uns["truth"])
-    assert (other.X != wide.X).nnz > 0 and not np.array_equal(other.uns["truth"]["log_fold"], wide.uns["truth"]["log_fold"])
+    assert (again.X != wide.X).nnz == 0 and again.obs.equals(wide.obs) and same(
+        again.uns["truth"], wide.uns["truth"])
+    assert (other.X != wide.X).nnz > 0 and not np.array_equal(other.uns["truth"]["log_fold"],
+                                                              wide.uns["truth"]["log_fold"])
 
 
 def test_simulating_leaves_the_global_stream_alone():
@@ -428,7 +474,8 @@ def test_bad_specifications_are_refused_by_name(change, message):
 def test_the_specification_is_frozen_and_the_simulator_wants_one():
     with pytest.raises(AttributeError): SimulationSpec().n_genes = 3
     with pytest.raises(TypeError, match="n_gens"): SimulationSpec(n_gens=3)
-    with pytest.raises(ValueError, match="found dict; give a SimulationSpec"): simulate_perturb_seq(asdict(SMALL))
+    with pytest.raises(ValueError, match="found dict; give a SimulationSpec"):
+        simulate_perturb_seq(asdict(SMALL))
 
 
 @pytest.mark.parametrize("spec", [

@@ -18,7 +18,8 @@ class Links(HTMLParser):
     def handle_starttag(self, tag, attrs):
         attrs = dict(attrs)
         if "id" in attrs: self.ids.add(attrs["id"])
-        if tag in ("script", "link", "img", "iframe"): self.fetched.append(attrs.get("src") or attrs.get("href") or "")
+        if tag in ("script", "link", "img", "iframe"):
+            self.fetched.append(attrs.get("src") or attrs.get("href") or "")
         if tag == "a" and attrs.get("href"): self.found.append(attrs["href"])
 
 
@@ -27,7 +28,10 @@ def site(tmp_path_factory):
     folder = tmp_path_factory.mktemp("site")
     config = write_pages(out=folder/"_proc")
     config.write_text(config.read_text().replace("../mkdocs.yml", str(PATHS.root/"mkdocs.yml")))
-    done = subprocess.run([sys.executable, "-m", "mkdocs", "build", "--strict", "-f", str(config)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "mkdocs", "build", "--strict", "-f",
+                           str(config)],
+                          capture_output=True,
+                          text=True)
     assert done.returncode == 0, done.stderr[-3000:]  # -q would silence warnings and with them --strict
     return folder/"_docs"
 
@@ -40,12 +44,15 @@ def parsed(path):
 
 def test_every_notebook_has_a_page_and_no_link_or_picture_is_broken(site):
     pages = {p.relative_to(site).as_posix(): parsed(p) for p in site.rglob("*.html")}
-    assert {n.relative_to(PATHS.nbs).with_suffix(".html").as_posix() for n in PATHS.nbs.rglob("[0-9]*.ipynb")} | {"index.html", "map.html"} <= set(pages)
+    assert {
+        n.relative_to(PATHS.nbs).with_suffix(".html").as_posix() for n in PATHS.nbs.rglob("[0-9]*.ipynb")
+    } | {"index.html", "map.html"} <= set(pages)
     links = 0
     for name, page in pages.items():
         if name == "404.html": continue  # its links start from the site's root, wherever that is
         assert not [f for f in page.fetched if re.match(r"(https?:)?//", f)], f"{name} fetches from the network"
-        assert all(((site/name).parent/f.split("?")[0].split("#")[0]).exists() for f in page.fetched if not f.startswith("data:"))
+        assert all(((site/name).parent/f.split("?")[0].split("#")[0]).exists() for f in page.fetched
+                   if not f.startswith("data:"))
         for href in page.found:
             if re.match(r"https?:|mailto:", href): continue
             file, _, anchor = href.partition("#")
@@ -58,8 +65,12 @@ def test_every_notebook_has_a_page_and_no_link_or_picture_is_broken(site):
 
 
 def test_search_finds_an_exported_name_with_its_comments(site):
-    found = [d for d in json.loads((site/"search"/"search_index.json").read_text())["docs"] if d["title"] == "run_stages"]
-    assert [d["location"] for d in found] == ["4_training/08_run.html#run_stages"] and "where run folders live" in found[0]["text"]
+    found = [
+        d for d in json.loads((site/"search"/"search_index.json").read_text())["docs"]
+        if d["title"] == "run_stages"
+    ]
+    assert [d["location"] for d in found] == ["4_training/08_run.html#run_stages"
+                                              ] and "where run folders live" in found[0]["text"]
 
 
 def test_public_names_are_on_the_page_of_their_notebook(site):

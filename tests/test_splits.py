@@ -28,15 +28,25 @@ def cells_of(conditions, per=3, guides=1, lines=("x",), genes=100):
     "A canonical AnnData: `per` cells for each condition, guide and line, and twice as many controls; counts mean nothing."
     rows = [(c, "ctrl" if c == "ctrl" else f"{c}|{c}_{g}" if guides > 1 else c, f"{c}_{g}", line)
             for c in ["ctrl", "ctrl", *conditions] for g in range(guides) for line in lines for _ in range(per)]
-    obs = pd.DataFrame(rows, columns=["condition", "perturbation", "guide_id", "cell_type"], index=[f"c{i}" for i in range(len(rows))])
-    code = {g: "".join("ACGT"[int(d)] for d in np.base_repr(i + 4**8, 4)) for i, g in enumerate(obs["guide_id"].unique())}
-    obs["guide_seq_a"], obs["guide_seq_b"] = obs["guide_id"].map(code), obs["guide_id"].map(lambda g: code[g][::-1] + "A")
+    obs = pd.DataFrame(rows,
+                       columns=["condition", "perturbation", "guide_id", "cell_type"],
+                       index=[f"c{i}" for i in range(len(rows))])
+    code = {
+        g: "".join("ACGT"[int(d)] for d in np.base_repr(i + 4**8, 4))
+        for i, g in enumerate(obs["guide_id"].unique())
+    }
+    obs["guide_seq_a"], obs["guide_seq_b"] = obs["guide_id"].map(code), obs["guide_id"].map(lambda g: code[
+        g][::-1] + "A")
     obs["batch"] = "0"
     names = [f"gene{i}" for i in range(genes)]
     rng = np.random.default_rng(0)
-    X = sp.csr_matrix(rng.negative_binomial(2, 2/(2 + rng.gamma(2, 2, genes)), (len(obs), genes)) + 1, dtype=np.float32)
+    X = sp.csr_matrix(rng.negative_binomial(2, 2/(2 + rng.gamma(2, 2, genes)), (len(obs), genes)) + 1,
+                      dtype=np.float32)
     about = dict(schema_version=1, source="test", expression_space="counts", history=np.array([], dtype=object))
-    return ad.AnnData(X, obs=obs.astype("category"), var=pd.DataFrame({"gene_name": names}, index=names), uns={"biojepa": about})
+    return ad.AnnData(X,
+                      obs=obs.astype("category"),
+                      var=pd.DataFrame({"gene_name": names}, index=names),
+                      uns={"biojepa": about})
 
 
 SINGLES = [f"T{i:02d}+ctrl" for i in range(24)]
@@ -50,8 +60,8 @@ def targets(c): return set(c.split("+")) - {"ctrl"}
 
 def states():
     import scanpy as sc
-    return (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist(), [str(f) for f in warnings.filters],
-            sc.settings.verbosity, torch.get_num_threads())
+    return (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist(),
+            [str(f) for f in warnings.filters], sc.settings.verbosity, torch.get_num_threads())
 
 def test_cell_gears_leaves_no_trace():
     import scanpy as sc
@@ -68,9 +78,13 @@ def by_pertdata(conditions, folder):
     from gears import PertData
     names = sorted({t for c in conditions for t in targets(c)})
     (folder/"gene2go_all.pkl").write_bytes(pickle.dumps({t: {"GO:1"} for t in names}))  # else it is downloaded
-    obs = pd.DataFrame({"condition": ["ctrl", *conditions], "cell_type": "x"}, index=[f"c{i}" for i in range(len(conditions) + 1)])
+    obs = pd.DataFrame({"condition": ["ctrl", *conditions], "cell_type": "x"},
+                       index=[f"c{i}" for i in range(len(conditions) + 1)])
     data = PertData(str(folder), default_pert_graph=False)
-    data.new_data_process("same", adata=ad.AnnData(sp.csr_matrix(np.ones((len(obs), 2), np.float32)), obs=obs, var=pd.DataFrame({"gene_name": ["a", "b"]}, index=["a", "b"])),
+    data.new_data_process("same",
+                          adata=ad.AnnData(sp.csr_matrix(np.ones((len(obs), 2), np.float32)),
+                                           obs=obs,
+                                           var=pd.DataFrame({"gene_name": ["a", "b"]}, index=["a", "b"])),
                           skip_calc_de=True)
     return data
 
@@ -82,9 +96,11 @@ def assert_same(conditions, folder):
         for seed in range(1, 6):
             data.prepare_split("simulation", seed=seed)
             split = make_split(adata, seed=seed)
-            assert {p: set(getattr(split, p)) for p in PARTS} == {p: set(data.set2conditions[p]) - {"ctrl"} for p in PARTS}
+            assert {p: set(getattr(split, p))
+                    for p in PARTS} == {p: set(data.set2conditions[p]) - {"ctrl"} for p in PARTS}
             for part in ("val", "test"):
-                assert {k: set(v) for k, v in split.subgroups[part].items()} == {k: set(v) for k, v in data.subgroup[f"{part}_subgroup"].items()}
+                assert {k: set(v) for k, v in split.subgroups[part].items()
+                        } == {k: set(v) for k, v in data.subgroup[f"{part}_subgroup"].items()}
             assert check_leakage(adata, split)["passed"].all()
     return split
 
@@ -95,7 +111,8 @@ def test_identical_to_cell_gears_on_the_simulators_conditions(doubles, tmp_path)
     assert bool(split.subgroups["test"]["combo_seen1"]) == bool(doubles)
 
 def test_identical_to_cell_gears_on_the_twins_conditions(shared, tmp_path):
-    with h5py.File(shared/"k562_essential_twin.h5ad") as f: conditions = f["obs/condition/categories"].asstr()[:]
+    with h5py.File(shared/"k562_essential_twin.h5ad") as f:
+        conditions = f["obs/condition/categories"].asstr()[:]
     split = assert_same(sorted(set(conditions) - {"ctrl"}), tmp_path)
     assert (len(split.train), len(split.val), len(split.test)) == (440, 49, 163)
 
@@ -119,7 +136,8 @@ def test_the_split_of_the_report_is_drawn_after_the_card_drops_its_targets(tmp_p
     ad.AnnData(X, obs, var).write_h5ad(tmp_path/card.name/"perturb_processed.h5ad")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dropped, whole = (load_dataset(card, folder=tmp_path, offline=True, **given) for given in ({}, dict(drop=())))
+        dropped, whole = (load_dataset(card, folder=tmp_path, offline=True, **given)
+                          for given in ({}, dict(drop=())))
         data = by_pertdata([f"{t}+ctrl" for t in names], tmp_path)
         data.prepare_split("simulation", seed=1)
     drawn = {p: set(data.set2conditions[p]) - {"ctrl"} for p in PARTS}
@@ -136,9 +154,16 @@ def test_simulation_of_chosen_targets():
 
 @pytest.mark.slow
 def test_cell_gears_leaves_no_trace_when_first_imported():
-    code = ("import random, sys, warnings; import numpy as np, torch; sys.path.insert(0, 'tests'); from test_splits import *\n"
-            "random.seed(3); np.random.seed(3); torch.manual_seed(3); torch.set_num_threads(2); before = states(); make_split(cells_of(SINGLES)); assert states() == before")
-    assert "gears" in (ran := subprocess.run([sys.executable, "-c", code + "; print('gears' if 'gears' in sys.modules else '')"], capture_output=True, text=True)).stdout, ran.stderr
+    code = (
+        "import random, sys, warnings; import numpy as np, torch; sys.path.insert(0, 'tests'); from "
+        "test_splits import *\n"
+        "random.seed(3); np.random.seed(3); torch.manual_seed(3); torch.set_num_threads(2); before = states(); "
+        "make_split(cells_of(SINGLES)); assert states() == before"
+    )
+    assert "gears" in (ran := subprocess.run(
+        [sys.executable, "-c", code + "; print('gears' if 'gears' in sys.modules else '')"],
+        capture_output=True,
+        text=True)).stdout, ran.stderr
 
 
 # ---- the other kinds, by brute force ----
@@ -178,7 +203,8 @@ def test_combinations_are_labelled_by_what_training_holds(seed, seen):
 
 def test_chosen_combinations():
     split = make_split(cells_of(SINGLES + DOUBLES), kind="combination", held_out=["T00+T01", "T02+T03"])
-    assert split.test == ("T00+T01", "T02+T03") and not split.subgroups["unused"] and set(SINGLES) <= set(split.train)
+    assert split.test == ("T00+T01", "T02+T03") and not split.subgroups["unused"] and set(SINGLES) <= set(
+        split.train)
 
 def test_a_held_out_line_takes_its_controls_along():
     adata = cells_of(SINGLES, lines=("A549", "K562", "RPE1"))
@@ -199,7 +225,11 @@ def test_custom_lists_from_a_file(tmp_path):
     split = make_split(adata, kind="custom", held_out=tmp_path/"mine.json")
     assert split == make_split(adata, kind="custom", held_out=lists) and split.train == tuple(SINGLES[:10])
     assert (split.part_of(adata) == "").sum() == 3*4 and check_leakage(adata, split)["passed"].all()
-    by_line = make_split(cells_of(SINGLES, lines=("a", "b")), kind="custom", held_out={"train": ["a"], "test": ["b"]}, key="cell_type", allow_empty_val=True)
+    by_line = make_split(cells_of(SINGLES, lines=("a", "b")),
+                         kind="custom",
+                         held_out={"train": ["a"], "test": ["b"]},
+                         key="cell_type",
+                         allow_empty_val=True)
     assert by_line.key == "cell_type"
 
 @pytest.mark.parametrize("kind", ["simulation", "guide", "combination", "cell_type"])
@@ -226,29 +256,45 @@ def test_saved_and_loaded(tmp_path):
     for kind in ("simulation", "guide"):
         split = make_split(adata, kind=kind, path=tmp_path/f"{kind}.json")
         again = Split.load(tmp_path/f"{kind}.json", adata)
-        assert again == split and again.hash == split.hash == json.loads((tmp_path/f"{kind}.json").read_text())["hash"]
+        assert again == split and again.hash == split.hash == json.loads(
+            (tmp_path/f"{kind}.json").read_text())["hash"]
     made = (tmp_path/"guide.json").stat().st_mtime_ns
-    assert make_split(adata, kind="guide", path=tmp_path/"guide.json") == split and (tmp_path/"guide.json").stat().st_mtime_ns == made
-    for asked in (dict(seed=2), dict(kind="simulation"), dict(test_fraction=.5), dict(held_out=["T03+ctrl|T03+ctrl_1"])):
-        with pytest.raises(ValueError, match="holds another split"): make_split(adata, path=tmp_path/"guide.json", **{"kind": "guide", **asked})
+    assert make_split(adata, kind="guide", path=tmp_path/
+                      "guide.json") == split and (tmp_path/"guide.json").stat().st_mtime_ns == made
+    for asked in (dict(seed=2), dict(kind="simulation"), dict(test_fraction=.5),
+                  dict(held_out=["T03+ctrl|T03+ctrl_1"])):
+        with pytest.raises(ValueError, match="holds another split"):
+            make_split(adata, path=tmp_path/"guide.json", **{"kind": "guide", **asked})
 
 def test_every_field_is_under_the_hash(tmp_path):
     adata = cells_of(SINGLES, guides=2)
     path = make_split(adata, kind="guide").save(tmp_path/"s.json")
     stored = json.loads(path.read_text())
-    for name, value in dict(kind="custom", seed=9, key="condition", train=stored["train"][1:], val=[], test=[*stored["test"], stored["train"][0]],
-                            dataset_hash="0"*12, subgroups={"test": {}}, settings={"seen": [1]}).items():
+    for name, value in dict(kind="custom",
+                            seed=9,
+                            key="condition",
+                            train=stored["train"][1:],
+                            val=[],
+                            test=[*stored["test"], stored["train"][0]],
+                            dataset_hash="0"*12,
+                            subgroups={"test": {}},
+                            settings={"seen": [1]}).items():
         path.write_text(json.dumps(stored | {name: value}))
-        with pytest.raises(ValueError, match="was changed after it was saved"): Split.load(path)
+        with pytest.raises(ValueError, match="was changed after it was saved"):
+            Split.load(path)
     path.write_text(json.dumps(stored)); Split.load(path)
 
 def test_broken_files_are_named(tmp_path):
-    for text, message in [("{", "is not JSON"), ("[]", "is not a saved split"), ('{"train": []}', "is not a saved split")]:
+    for text, message in [("{", "is not JSON"), ("[]", "is not a saved split"),
+                          ('{"train": []}', "is not a saved split")]:
         (tmp_path/"s.json").write_text(text)
-        with pytest.raises(ValueError, match=f"s.json: {message}"): Split.load(tmp_path/"s.json")
+        with pytest.raises(ValueError, match=f"s.json: {message}"):
+            Split.load(tmp_path/"s.json")
     path = make_split(cells_of(SINGLES, guides=2), kind="guide").save(tmp_path/"s.json")
-    with pytest.raises(ValueError, match="made for other data.*lacks T00"): Split.load(path, cells_of(SINGLES[1:], guides=2))
-    with pytest.raises(ValueError, match="made for other data"): make_split(cells_of(SINGLES + ["NEW+ctrl"], guides=2), kind="guide", path=path)
+    with pytest.raises(ValueError, match="made for other data.*lacks T00"):
+        Split.load(path, cells_of(SINGLES[1:], guides=2))
+    with pytest.raises(ValueError, match="made for other data"):
+        make_split(cells_of(SINGLES + ["NEW+ctrl"], guides=2), kind="guide", path=path)
 
 
 # ---- bad input ----
@@ -262,24 +308,43 @@ BAD = {
     "three targets at once": (["A+B+C"], {}, {}, "one or two targets"),
     "ctrl inside a name": (["Actrl+ctrl"], {}, {}, "without 'ctrl' in their name"),
     "unknown target": (SINGLES, {}, dict(held_out=["XX"]), "held_out: XX is no target"),
-    "option of another kind": (SINGLES, {}, dict(test_fraction=.5), "test_fraction: not an option of kind='simulation'"),
+    "option of another kind":
+    (SINGLES, {}, dict(test_fraction=.5), "test_fraction: not an option of kind='simulation'"),
     "one guide each": (SINGLES, {}, dict(kind="guide"), "no target has two guides"),
     "too few guides": (SINGLES[:1], dict(guides=2), dict(kind="guide"), "part val is empty"),
-    "unknown guide": (SINGLES, dict(guides=2), dict(kind="guide", held_out=["XX"]), "XX is not in obs\\['perturbation'\\]"),
-    "fractions": (SINGLES, dict(guides=2), dict(kind="guide", test_fraction=.8, val_fraction=.4), "found 0.8 and 0.4"),
+    "unknown guide":
+    (SINGLES, dict(guides=2), dict(kind="guide", held_out=["XX"]), "XX is not in obs\\['perturbation'\\]"),
+    "fractions": (SINGLES, dict(guides=2), dict(kind="guide", test_fraction=.8,
+                                                val_fraction=.4), "found 0.8 and 0.4"),
     "no combinations": (SINGLES, {}, dict(kind="combination"), "holds no combination"),
-    "unknown combination": (DOUBLES, {}, dict(kind="combination", held_out=["A+B"]), "A\\+B is not in obs\\['condition'\\]"),
+    "unknown combination": (DOUBLES, {}, dict(kind="combination",
+                                              held_out=["A+B"]), "A\\+B is not in obs\\['condition'\\]"),
     "one line": (SINGLES, {}, dict(kind="cell_type"), "1 lines \\(x\\) are not enough"),
     "two lines": (SINGLES, dict(lines=("a", "b")), dict(kind="cell_type"), "give val_lines=0"),
-    "two lines, no val": (SINGLES, dict(lines=("a", "b")), dict(kind="cell_type", val_lines=0), "part val is empty"),
-    "unknown line": (SINGLES, dict(lines=("a", "b", "c")), dict(kind="cell_type", held_out="z"), "z is not in obs\\['cell_type'\\]"),
+    "two lines, no val": (SINGLES, dict(lines=("a", "b")), dict(kind="cell_type",
+                                                                val_lines=0), "part val is empty"),
+    "unknown line": (SINGLES, dict(lines=("a", "b", "c")), dict(
+        kind="cell_type", held_out="z"), "z is not in obs\\['cell_type'\\]"),
     "custom without lists": (SINGLES, {}, dict(kind="custom"), "needs lists called train, test"),
-    "custom with other names": (SINGLES, {}, dict(kind="custom", held_out={"training": [], "test": []}), "needs lists called train, test"),
-    "custom with an unknown condition": (SINGLES, {}, dict(kind="custom", held_out={"train": SINGLES[:1], "test": ["T99+ctrl"]}), "T99\\+ctrl is not in obs"),
-    "custom listed twice": (SINGLES, {}, dict(kind="custom", held_out={"train": SINGLES[:2], "val": SINGLES[2:3], "test": SINGLES[1:2]}), "T01\\+ctrl is listed twice"),
-    "custom with an empty part": (SINGLES, {}, dict(kind="custom", held_out={"train": SINGLES[:2], "val": SINGLES[3:4], "test": []}), "part test is empty"),
-    "custom file missing": (SINGLES, {}, dict(kind="custom", held_out="/nowhere.json"), "cannot read /nowhere.json"),
-    "custom key": (SINGLES, {}, dict(kind="custom", held_out={"train": ["0"], "test": ["1"]}, key="batch"), "key: found 'batch'"),
+    "custom with other names": (SINGLES, {}, dict(kind="custom",
+                                                  held_out={"training": [], "test":
+                                                            []}), "needs lists called train, test"),
+    "custom with an unknown condition": (SINGLES, {},
+                                         dict(kind="custom",
+                                              held_out={"train": SINGLES[:1], "test":
+                                                        ["T99+ctrl"]}), "T99\\+ctrl is not in obs"),
+    "custom listed twice": (SINGLES, {},
+                            dict(kind="custom",
+                                 held_out={"train": SINGLES[:2], "val": SINGLES[2:3], "test":
+                                           SINGLES[1:2]}), "T01\\+ctrl is listed twice"),
+    "custom with an empty part": (SINGLES, {},
+                                  dict(kind="custom",
+                                       held_out={"train": SINGLES[:2], "val": SINGLES[3:4], "test":
+                                                 []}), "part test is empty"),
+    "custom file missing": (SINGLES, {}, dict(kind="custom",
+                                              held_out="/nowhere.json"), "cannot read /nowhere.json"),
+    "custom key": (SINGLES, {}, dict(kind="custom", held_out={"train": ["0"], "test": ["1"]},
+                                     key="batch"), "key: found 'batch'"),
 }
 
 @pytest.mark.parametrize("name", BAD)
@@ -294,7 +359,8 @@ def test_missing_columns_and_parts_are_named():
     with pytest.raises(ValueError, match="part: found 'testing'"): split.controls(adata, "testing")
     del adata.obs["perturbation"]
     with pytest.raises(ValueError, match="obs\\['perturbation'\\]: missing"): split.cells(adata, "test")
-    with pytest.raises(ValueError, match="obs\\['condition'\\]: missing"): make_split(ad.AnnData(np.ones((2, 2))))
+    with pytest.raises(ValueError, match="obs\\['condition'\\]: missing"):
+        make_split(ad.AnnData(np.ones((2, 2))))
 
 def test_a_line_without_controls_is_named():
     adata = cells_of(SINGLES, lines=("a", "b", "c"))
@@ -341,7 +407,9 @@ def test_training_rows_that_are_test_rows(doubles):
     careless = Careless(**{f: getattr(split, f) for f in Split.__dataclass_fields__})
     checks, offenders = caught(adata, careless)
     row = split.cells(adata, "test")[0]
-    assert {"rows", "values"} <= checks and adata.obs_names[row] in offenders and adata.obs["condition"].iloc[row] in offenders
+    assert {
+        "rows", "values"
+    } <= checks and adata.obs_names[row] in offenders and adata.obs["condition"].iloc[row] in offenders
 
 def test_held_out_target_inside_a_training_combination(doubles):
     adata, split = doubles
@@ -355,7 +423,8 @@ def test_held_out_target_alone_in_training(doubles):
     adata, split = doubles
     single = next(c for c in split.subgroups["test"]["unseen_single"] if c < "T08")
     checks, offenders = caught(adata, move(split, single, "test", "train"))
-    assert checks == {"combinations"} and f"T00+{single[:3]} (combo_seen1, in training: T00, {single[:3]})" in offenders
+    assert checks == {"combinations"
+                      } and f"T00+{single[:3]} (combo_seen1, in training: T00, {single[:3]})" in offenders
 
 def test_test_target_in_validation(doubles):
     adata, split = doubles
@@ -370,7 +439,10 @@ def test_mislabelled_combination():
     group = split.subgroups["test"]
     value = group["combo_seen1"][0]
     for name in ("combo_seen0", "combo_seen2"):  # too much in training, and too little
-        wrong = replace(split, subgroups=split.subgroups | {"test": {"combo_seen1": group["combo_seen1"][1:], name: [*group.get(name, []), value]}})
+        wrong = replace(
+            split,
+            subgroups=split.subgroups
+            | {"test": {"combo_seen1": group["combo_seen1"][1:], name: [*group.get(name, []), value]}})
         checks, offenders = caught(adata, wrong)
         assert checks == {"combinations"} and value in offenders
     hidden = split.subgroups["unused"]["hidden_single"][0]
@@ -382,11 +454,15 @@ def test_guide_under_another_name():
     split = make_split(adata, kind="guide")
     test, train = split.test[0], next(v for v in split.train if v.split("|")[0] != split.test[0].split("|")[0])
     renamed = adata.copy()
-    renamed.obs["guide_id"] = renamed.obs["guide_id"].astype(str).mask((renamed.obs["perturbation"] == train).to_numpy(), test.split("|")[1])
+    renamed.obs["guide_id"] = renamed.obs["guide_id"].astype(str).mask(
+        (renamed.obs["perturbation"] == train).to_numpy(),
+        test.split("|")[1])
     assert caught(renamed, split) == ({"guides"}, test.split("|")[1])
     copied, at = adata.copy(), (adata.obs["perturbation"] == train).to_numpy()
-    for here, there in (("guide_seq_a", "guide_seq_b"), ("guide_seq_b", "guide_seq_a")):  # the same pair in the other order
-        copied.obs[here] = copied.obs[here].astype(str).mask(at, adata.obs.loc[adata.obs["perturbation"] == test, there].astype(str).iloc[0])
+    for here, there in (("guide_seq_a", "guide_seq_b"),
+                        ("guide_seq_b", "guide_seq_a")):  # the same pair in the other order
+        copied.obs[here] = copied.obs[here].astype(str).mask(
+            at, adata.obs.loc[adata.obs["perturbation"] == test, there].astype(str).iloc[0])
     assert caught(copied, split)[0] == {"guide sequences"}
 
 def test_guide_without_a_known_target():
@@ -408,13 +484,18 @@ def test_statistics_of_other_cells(doubles):
     adata, split = doubles
     honest = prepare(adata, n_top_genes=6, split=split)
     report = check_leakage(honest, split).set_index("check")
-    assert report.loc["variable genes", "checked"] == len(split.cells(adata, "train")) + len(split.controls(adata, "train"))
+    assert report.loc["variable genes",
+                      "checked"] == len(split.cells(adata, "train")) + len(split.controls(adata, "train"))
     assert check_leakage(prepare(adata), split).set_index("check").loc["variable genes", "checked"] == 0
     other = make_split(adata, seed=2)
-    assert caught(prepare(adata, n_top_genes=6, split=other), split) == ({"variable genes"}, f"variable_genes: {len(other.cells(adata, 'train')) + 6} cells of split {other.hash}")
+    assert caught(prepare(adata, n_top_genes=6, split=other), split) == ({
+        "variable genes"
+    }, f"variable_genes: {len(other.cells(adata, 'train')) + 6} cells of split {other.hash}")
     one_more = honest.copy()  # one more cell than training holds
     rows = np.r_[split.cells(adata, "train"), split.controls(adata, "train"), split.cells(adata, "test")[:1]]
-    one_more.uns["biojepa"]["gene_means"] = dict(split=split.hash, n_train_cells=len(rows), train_cells=object_hash(sorted(adata.obs_names[rows]), 16))
+    one_more.uns["biojepa"]["gene_means"] = dict(split=split.hash,
+                                                 n_train_cells=len(rows),
+                                                 train_cells=object_hash(sorted(adata.obs_names[rows]), 16))
     assert caught(one_more, split)[0] == {"gene means"}
 
 def test_alignment_pairs():
@@ -422,22 +503,33 @@ def test_alignment_pairs():
     for kind in ("simulation", "guide"):
         split = make_split(adata, kind=kind)
         inside = set(adata.obs["perturbation"].iloc[split.cells(adata, "train")])
-        assert check_leakage(adata, split, pairs=inside)["passed"].all() and check_leakage(adata, split, pairs=[*inside, "ctrl"])["passed"].all()
+        assert check_leakage(adata, split, pairs=inside)["passed"].all() and check_leakage(
+            adata, split, pairs=[*inside, "ctrl"])["passed"].all()
         leak = adata.obs["perturbation"].iloc[split.cells(adata, "test")[0]]
         assert caught(adata, split, pairs=[*inside, leak]) == ({"alignment pairs"}, leak)
         assert "not in obs" in caught(adata, split, pairs=["T99+ctrl"])[1]
     lines = cells_of(SINGLES, lines=("a", "b", "c"))
-    lines = lines[~((lines.obs["condition"] == "T05+ctrl") & (lines.obs["cell_type"] != "c"))].copy()  # T05 only in the held-out line
+    lines = lines[~((lines.obs["condition"] == "T05+ctrl") &
+                    (lines.obs["cell_type"] != "c"))].copy()  # T05 only in the held-out line
     split = make_split(lines, kind="cell_type", held_out="c")
     assert caught(lines, split, pairs=["T04+ctrl", "T05+ctrl"]) == ({"alignment pairs"}, "T05+ctrl")
 
 
 def test_shared_files(shared):
     "The call of the README on real files, each with its own column names."
-    thp1 = load_dataset(shared/"papalexi21_thp1_crisprko.h5ad", condition="perturbation", control="control", batch="batch", guide="guide")
-    norman = load_dataset(shared/"norman19_mcfaline23_hvg500.h5ad", condition="condition", control="control", batch="dataset", cell_type="cell_type")
+    thp1 = load_dataset(shared/"papalexi21_thp1_crisprko.h5ad",
+                        condition="perturbation",
+                        control="control",
+                        batch="batch",
+                        guide="guide")
+    norman = load_dataset(shared/"norman19_mcfaline23_hvg500.h5ad",
+                          condition="condition",
+                          control="control",
+                          batch="dataset",
+                          cell_type="cell_type")
     for raw, kinds in [(thp1, ("simulation", "guide")), (norman, ("simulation", "combination", "cell_type"))]:
         adata = prepare(raw)
         for kind in kinds:
             split = make_split(adata, kind=kind, seed=1)
-            assert check_leakage(adata, split)["passed"].all() and all(len(split.cells(adata, p)) for p in PARTS)
+            assert check_leakage(adata, split)["passed"].all() and all(
+                len(split.cells(adata, p)) for p in PARTS)

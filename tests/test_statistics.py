@@ -15,7 +15,8 @@ from biojepa.predict.sets import Pseudobulk
 def test_interval_is_scipys():
     values = np.random.default_rng(0).gamma(2, .2, 80)
     found = bootstrap_ci(values)
-    scipys = stats.bootstrap((values,), np.mean, n_resamples=10_000, method="percentile", random_state=1).confidence_interval
+    scipys = stats.bootstrap((values, ), np.mean, n_resamples=10_000, method="percentile",
+                             random_state=1).confidence_interval
     assert found.estimate == pytest.approx(values.mean()) and found.n == 80 and np.isnan(found.p)
     assert found[1:3] == pytest.approx(tuple(scipys), abs=.005)
 
@@ -81,25 +82,32 @@ def test_p_value():
 def test_seeds_written_out():
     rng = np.random.default_rng(0)
     effect = rng.normal(0, .5, 30)
-    values = {(s, p): effect[p] + shift + rng.normal(0, .1) for s, shift in zip((7, 8, 9), (0, .2, .6)) for p in range(30) if not (s == 9 and p < 10)}  # one seed lacks a third
+    values = {(s, p): effect[p] + shift + rng.normal(0, .1) for s, shift in zip((7, 8, 9), (0, .2, .6))
+              for p in range(30) if not (s == 9 and p < 10)}  # one seed lacks a third
     means = []
     for _ in range(4000):
         seeds, units = rng.choice([7, 8, 9], 3), rng.integers(30, size=30)
         means.append(np.mean([np.mean([values[s, p] for p in units if (s, p) in values]) for s in seeds]))
     found = hierarchical_bootstrap(list(values.values()), [s for s, _ in values], [p for _, p in values])
-    assert found.estimate == pytest.approx(np.mean([np.mean([v for (t, _), v in values.items() if t == s]) for s in (7, 8, 9)]))  # seeds count alike
+    assert found.estimate == pytest.approx(
+        np.mean([np.mean([v for (t, _), v in values.items() if t == s])
+                 for s in (7, 8, 9)]))  # seeds count alike
     assert found[1:3] == pytest.approx(np.quantile(means, [.025, .975]), abs=.04) and found.n == 30
 
 
 def test_seeds_do_not_multiply_perturbations():
     values = np.random.default_rng(1).normal(.4, .2, 40)
     one = bootstrap_ci(values)
-    for k in (1, 5): assert hierarchical_bootstrap(np.tile(values, k), np.repeat(range(k), 40), np.tile(range(40), k))[:4] == pytest.approx(one[:4], abs=.01)
+    for k in (1, 5):
+        assert hierarchical_bootstrap(np.tile(values, k), np.repeat(range(k), 40),
+                                      np.tile(range(40), k))[:4] == pytest.approx(one[:4], abs=.01)
 
 
 def test_seeds_refuse():
-    with pytest.raises(ValueError, match="seeds: found 2 for 3 values"): hierarchical_bootstrap([1, 2, 3], [0, 1], [0, 1, 2])
-    with pytest.raises(ValueError, match="perturbations: found 1 for 3 values"): hierarchical_bootstrap([1, 2, 3], [0, 1, 1], [0])
+    with pytest.raises(ValueError, match="seeds: found 2 for 3 values"):
+        hierarchical_bootstrap([1, 2, 3], [0, 1], [0, 1, 2])
+    with pytest.raises(ValueError, match="perturbations: found 1 for 3 values"):
+        hierarchical_bootstrap([1, 2, 3], [0, 1, 1], [0])
     assert np.isnan(hierarchical_bootstrap([np.nan], [0], [0]).estimate)
 
 
@@ -112,36 +120,57 @@ def test_scaled_score(u, mean, ceiling, direction, score):
 def tidy(seed=0, n=30, **means):
     rng = np.random.default_rng(seed)
     easy = rng.normal(0, .1, n)
-    part = lambda method, metric, values: pd.DataFrame(dict(method=method, metric=metric, condition=[f"G{i}+ctrl" for i in range(n)], cell_type="K562", value=values))
-    return pd.concat([part(method, metric, mean + easy + rng.normal(0, .02, n)) for method, by in means.items() for metric, mean in by.items()], ignore_index=True)
+    part = lambda method, metric, values: pd.DataFrame(
+        dict(method=method,
+             metric=metric,
+             condition=[f"G{i}+ctrl" for i in range(n)],
+             cell_type="K562",
+             value=values))
+    return pd.concat([
+        part(method, metric, mean + easy + rng.normal(0, .02, n)) for method, by in means.items()
+        for metric, mean in by.items()
+    ],
+                     ignore_index=True)
 
 
 def test_table():
-    rows = tidy(train_mean=dict(r_delta=.3, mse_delta=3.), model=dict(r_delta=.4, mse_delta=2.), ceiling=dict(r_delta=.5, mse_delta=1.))
+    rows = tidy(train_mean=dict(r_delta=.3, mse_delta=3.),
+                model=dict(r_delta=.4, mse_delta=2.),
+                ceiling=dict(r_delta=.5, mse_delta=1.))
     table = summarise(rows).set_index(["metric", "method"])
-    assert table.loc[("r_delta", "model"), "scaled"] == pytest.approx(.1/((2*.5/1.5)**.5 - .3), abs=.05) and table.loc[("mse_delta", "model"), "scaled"] == pytest.approx(.5, abs=.1)
-    value = lambda method, metric: rows[(rows["method"] == method) & (rows["metric"] == metric)]["value"].to_numpy()
+    assert table.loc[("r_delta", "model"), "scaled"] == pytest.approx(
+        .1/((2*.5/1.5)**.5 - .3), abs=.05) and table.loc[("mse_delta", "model"), "scaled"] == pytest.approx(
+            .5, abs=.1)
+    value = lambda method, metric: rows[
+        (rows["method"] == method) & (rows["metric"] == metric)]["value"].to_numpy()
     for metric in ("r_delta", "mse_delta"):
         row = table.loc[(metric, "model")]
         assert tuple(row[["mean", "low", "high"]]) == pytest.approx(bootstrap_ci(value("model", metric))[:3])
-        assert tuple(row[["difference", "difference_low", "difference_high", "p"]]) == pytest.approx(np.take(paired_bootstrap(value("model", metric), value("train_mean", metric)), [0, 1, 2, 4]))
+        assert tuple(row[["difference", "difference_low", "difference_high", "p"]]) == pytest.approx(
+            np.take(paired_bootstrap(value("model", metric), value("train_mean", metric)), [0, 1, 2, 4]))
         assert row["against"] == "train_mean" and row["n"] == 30
     assert table.loc[("r_delta", "train_mean"), "difference"] == 0
 
 
 def test_pairs_are_found_by_name_not_by_order():
     rows = tidy(train_mean=dict(r_delta=.3), model=dict(r_delta=.4))
-    shuffled = pd.concat([rows[rows["method"] == "train_mean"], rows[rows["method"] == "model"].sample(frac=1, random_state=0)])
+    shuffled = pd.concat([
+        rows[rows["method"] == "train_mean"], rows[rows["method"] == "model"].sample(frac=1, random_state=0)
+    ])
     a, b = (summarise(r).set_index("method").loc["model"] for r in (rows, shuffled))
-    assert b["difference_high"] - b["difference_low"] == pytest.approx(a["difference_high"] - a["difference_low"], rel=.1)
+    assert b["difference_high"] - b["difference_low"] == pytest.approx(
+        a["difference_high"] - a["difference_low"], rel=.1)
     assert a["difference_high"] - a["difference_low"] < .5*(a["high"] - a["low"])
 
 
 def test_an_undefined_reference_stands_at_chance():
-    rows = tidy(train_mean=dict(r_delta_perturbed_mean=0, mse_delta=3.), model=dict(r_delta_perturbed_mean=.2, mse_delta=2.), ceiling=dict(r_delta_perturbed_mean=.4, mse_delta=1.))
+    rows = tidy(train_mean=dict(r_delta_perturbed_mean=0, mse_delta=3.),
+                model=dict(r_delta_perturbed_mean=.2, mse_delta=2.),
+                ceiling=dict(r_delta_perturbed_mean=.4, mse_delta=1.))
     rows.loc[(rows["method"] == "train_mean") & (rows["metric"] == "r_delta_perturbed_mean"), "value"] = np.nan
     row = summarise(rows).set_index(["metric", "method"]).loc[("r_delta_perturbed_mean", "model")]
-    assert row["against"] == "chance" and row["difference"] == pytest.approx(row["mean"]) and row["scaled"] == pytest.approx(.2/(2*.4/1.4)**.5, abs=.05)
+    assert row["against"] == "chance" and row["difference"] == pytest.approx(
+        row["mean"]) and row["scaled"] == pytest.approx(.2/(2*.4/1.4)**.5, abs=.05)
     undefined = summarise(rows).set_index(["metric", "method"]).loc[("r_delta_perturbed_mean", "train_mean")]
     assert np.isnan(undefined["mean"]) and undefined["n"] == 0 and undefined["n_undefined"] == 30
 
@@ -154,19 +183,26 @@ def test_no_reference_and_no_chance_is_no_difference():
 
 
 def test_seeds_in_the_table():
-    runs = pd.concat([tidy(s, train_mean=dict(r_delta=.3), model=dict(r_delta=.4 + .1*s)).assign(seed=s) for s in range(3)])
+    runs = pd.concat([
+        tidy(s, train_mean=dict(r_delta=.3), model=dict(r_delta=.4 + .1*s)).assign(seed=s) for s in range(3)
+    ])
     row = summarise(runs).set_index("method").loc["model"]
     value = runs[runs["method"] == "model"]
     assert row["seeds"] == 3 and row["n"] == 30
-    assert tuple(row[["mean", "low", "high"]]) == pytest.approx(hierarchical_bootstrap(value["value"], value["seed"], value["condition"])[:3])
-    assert row["difference"] == pytest.approx(.2, abs=.02) and row["difference_high"] - row["difference_low"] > .1
+    assert tuple(row[["mean", "low", "high"]]) == pytest.approx(
+        hierarchical_bootstrap(value["value"], value["seed"], value["condition"])[:3])
+    assert row["difference"] == pytest.approx(
+        .2, abs=.02) and row["difference_high"] - row["difference_low"] > .1
 
 
 def test_table_refuses():
     rows = tidy(train_mean=dict(r_delta=.3), model=dict(r_delta=.4))
-    with pytest.raises(ValueError, match=r"columns \['value'\] are missing"): summarise(rows.drop(columns="value"))
-    with pytest.raises(ValueError, match="train_mean has two values of r_delta for G0"): summarise(pd.concat([rows, rows]))
-    with pytest.raises(ValueError, match="'train_mean' is not among the methods"): summarise(rows[rows["method"] == "model"])
+    with pytest.raises(ValueError, match=r"columns \['value'\] are missing"):
+        summarise(rows.drop(columns="value"))
+    with pytest.raises(ValueError, match="train_mean has two values of r_delta for G0"):
+        summarise(pd.concat([rows, rows]))
+    with pytest.raises(ValueError, match="'train_mean' is not among the methods"):
+        summarise(rows[rows["method"] == "model"])
 
 
 @pytest.fixture
@@ -174,8 +210,14 @@ def panel():
     rng = np.random.default_rng(0)
     size = rng.gamma(3, .2, 60)
     delta = rng.normal(size=(60, 40))*size[:, None]
-    conditions = pd.DataFrame(dict(condition=[f"G{i}+ctrl" for i in range(60)], cell_type="K562", targets=[(f"G{i}",) for i in range(60)], n_cells=20))
-    return Pseudobulk("model", tuple(f"G{i}" for i in range(40)), conditions, delta, rng.normal(size=(60, 40))*(size + rng.gamma(3, .1, 60))[:, None], np.ones((60, 40)), None, np.zeros(40))
+    conditions = pd.DataFrame(
+        dict(condition=[f"G{i}+ctrl" for i in range(60)],
+             cell_type="K562",
+             targets=[(f"G{i}", ) for i in range(60)],
+             n_cells=20))
+    return Pseudobulk("model", tuple(f"G{i}" for i in range(40)), conditions, delta,
+                      rng.normal(size=(60, 40))*(size + rng.gamma(3, .1, 60))[:, None], np.ones((60, 40)),
+                      None, np.zeros(40))
 
 
 def test_panel_metric_has_an_interval(panel):
@@ -188,11 +230,14 @@ def test_panel_metric_has_an_interval(panel):
 
 def test_panel_metric_refusals(panel):
     with pytest.raises(ValueError, match="choose one of severity_r"): bootstrap_panel(panel, "pds")
-    constant = bootstrap_panel(panel._replace(predicted=np.tile(panel.predicted[:1], (60, 1))), "severity_rho", 100)
+    constant = bootstrap_panel(panel._replace(predicted=np.tile(panel.predicted[:1], (60, 1))),
+                               "severity_rho", 100)
     assert np.isnan(constant[:3]).all()
 
 
 def test_panel_metric_in_the_table(panel):
-    one = lambda method, value: pd.DataFrame([dict(method=method, metric="severity_r", condition="", cell_type="", value=value)])
+    one = lambda method, value: pd.DataFrame(
+        [dict(method=method, metric="severity_r", condition="", cell_type="", value=value)])
     row = summarise(pd.concat([one("train_mean", np.nan), one("model", .6)])).set_index("method").loc["model"]
-    assert row["mean"] == .6 and np.isnan(row["low"]) and np.isnan(row["difference_low"]) and row["against"] == "chance"
+    assert row["mean"] == .6 and np.isnan(row["low"]) and np.isnan(
+        row["difference_low"]) and row["against"] == "chance"

@@ -32,7 +32,8 @@ def test_closed_form_for_a_moving_student(m, k, seed):
         move(student, 1000*seed + j)
         teacher.update(student)
         expected = [e + (1 - m) * m**(k - j) * p.detach() for e, p in zip(expected, student.parameters())]
-    for xi, e in zip(teacher.parameters(), expected): torch.testing.assert_close(xi.detach(), e, rtol=1e-12, atol=1e-12)
+    for xi, e in zip(teacher.parameters(), expected):
+        torch.testing.assert_close(xi.detach(), e, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("m", [0., 1.])
@@ -41,7 +42,8 @@ def test_the_ends_are_exact(m):
     teacher, start = EMATeacher(student, 0.5), copy.deepcopy(student)
     move(student, 1)
     teacher.update(student, momentum=m)
-    for xi, expected in zip(teacher.parameters(), (start if m else student).parameters()): assert torch.equal(xi, expected)
+    for xi, expected in zip(teacher.parameters(), (start if m else student).parameters()):
+        assert torch.equal(xi, expected)
 
 
 def test_update_is_in_place_and_leaves_the_student_alone():
@@ -54,7 +56,8 @@ def test_update_is_in_place_and_leaves_the_student_alone():
     for n, t in teacher.model.named_parameters():
         assert t.data_ptr() == held[n][0] and t._version > held[n][1] and t.dtype == torch.float32
     assert all(torch.equal(before[n], t) for n, t in student.state_dict().items())
-    shared = {t.data_ptr() for t in student.state_dict().values()} & {t.data_ptr() for t in teacher.state_dict().values()}
+    shared = {t.data_ptr() for t in student.state_dict().values()
+              } & {t.data_ptr() for t in teacher.state_dict().values()}
     assert not shared
 
 
@@ -71,7 +74,8 @@ def test_the_teacher_is_deterministic_in_a_training_parent():
     teacher = EMATeacher(make())
     nn.ModuleList([teacher]).train()
     x = torch.randn(6, 3)
-    assert torch.equal(teacher(x), teacher(x)) and not teacher.training  # dropout and batch statistics would differ
+    assert torch.equal(teacher(x),
+                       teacher(x)) and not teacher.training  # dropout and batch statistics would differ
     assert teacher.model[1].num_batches_tracked == 0
 
 

@@ -36,20 +36,42 @@ def alive(module, std=.1):
 def small_data():
     "308 cells of 40 genes, 12 targets of which 8 are trained on; split without cell-gears."
     spec = dict(n_genes=40, n_cells=308, n_targets=12, n_modules=4, n_batches=2, control_fraction=.2)
-    adata = prepare(load_dataset(read_card("simulated").changed(simulate=spec, cells=None, genes=None, targets=None)))
+    adata = prepare(
+        load_dataset(read_card("simulated").changed(simulate=spec, cells=None, genes=None, targets=None)))
     conditions = sorted(set(adata.obs.condition) - {"ctrl"})
-    split = make_split(adata, "custom", held_out=dict(train=conditions[:8], val=conditions[8:10], test=conditions[10:]))
+    split = make_split(adata,
+                       "custom",
+                       held_out=dict(train=conditions[:8], val=conditions[8:10], test=conditions[10:]))
     table = ActionTable.from_anndata(adata)
-    sequences = dict(protein=dict(adata.uns["protein_sequences"]), dna={g: s for g, s in zip(table.guide_id, table.guide_seqs) if s})
-    features = [featurize("kmer", s, modality=Modality[m.upper()], width=WIDTHS[m], cache=False, progress=False) for m, s in sequences.items()]
+    sequences = dict(protein=dict(adata.uns["protein_sequences"]),
+                     dna={g: s for g, s in zip(table.guide_id, table.guide_seqs) if s})
+    features = [
+        featurize("kmer", s, modality=Modality[m.upper()], width=WIDTHS[m], cache=False, progress=False)
+        for m, s in sequences.items()
+    ]
     return dict(adata=adata, split=split, features=features)
 
 
 def small_experiment(epochs=(2, 8, 2, 2), batch_size=16, **model):
     "All four stages, a step of each in milliseconds."
-    sizes = dict(n_genes=40, d_model=8, n_heads=2, n_encoder_layers=1, n_masked_predictor_layers=1, n_predictor_layers=1, d_action=12, d_mode=4,
-                 d_chemical=4, d_protein=WIDTHS["protein"], d_dna=WIDTHS["dna"])
-    stages = {s: StageConfig(epochs=e, batch_size=batch_size, lr=1e-3, **(dict(lr_composer=1e-4) if s == "dynamics" else {})) for s, e in zip(STAGES, epochs)}
+    sizes = dict(n_genes=40,
+                 d_model=8,
+                 n_heads=2,
+                 n_encoder_layers=1,
+                 n_masked_predictor_layers=1,
+                 n_predictor_layers=1,
+                 d_action=12,
+                 d_mode=4,
+                 d_chemical=4,
+                 d_protein=WIDTHS["protein"],
+                 d_dna=WIDTHS["dna"])
+    stages = {
+        s:
+        StageConfig(epochs=e,
+                    batch_size=batch_size,
+                    lr=1e-3,
+                    **(dict(lr_composer=1e-4) if s == "dynamics" else {})) for s, e in zip(STAGES, epochs)
+    }
     return ExperimentConfig(name="small", model=ModelConfig(**(sizes | model)), **stages)
 
 
@@ -98,7 +120,10 @@ def damage(folder, how):
     if len(steps) < 2: return None
     checkpoints = loop.Checkpointer(folder/stage/"checkpoints")
     tensors, text = checkpoints.path(steps[-1], ".safetensors"), checkpoints.path(steps[-1])
-    if how == "byte": content = bytearray(tensors.read_bytes()); content[len(content)//2] ^= 1; tensors.write_bytes(content)
+    if how == "byte":
+        content = bytearray(tensors.read_bytes())
+        content[len(content) // 2] ^= 1
+        tensors.write_bytes(content)
     if how == "short": tensors.write_bytes(tensors.read_bytes()[:-100])
     if how == "json": text.write_text(text.read_text()[:-10])
     return dict(how=how, stage=stage, damaged=steps[-1], good=steps[-2])
@@ -124,15 +149,28 @@ def kill_and_resume(folder, n_kills, seed=0, damages=("byte", "short", "json")):
         assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
         mine = [(s, n) for p, s, n in steps_of(trace) if p == pid]
         stage, steps = newest(where)
-        spoiled = damage(where, pending[0]) if pending and k >= n_kills*(len(damages) - len(pending) + .5)/len(damages) - 1 else None
+        spoiled = damage(
+            where, pending[0]
+        ) if pending and k >= n_kills*(len(damages) - len(pending) + .5)/len(damages) - 1 else None
         if spoiled: pending.pop(0)
-        report.append(dict(pid=pid, first=mine[0], killed_at=mine[-1], checkpoint=(stage, steps[-1] if steps else 0), spoiled=spoiled))
+        report.append(
+            dict(pid=pid,
+                 first=mine[0],
+                 killed_at=mine[-1],
+                 checkpoint=(stage, steps[-1] if steps else 0),
+                 spoiled=spoiled))
     last = in_child(lambda: run(folder/"killed", data, trace))
     assert os.waitpid(last, 0)[1] == 0
     mine = [(s, n) for p, s, n in steps_of(trace) if p == last]
     plain = run_folder(small_experiment(), folder/"plain")
-    return dict(kills=report, last_first=mine[0] if mine else None, lengths={s: 1 + max(n for t, n in order if t == s) for s in STAGES},
-                executed=len(steps_of(trace)), needed=len(order), never_spoiled=pending, plain=str(plain), killed=str(where))
+    return dict(kills=report,
+                last_first=mine[0] if mine else None,
+                lengths={s: 1 + max(n for t, n in order if t == s) for s in STAGES},
+                executed=len(steps_of(trace)),
+                needed=len(order),
+                never_spoiled=pending,
+                plain=str(plain),
+                killed=str(where))
 
 
 def shared_run(folder, cases):
@@ -146,18 +184,31 @@ def shared_run(folder, cases):
         for case, (model, options) in cases.items():
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                done = run_stages(small_experiment(epochs=(1, 3, 1, 1), **model), **data, runs=folder/name/case, fabric=fabric, **(dict(progress=False, log_every=1) | options))
-            about = dict(weights=loop.weights_hash(done.model), teacher=loop.weights_hash(done.model.teacher), folder=str(done.folder),
-                         log=done.log.drop(columns="cells_per_second").to_json(orient="records", double_precision=15))
+                done = run_stages(small_experiment(epochs=(1, 3, 1, 1), **model),
+                                  **data,
+                                  runs=folder/name/case,
+                                  fabric=fabric,
+                                  **(dict(progress=False, log_every=1) | options))
+            about = dict(weights=loop.weights_hash(done.model),
+                         teacher=loop.weights_hash(done.model.teacher),
+                         folder=str(done.folder),
+                         log=done.log.drop(columns="cells_per_second").to_json(orient="records",
+                                                                               double_precision=15))
             (folder/f"{name}-{case}-{fabric.global_rank}.json").write_text(json.dumps(about))
 
     one = lambda: work(Fabric(accelerator="cpu", devices=1, precision="32-true"), "one")
-    two = lambda: Fabric(accelerator="cpu", devices=2, precision="32-true", strategy=DDPStrategy(start_method="fork", find_unused_parameters=True)).launch(work, "two")
+    two = lambda: Fabric(accelerator="cpu",
+                         devices=2,
+                         precision="32-true",
+                         strategy=DDPStrategy(start_method="fork", find_unused_parameters=True)).launch(
+                             work, "two")
     for function in (one, two): assert os.waitpid(in_child(function), 0)[1] == 0
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     job, folder, *rest = sys.argv[1:]
-    if job == "kill": (Path(folder)/"report.json").write_text(json.dumps(kill_and_resume(Path(folder), int(rest[0]), damages=rest[1].split(","))))
+    if job == "kill":
+        (Path(folder)/"report.json").write_text(
+            json.dumps(kill_and_resume(Path(folder), int(rest[0]), damages=rest[1].split(","))))
     if job == "share": shared_run(Path(folder), json.loads(rest[0]))

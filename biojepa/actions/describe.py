@@ -33,7 +33,8 @@ def default_features(
     data:DataConfig=DataConfig(),   # `features` and `pooling`; `proteins` and `relations` are read if it names them
 )->list[FeatureBank]:
     "Features from a table of relations and from the sequences that travel with the data; an error if there are none."
-    known = read_proteins(data.proteins)["sequence"] if data.proteins else dict(adata.uns.get("protein_sequences", {}))
+    known = read_proteins(data.proteins)["sequence"] if data.proteins else dict(
+        adata.uns.get("protein_sequences", {}))
     proteins, guides = {g: known[g] for g in table.genes if g in known}, {}
     for guide, sequences in zip(table.guide_id, table.guide_seqs):  # where a guide has no name, its DNA is one
         guides |= {guide: sequences} if guide and sequences else {s: s for s in sequences}
@@ -44,9 +45,11 @@ def default_features(
     elif proteins: banks.append(_sequence_features(proteins, Modality.PROTEIN, data))
     if guides: banks.append(_sequence_features(guides, Modality.DNA, data))
     if banks: return [completed(b, _wanted(table, b.modality)) for b in banks]
-    raise ValueError("features: the data hold neither adata.uns['protein_sequences'] nor guide sequences (obs "
-                     f"guide_seq_a, guide_seq_b). {WITHOUT_DOWNLOAD}, or feature banks of notebook actions/featurizers (on the command line "
-                     "--features bank.safetensors)")
+    raise ValueError(
+        "features: the data hold neither adata.uns['protein_sequences'] nor guide sequences (obs "
+        f"guide_seq_a, guide_seq_b). {WITHOUT_DOWNLOAD}, or feature banks of notebook actions/featurizers (on "
+        f"the command line "
+        "--features bank.safetensors)")
 
 def _sequence_features(sequences:dict, modality:Modality, data:DataConfig)->FeatureBank:
     if data.features == "pretrained": return pretrained_features(sequences, modality, data.pooling)
@@ -56,7 +59,8 @@ def _wanted(table:ActionTable, modality:Modality)->list[str]:
     "What a bank is asked for: targets, or guides, of which one without a name and without DNA is called \"\"."
     if modality != Modality.DNA: return list(table.genes)
     rows = zip(table.guide_id, table.guide_seqs, table.targets)
-    return list(dict.fromkeys(guide for guide, sequences, targets in rows if targets and (guide or not sequences)))
+    return list(
+        dict.fromkeys(guide for guide, sequences, targets in rows if targets and (guide or not sequences)))
 
 # %% ../../nbs/2_actions/05_describe.ipynb #66320325
 def read_relations(
@@ -67,7 +71,9 @@ def read_relations(
     table = read_table(path)
     if db is None: return table
     known = sorted(table["db"].astype(str).unique()) if "db" in table else []
-    if db not in known: raise ValueError(f"relations_db: found {db!r}; {Path(path).name} has {', '.join(known) or 'no column db'}")
+    if db not in known:
+        raise ValueError(
+            f"relations_db: found {db!r}; {Path(path).name} has {', '.join(known) or 'no column db'}")
     return table[table["db"].astype(str) == db].reset_index(drop=True)
 
 def completed(
@@ -76,10 +82,16 @@ def completed(
 )->FeatureBank:
     "The bank with the mean row for keys it lacks; they are named in a warning."
     if not (lacking := [k for k in keys if k not in bank]): return bank
-    if not len(bank): raise ValueError(f"features: none of the {len(keys)} targets is in the table of features; do both use the same gene names?")
+    if not len(bank):
+        raise ValueError(
+            f"features: none of the {len(keys)} targets is in the table of features; do both use the same "
+            f"gene names?"
+        )
     what, kind = "guides" if bank.modality == Modality.DNA else "targets", bank.provenance.get("featurizer")
     named = ", ".join(k or "those without a name" for k in lacking[:8]) + (" …" if len(lacking) > 8 else "")
-    warnings.warn(f"{len(lacking)} of {len(keys)} {what} have no {kind} feature and get the mean one: {named}", stacklevel=3)
+    warnings.warn(
+        f"{len(lacking)} of {len(keys)} {what} have no {kind} feature and get the mean one: {named}",
+        stacklevel=3)
     values = np.concatenate([bank.values, np.repeat(bank.values.mean(0, keepdims=True), len(lacking), 0)])
     return FeatureBank((*bank.keys, *lacking), values, bank.modality, bank.provenance | dict(mean_for=lacking))
 
@@ -110,14 +122,25 @@ def describe_actions(
 )->Actions:
     "Everything the stages need to know about the perturbations."
     table = ActionTable.from_anndata(adata)
-    banks = {b.modality.name.lower(): b for b in (default_features(adata, table, data) if features is None else features)}
-    tokens = [m for m in data.tokens or ("dna", "protein", "chemical") if m in banks][:None if data.tokens else 1]
-    if not tokens: raise ValueError(f"tokens: no features of {' or '.join(data.tokens or ('dna', 'protein', 'chemical'))}; found {', '.join(banks) or 'none'}")
+    banks = {
+        b.modality.name.lower(): b
+        for b in (default_features(adata, table, data) if features is None else features)
+    }
+    tokens = [m for m in data.tokens or ("dna", "protein", "chemical")
+              if m in banks][:None if data.tokens else 1]
+    if not tokens:
+        raise ValueError(
+            f"tokens: no features of {' or '.join(data.tokens or ('dna', 'protein', 'chemical'))}; found "
+            f"{', '.join(banks) or 'none'}"
+        )
     anchor, positive, pairs = None, None, np.array([], np.int64)
     if {"protein", "dna"} <= banks.keys():
         anchor, positive = _all_rows(table, banks["protein"], Mode.CONTROL), _all_rows(table, banks["dna"])
         pairs = np.flatnonzero(anchor.present.any(1) & positive.present.any(1))
-    identity = object_hash([[str(m), list(b.keys), sha256(b.values.tobytes()).hexdigest(), m in tokens] for m, b in sorted(banks.items())])
+    identity = object_hash([[str(m),
+                             list(b.keys),
+                             sha256(b.values.tobytes()).hexdigest(), m in tokens]
+                            for m, b in sorted(banks.items())])
     actions = action_batch(table, [banks[t] for t in tokens], genes=adata.var_names)
     widths, train = {m: b.width for m, b in banks.items()}, table.rows(adata, split, "train")
     return Actions(table, actions, anchor, positive, pairs, train, widths, identity, tuple(banks.values()))
@@ -147,5 +170,8 @@ def sized_to(
     sizes = dict(n_genes=adata.n_vars) | {f"d_{modality}": width for modality, width in actions.widths.items()}
     changes = {k: v for k, v in sizes.items() if getattr(experiment.model, k) != v}
     if not changes: return experiment
-    warnings.warn("; ".join(f"model.{k}: {getattr(experiment.model, k)} in the configuration, {v} as the data have" for k, v in changes.items()), stacklevel=2)
+    warnings.warn("; ".join(
+        f"model.{k}: {getattr(experiment.model, k)} in the configuration, {v} as the data have"
+        for k, v in changes.items()),
+                  stacklevel=2)
     return experiment.changed(model=experiment.model.changed(**changes))

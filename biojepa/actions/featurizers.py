@@ -54,10 +54,14 @@ def _check_rows(
         raise ValueError(f"values: found shape {values.shape} for {len(keys)} keys; give one row per key")
     twice = pd.Index(keys)[pd.Index(keys).duplicated()].unique()
     if len(twice): raise ValueError(f"keys: found {_listed(twice)} more than once; keep one row of each")
-    for problem, rows in {"NaN or infinite values": ~np.isfinite(values).all(1), "only zeros": ~values.any(1)}.items():
+    for problem, rows in {
+            "NaN or infinite values": ~np.isfinite(values).all(1), "only zeros": ~values.any(1)
+    }.items():
         if rows.any():
-            raise ValueError(f"values: found {problem} in {_listed(np.asarray(keys, dtype=object)[rows])}; leave these keys out, "
-                             "a made-up row would pass for a measured one")
+            raise ValueError(
+                f"values: found {problem} in {_listed(np.asarray(keys, dtype=object)[rows])}; leave these "
+                f"keys out, "
+                "a made-up row would pass for a measured one")
 
 # %% ../../nbs/2_actions/02_featurizers.ipynb #38a104b1
 @dataclass(frozen=True, eq=False)
@@ -73,12 +77,14 @@ class FeatureBank:
         with np.errstate(over="ignore"): values = np.array(self.values, dtype=np.float32)
         _check_rows(keys, values)
         values.setflags(write=False)
-        for name, value in dict(keys=keys, values=values, modality=Modality(self.modality)).items(): object.__setattr__(self, name, value)
+        for name, value in dict(keys=keys, values=values, modality=Modality(self.modality)).items():
+            object.__setattr__(self, name, value)
         object.__setattr__(self, "_position", {k: i for i, k in enumerate(keys)})
 
     def __len__(self)->int: return len(self.keys)
     def __contains__(self, key)->bool: return key in self._position
-    def __repr__(self)->str: return f"FeatureBank({len(self):,} × {self.width} {self.modality.name}, {self.provenance.get('featurizer')})"
+    def __repr__(self) -> str:
+        return f"FeatureBank({len(self):,} × {self.width} {self.modality.name}, {self.provenance.get('featurizer')})"
 
     @property
     def width(self)->int: return self.values.shape[1]
@@ -91,8 +97,9 @@ class FeatureBank:
         keys = [keys] if isinstance(keys, str) else list(keys)
         missing = sorted({str(k) for k in keys if k not in self._position})
         if missing:
-            raise MissingFeatureError(f"{self!r} has no feature for {_listed(missing)} ({len(missing)} of {len(set(keys))} keys); "
-                                      "add them to the inputs of featurize, or drop these targets")
+            raise MissingFeatureError(
+                f"{self!r} has no feature for {_listed(missing)} ({len(missing)} of {len(set(keys))} keys); "
+                "add them to the inputs of featurize, or drop these targets")
         return self.values[[self._position[k] for k in keys]]
 
     def select(
@@ -101,10 +108,15 @@ class FeatureBank:
         missing:Literal["error", "drop"]="error",  # what to do with a name that is not in the bank
     )->"FeatureBank":
         "A smaller bank; names it lacks are an error, or are dropped and listed in a warning."
-        if missing not in ("error", "drop"): raise ValueError(f"missing: found {missing!r}; choose 'error' or 'drop'")
+        if missing not in ("error", "drop"):
+            raise ValueError(f"missing: found {missing!r}; choose 'error' or 'drop'")
         keys = list(dict.fromkeys(keys))
         lacking = [k for k in keys if k not in self] if missing == "drop" else []
-        if lacking: warnings.warn(f"{len(lacking)} of {len(keys)} keys have no feature in {self!r} and were dropped: {_listed(lacking)}", stacklevel=2)
+        if lacking:
+            warnings.warn(
+                f"{len(lacking)} of {len(keys)} keys have no feature in {self!r} and were dropped: "
+                f"{_listed(lacking)}",
+                stacklevel=2)
         keys = [k for k in keys if k not in set(lacking)]
         return FeatureBank(tuple(keys), self.rows(keys), self.modality, self.provenance)
 
@@ -117,8 +129,12 @@ def save(
     path:str|Path,    # file to write, by convention *.safetensors
 )->Path:              # the same path
     "Write the bank, whole or not at all."
-    metadata = dict(schema=_SCHEMA, keys=json.dumps(self.keys), modality=self.modality.name, provenance=json.dumps(self.provenance, sort_keys=True))
-    with atomic_path(Path(path)) as part: save_file({"values": np.ascontiguousarray(self.values)}, part, metadata=metadata)
+    metadata = dict(schema=_SCHEMA,
+                    keys=json.dumps(self.keys),
+                    modality=self.modality.name,
+                    provenance=json.dumps(self.provenance, sort_keys=True))
+    with atomic_path(Path(path)) as part:
+        save_file({"values": np.ascontiguousarray(self.values)}, part, metadata=metadata)
     return Path(path)
 
 @patch(cls_method=True)
@@ -127,14 +143,21 @@ def load(
     path:str|Path,    # file that `save` wrote
 )->FeatureBank:
     "Read a bank; a file that is not a whole one is refused by name."
-    if not Path(path).is_file(): raise ValueError(f"{path}: no such file; make the bank with featurize and save it there")
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file; make the bank with featurize and save it there")
     try:
-        with safe_open(path, framework="numpy") as f: metadata, values = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}.get("values")
+        with safe_open(path, framework="numpy") as f:
+            metadata, values = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}.get("values")
     except SafetensorError as error:
-        raise ValueError(f"{path}: found a broken safetensors file ({error}); delete it and make it again") from error
+        raise ValueError(
+            f"{path}: found a broken safetensors file ({error}); delete it and make it again") from error
     if metadata.get("schema") != _SCHEMA or values is None:
-        raise ValueError(f"{path}: found schema {metadata.get('schema')!r}, expected {_SCHEMA!r}; this is not a feature bank of this version")
-    return cls(tuple(json.loads(metadata["keys"])), values, Modality[metadata["modality"]], json.loads(metadata["provenance"]))
+        raise ValueError(
+            f"{path}: found schema {metadata.get('schema')!r}, expected {_SCHEMA!r}; this is not a feature "
+            f"bank of this version"
+        )
+    return cls(tuple(json.loads(metadata["keys"])), values, Modality[metadata["modality"]],
+               json.loads(metadata["provenance"]))
 
 # %% ../../nbs/2_actions/02_featurizers.ipynb #c17403e0
 def _origin(
@@ -150,21 +173,36 @@ def concatenate(
     "One bank from several; `features` needs the same keys in all of them."
     if axis not in ("keys", "features"): raise ValueError(f"axis: found {axis!r}; choose 'keys' or 'features'")
     found = {b.modality.name for b in banks}
-    if len(found) != 1: raise ValueError(f"banks: found modalities {sorted(found)}; concatenate banks of one modality")
+    if len(found) != 1:
+        raise ValueError(f"banks: found modalities {sorted(found)}; concatenate banks of one modality")
     first = banks[0]
     if axis == "keys":
         if any(_origin(b.provenance) != _origin(first.provenance) or b.width != first.width for b in banks):
-            raise ValueError(f"banks: found different origins ({_listed(map(repr, banks))}); one column must have one meaning, use axis='features'")
+            raise ValueError(
+                f"banks: found different origins ({_listed(map(repr, banks))}); one column must have one "
+                f"meaning, use axis='features'"
+            )
         cut = {k: n for b in banks for k, n in b.provenance.get("cut", {}).items()}
-        return FeatureBank(sum((b.keys for b in banks), ()), np.concatenate([b.values for b in banks]), first.modality, first.provenance | ({"cut": cut} if cut else {}))
-    odd = set.symmetric_difference(set.union(*(set(b.keys) for b in banks)), set.intersection(*(set(b.keys) for b in banks)))
-    if odd: raise MissingFeatureError(f"banks: found {_listed(sorted(odd))} in some banks but not in all; use select to keep the common keys")
-    return FeatureBank(first.keys, np.concatenate([b.rows(first.keys) for b in banks], axis=1), first.modality,
-                       {"featurizer": "+".join(str(b.provenance.get("featurizer")) for b in banks), "parts": [b.provenance for b in banks]})
+        return FeatureBank(sum((b.keys for b in banks), ()), np.concatenate([b.values for b in banks]),
+                           first.modality, first.provenance | ({"cut": cut} if cut else {}))
+    odd = set.symmetric_difference(set.union(*(set(b.keys) for b in banks)),
+                                   set.intersection(*(set(b.keys) for b in banks)))
+    if odd:
+        raise MissingFeatureError(
+            f"banks: found {_listed(sorted(odd))} in some banks but not in all; use select to keep the "
+            f"common keys"
+        )
+    return FeatureBank(
+        first.keys, np.concatenate([b.rows(first.keys) for b in banks], axis=1), first.modality, {
+            "featurizer": "+".join(str(b.provenance.get("featurizer"))
+                                   for b in banks), "parts": [b.provenance for b in banks]
+        })
 
 # %% ../../nbs/2_actions/02_featurizers.ipynb #6beb5034
 _LETTERS = {Modality.PROTEIN: "ACDEFGHIKLMNPQRSTVWYBZXUO", Modality.DNA: "ACGTN"}
-_REWRITTEN = {Modality.PROTEIN: str.maketrans("J", "X"), Modality.DNA: str.maketrans("URYSWKMBDHV", "T" + "N"*10)}
+_REWRITTEN = {
+    Modality.PROTEIN: str.maketrans("J", "X"), Modality.DNA: str.maketrans("URYSWKMBDHV", "T" + "N"*10)
+}
 
 def clean_sequence(
     text:str,              # as it was found
@@ -172,14 +210,19 @@ def clean_sequence(
     name:str="sequence",   # for the error
 )->str:                    # upper case, only letters the models know
     "One spelling for one sequence."
-    if modality not in _LETTERS: raise ValueError(f"modality: found {modality!r}; a sequence is Modality.PROTEIN or Modality.DNA")
-    if not isinstance(text, str): raise ValueError(f"{name}: found {text!r} instead of a sequence; leave it out or give its letters")
+    if modality not in _LETTERS:
+        raise ValueError(f"modality: found {modality!r}; a sequence is Modality.PROTEIN or Modality.DNA")
+    if not isinstance(text, str):
+        raise ValueError(f"{name}: found {text!r} instead of a sequence; leave it out or give its letters")
     letters = "".join(text.split()).upper().translate(_REWRITTEN[modality])
     if modality is Modality.PROTEIN: letters = letters.removesuffix("*")
     if not letters: raise ValueError(f"{name}: found an empty sequence; leave it out or give its letters")
     wrong = next((i for i, letter in enumerate(letters) if letter not in _LETTERS[modality]), None)
     if wrong is not None:
-        raise ValueError(f"{name}: found {letters[wrong]!r} at position {wrong + 1} of a {modality.name} sequence; allowed are {_LETTERS[modality]}")
+        raise ValueError(
+            f"{name}: found {letters[wrong]!r} at position {wrong + 1} of a {modality.name} sequence; allowed "
+            f"are {_LETTERS[modality]}"
+        )
     return letters
 
 # %% ../../nbs/2_actions/02_featurizers.ipynb #325340d4
@@ -199,7 +242,9 @@ def default_width(
 )->int:                 # columns
     "The width the composer expects of a modality (report §3.3.1)."
     sizes = ModelConfig()
-    return {Modality.PROTEIN: sizes.d_protein, Modality.CHEMICAL: sizes.d_chemical, Modality.DNA: sizes.d_dna}[Modality(modality)]
+    return {
+        Modality.PROTEIN: sizes.d_protein, Modality.CHEMICAL: sizes.d_chemical, Modality.DNA: sizes.d_dna
+    }[Modality(modality)]
 
 class SequenceFeaturizer(ABC):
     "Sequences to rows: a subclass gives `config` and `embed`."
@@ -229,7 +274,8 @@ def _kmer_blocks(
     while start < width:
         words = ["".join(w) for w in product(letters, repeat=len(blocks) + 1)]
         size = min(len(words), width - start)
-        order = range(len(words)) if size == len(words) else np.argsort([hashlib.blake2b(w.encode(), digest_size=16).hexdigest() for w in words])
+        order = range(len(words)) if size == len(words) else np.argsort(
+            [hashlib.blake2b(w.encode(), digest_size=16).hexdigest() for w in words])
         columns = np.empty(len(words), np.int64)
         columns[order] = np.arange(len(words)) % size
         blocks.append((len(blocks) + 1, start, columns, np.bincount(columns)))
@@ -249,7 +295,8 @@ def _kmer_row(
         words = np.lib.stride_tricks.sliding_window_view(code, k)
         words = words[(words >= 0).all(1)] @ len(letters)**np.arange(k)[::-1]
         block = np.log1p(np.bincount(columns[words], minlength=len(share))/share)
-        if np.ptp(block): row[start:start+len(share)] = (block - block.mean())/np.linalg.norm(block - block.mean())
+        if np.ptp(block):
+            row[start:start + len(share)] = (block - block.mean())/np.linalg.norm(block - block.mean())
     return (row/max(np.linalg.norm(row), 1e-12)).astype(np.float32)
 
 # %% ../../nbs/2_actions/02_featurizers.ipynb #b7cbc196
@@ -260,14 +307,24 @@ class KmerHash(SequenceFeaturizer):
         modality:Modality,        # PROTEIN or DNA
         width:int|None=None,      # columns; the composer's width of the modality if None
     ):
-        if modality not in _ALPHABET: raise ValueError(f"modality: found {modality!r}; k-mers are of Modality.PROTEIN or Modality.DNA (molecules: 'morgan')")
+        if modality not in _ALPHABET:
+            raise ValueError(
+                f"modality: found {modality!r}; k-mers are of Modality.PROTEIN or Modality.DNA (molecules: "
+                f"'morgan')"
+            )
         self.modality, self.width = modality, width or default_width(modality)
 
     def config(self)->dict:
-        return dict(featurizer="kmer", model="k-mer counts 1", weights=None, pooling="centred log-ratio per k, unit length",
-                    modality=self.modality.name, width=self.width, max_length=None)
+        return dict(featurizer="kmer",
+                    model="k-mer counts 1",
+                    weights=None,
+                    pooling="centred log-ratio per k, unit length",
+                    modality=self.modality.name,
+                    width=self.width,
+                    max_length=None)
 
-    def embed(self, sequences): return np.stack([_kmer_row(s, _ALPHABET[self.modality], self.width) for s in sequences])
+    def embed(self, sequences):
+        return np.stack([_kmer_row(s, _ALPHABET[self.modality], self.width) for s in sequences])
 
 # %% ../../nbs/2_actions/02_featurizers.ipynb #7fe30b40
 def _text_hash(
@@ -289,8 +346,12 @@ def _read_chunks(
                 if wanted.isdisjoint(keys): continue
                 values = f.get_tensor("values")
         except SafetensorError as error:
-            raise ValueError(f"{path}: found a broken cache file ({error}); delete it, its rows are computed again") from error
-        if values.shape != (len(keys), width): raise ValueError(f"{path}: found rows of shape {values.shape}, expected ({len(keys)}, {width}); delete it")
+            raise ValueError(
+                f"{path}: found a broken cache file ({error}); delete it, its rows are computed again"
+            ) from error
+        if values.shape != (len(keys), width):
+            raise ValueError(
+                f"{path}: found rows of shape {values.shape}, expected ({len(keys)}, {width}); delete it")
         rows |= {k: v for k, v in zip(keys, values) if k in wanted}
     return rows
 
@@ -300,7 +361,8 @@ def _write_chunk(
 )->None:
     "Add rows to the cache, in a file of their own."
     keys = sorted(rows)
-    tensors = dict(keys=np.array([list(bytes.fromhex(k)) for k in keys], dtype=np.uint8), values=np.stack([rows[k] for k in keys]).astype(np.float32))
+    tensors = dict(keys=np.array([list(bytes.fromhex(k)) for k in keys], dtype=np.uint8),
+                   values=np.stack([rows[k] for k in keys]).astype(np.float32))
     with atomic_path(folder/f"{_text_hash(''.join(keys))[:16]}.safetensors") as part: save_file(tensors, part)
 
 # %% ../../nbs/2_actions/02_featurizers.ipynb #3b30c1ad
@@ -329,16 +391,26 @@ def _embed_missing(
     "Compute rows batch by batch; whatever happens, what is finished is kept."
     rows, pending = {}, {}
     try:
-        with tqdm(total=len(missing), desc=made.config()["featurizer"], unit="seq", disable=not progress or not missing) as bar:
+        with tqdm(total=len(missing),
+                  desc=made.config()["featurizer"],
+                  unit="seq",
+                  disable=not progress or not missing) as bar:
             for batch in _length_batches(missing, made.letters_per_batch, made.pad_multiple):
                 values = np.asarray(made.embed(batch), dtype=np.float32)
                 if values.shape != (len(batch), made.width):
-                    raise ValueError(f"{made.config()['featurizer']}: found rows of shape {values.shape}, expected ({len(batch)}, {made.width})")
+                    raise ValueError(
+                        f"{made.config()['featurizer']}: found rows of shape {values.shape}, expected "
+                        f"({len(batch)}, {made.width})"
+                    )
                 pending |= {_text_hash(s): v for s, v in zip(batch, values)}
-                if folder and len(pending) >= flush_every: _write_chunk(folder, pending); rows |= pending; pending = {}
+                if folder and len(pending) >= flush_every:
+                    _write_chunk(folder, pending)
+                    rows |= pending
+                    pending = {}
                 bar.update(len(batch))
     finally:
-        if folder and pending: _write_chunk(folder, pending)
+        if folder and pending:
+            _write_chunk(folder, pending)
     return rows | pending
 
 # %% ../../nbs/2_actions/02_featurizers.ipynb #a010c59d
@@ -355,7 +427,10 @@ def _clean_inputs(
         longest = max(map(len, parts[name]))
         if made.max_length and longest > made.max_length:
             cut[name], parts[name] = longest, [s[:made.max_length] for s in parts[name]]
-    if cut: warnings.warn(f"{len(cut)} of {len(parts)} sequences were cut to {made.max_length} letters: {_listed(cut)}", stacklevel=4)
+    if cut:
+        warnings.warn(
+            f"{len(cut)} of {len(parts)} sequences were cut to {made.max_length} letters: {_listed(cut)}",
+            stacklevel=4)
     return parts, cut
 
 def _sequence_bank(
@@ -363,17 +438,25 @@ def _sequence_bank(
 )->FeatureBank:
     "Clean, look up, compute what is missing, average the parts of each name."
     if isinstance(inputs, pd.Series) and not inputs.index.is_unique:
-        raise ValueError(f"inputs: found {_listed(inputs.index[inputs.index.duplicated()])} more than once; keep one sequence of each")
+        raise ValueError(
+            f"inputs: found {_listed(inputs.index[inputs.index.duplicated()])} more than once; keep one "
+            f"sequence of each"
+        )
     if not isinstance(inputs, (Mapping, pd.Series)) or not len(inputs):
-        raise ValueError(f"inputs: found {type(inputs).__name__} of length {len(inputs)}; give a dictionary of name -> sequence with at least one entry")
+        raise ValueError(
+            f"inputs: found {type(inputs).__name__} of length {len(inputs)}; give a dictionary of name -> "
+            f"sequence with at least one entry"
+        )
     parts, cut = _clean_inputs(made, inputs)
     config = made.config()
-    folder = None if cache is False else Path(cache or PATHS.processed/"features")/f"{config['featurizer']}-{object_hash(config)}"
+    folder = None if cache is False else Path(
+        cache or PATHS.processed/"features")/f"{config['featurizer']}-{object_hash(config)}"
     unique = {_text_hash(s): s for texts in parts.values() for s in texts}
     rows = _read_chunks(folder, set(unique), made.width) if folder else {}
     rows |= _embed_missing(made, [s for h, s in unique.items() if h not in rows], folder, flush_every, progress)
     values = [np.mean([rows[_text_hash(s)] for s in texts], axis=0) for texts in parts.values()]
-    return FeatureBank(tuple(parts), np.stack(values), made.modality, config | dict(cut=cut, versions={p: version(p) for p in made.packages}))
+    return FeatureBank(tuple(parts), np.stack(values), made.modality,
+                       config | dict(cut=cut, versions={p: version(p) for p in made.packages}))
 
 # %% ../../nbs/2_actions/02_featurizers.ipynb #d36e8112
 def featurize(
@@ -386,8 +469,11 @@ def featurize(
 )->FeatureBank:
     "Features of named things. Rows computed before are read, not computed again."
     if kind not in FEATURIZERS:
-        raise ValueError(f"kind: found {kind!r}; registered are {_listed(sorted(FEATURIZERS))}. `import biojepa.actions.pretrained` adds "
-                         "'esm2_fair', 'esm2_hf' and 'ntv3', `import biojepa.actions.gene_tables` adds 'graph' and 'table'")
+        raise ValueError(
+            f"kind: found {kind!r}; registered are {_listed(sorted(FEATURIZERS))}. `import "
+            f"biojepa.actions.pretrained` adds "
+            "'esm2_fair', 'esm2_hf' and 'ntv3', `import biojepa.actions.gene_tables` adds 'graph' and 'table'"
+        )
     made = FEATURIZERS[kind]
     if not (isinstance(made, type) and issubclass(made, SequenceFeaturizer)): return made(inputs, **options)
     return _sequence_bank(made(**options), inputs, cache, flush_every, progress)
@@ -407,14 +493,24 @@ class MorganFingerprint(SequenceFeaturizer):
         self.generator = rdFingerprintGenerator.GetMorganGenerator(radius=radius, fpSize=self.width)
 
     def config(self)->dict:
-        return dict(featurizer="morgan", model=f"Morgan radius {self.radius}", weights=None, pooling="bits", modality=self.modality.name,
-                    width=self.width, max_length=None)
+        return dict(featurizer="morgan",
+                    model=f"Morgan radius {self.radius}",
+                    weights=None,
+                    pooling="bits",
+                    modality=self.modality.name,
+                    width=self.width,
+                    max_length=None)
 
     def clean(self, text, name):
         from rdkit import Chem, rdBase
-        if not isinstance(text, str) or not text.strip(): raise ValueError(f"{name}: found {text!r} instead of a SMILES; leave it out or give one")
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"{name}: found {text!r} instead of a SMILES; leave it out or give one")
         with rdBase.BlockLogs(): molecule = Chem.MolFromSmiles(text.strip())
-        if molecule is None: raise ValueError(f"{name}: found the SMILES {text!r}, which RDKit cannot read; correct it or leave the compound out")
+        if molecule is None:
+            raise ValueError(
+                f"{name}: found the SMILES {text!r}, which RDKit cannot read; correct it or leave the "
+                f"compound out"
+            )
         return Chem.MolToSmiles(molecule)
 
     def embed(self, sequences):
@@ -439,11 +535,14 @@ def _fill_tokens(
 )->ActionBatch:
     "Pad rows of different lengths and banks of different widths."
     shape = len(tokens), max([1, *map(len, tokens)])
-    batch = ActionBatch(torch.zeros(*shape, width), torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.bool))
+    batch = ActionBatch(torch.zeros(*shape, width), torch.zeros(shape, dtype=torch.int64),
+                        torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.bool))
     for i, row in enumerate(tokens):
         for j, (bank, keys) in enumerate(row):
             batch.features[i, j, :bank.width] = torch.from_numpy(bank.rows(keys).mean(0))
-            batch.modality[i, j], batch.mode[i, j], batch.present[i, j] = int(bank.modality), int(modes[i]), True
+            batch.modality[i, j], batch.mode[i,
+                                             j], batch.present[i,
+                                                               j] = int(bank.modality), int(modes[i]), True
     return batch
 
 
@@ -453,7 +552,8 @@ def _places(
 )->torch.Tensor:                        # (P, K) int64, -1 where a target is not among the genes
     "Where targets stand among genes."
     where, width = {g: i for i, g in enumerate(genes)}, max([1, *map(len, targets)])
-    return torch.tensor([[where.get(t, -1) for t in row] + [-1]*(width - len(row)) for row in targets], dtype=torch.int64).reshape(len(targets), width)
+    return torch.tensor([[where.get(t, -1) for t in row] + [-1]*(width - len(row)) for row in targets],
+                        dtype=torch.int64).reshape(len(targets), width)
 
 # %% ../../nbs/2_actions/02_featurizers.ipynb #6d1caccb
 def action_batch(
@@ -467,15 +567,26 @@ def action_batch(
     banks = [banks] if isinstance(banks, FeatureBank) else list(banks)
     widths = {(b.modality, b.width) for b in banks}
     if not banks or len({m for m, _ in widths}) != len(widths):
-        raise ValueError(f"banks: found {_listed(map(repr, banks)) or 'none'}; give at least one bank, and one width per modality")
-    if missing not in ("error", "drop"): raise ValueError(f"missing: found {missing!r}; choose 'error' or 'drop'")
-    tokens = [[(b, keys) for b in banks for keys in _token_keys(*row, b)] for row in zip(table.targets, table.guide_id, table.guide_seqs)]
-    lacking = [sorted({f"{k or 'guide sequence'} ({b.modality.name})" for b, keys in row for k in keys if k not in b}) for row in tokens]
+        raise ValueError(
+            f"banks: found {_listed(map(repr, banks)) or 'none'}; give at least one bank, and one width per "
+            f"modality"
+        )
+    if missing not in ("error", "drop"):
+        raise ValueError(f"missing: found {missing!r}; choose 'error' or 'drop'")
+    tokens = [[(b, keys) for b in banks for keys in _token_keys(*row, b)]
+              for row in zip(table.targets, table.guide_id, table.guide_seqs)]
+    lacking = [
+        sorted(
+            {f"{k or 'guide sequence'} ({b.modality.name})" for b, keys in row for k in keys if k not in b})
+        for row in tokens
+    ]
     kept = np.flatnonzero([not names for names in lacking])
     if len(kept) < len(tokens):
         names = [f"{p}: {', '.join(l)}" for p, l in zip(table.perturbation, lacking) if l]
         message = f"{len(names)} of {len(tokens)} perturbations have no feature for a target or guide: {_listed(names)}"
-        if missing == "error": raise MissingFeatureError(f"{message}; add them to the inputs of featurize, or pass missing='drop'")
+        if missing == "error":
+            raise MissingFeatureError(
+                f"{message}; add them to the inputs of featurize, or pass missing='drop'")
         warnings.warn(f"{message}; dropped", stacklevel=2)
     modes = [table.mode[i] if mode is None else mode for i in kept]
     batch = _fill_tokens([tokens[i] for i in kept], modes, max(b.width for b in banks))

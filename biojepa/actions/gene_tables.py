@@ -26,10 +26,15 @@ def _adjacency(
     edges:pd.DataFrame,  # columns a, b and optional weight
 )->tuple:                # (n, n) symmetric weights of the largest component, its n gene names
     "Repeated edges add up (seen in two databases counts twice), loops are dropped."
-    if not {"a", "b"} <= set(edges.columns): raise ValueError(f"edges: found columns {list(edges.columns)}; give 'a', 'b' and, if known, 'weight'")
+    if not {"a", "b"} <= set(edges.columns):
+        raise ValueError(
+            f"edges: found columns {list(edges.columns)}; give 'a', 'b' and, if known, 'weight'")
     weight = edges["weight"].to_numpy(float) if "weight" in edges else np.ones(len(edges))
-    if edges[["a", "b"]].isna().any(axis=None): raise ValueError("edges: found missing names in columns 'a' or 'b'; drop these rows")
-    if not (np.isfinite(weight) & (weight >= 0)).all(): raise ValueError("weight: found negative, NaN or infinite values; give a strength of 0 or more per edge")
+    if edges[["a", "b"]].isna().any(axis=None):
+        raise ValueError("edges: found missing names in columns 'a' or 'b'; drop these rows")
+    if not (np.isfinite(weight) & (weight >= 0)).all():
+        raise ValueError(
+            "weight: found negative, NaN or infinite values; give a strength of 0 or more per edge")
     code, names = pd.factorize(pd.concat([edges["a"], edges["b"]]).astype(str), sort=True)
     i, j = np.split(code, 2)
     kept = (i != j) & (weight > 0)
@@ -51,15 +56,27 @@ def spectral_embedding(
     "Unit-length rows of the leading eigenvectors of the normalised adjacency."
     A, names = _adjacency(read_table(edges))
     width = width or default_width(modality)
-    if width >= len(names): raise ValueError(f"width: found {width} for a largest connected component of {len(names)} genes; choose fewer columns than genes")
+    if width >= len(names):
+        raise ValueError(
+            f"width: found {width} for a largest connected component of {len(names)} genes; choose fewer "
+            f"columns than genes"
+        )
     scale = sparse.diags(1/np.sqrt(np.asarray(A.sum(1)).ravel()))
     eigenvalues, vectors = sparse.linalg.eigsh(scale @ A @ scale, k=width, which="LA", v0=np.ones(len(names)))
     vectors = vectors[:, ::-1]
     vectors = vectors*np.sign(vectors[np.abs(vectors).argmax(0), np.arange(width)])
     vectors = vectors/np.linalg.norm(vectors, axis=1, keepdims=True)
-    bank = FeatureBank(tuple(names), vectors, modality, dict(featurizer="graph", model="spectral embedding 1", pooling="unit length",
-        weights=object_hash([names.tolist(), np.round(A.sum(1), 6).ravel().tolist()]), modality=Modality(modality).name, width=width,
-        genes=len(names), smallest_eigenvalue=round(float(eigenvalues.min()), 6), versions={"scipy": version("scipy")}))
+    bank = FeatureBank(
+        tuple(names), vectors, modality,
+        dict(featurizer="graph",
+             model="spectral embedding 1",
+             pooling="unit length",
+             weights=object_hash([names.tolist(), np.round(A.sum(1), 6).ravel().tolist()]),
+             modality=Modality(modality).name,
+             width=width,
+             genes=len(names),
+             smallest_eigenvalue=round(float(eigenvalues.min()), 6),
+             versions={"scipy": version("scipy")}))
     return bank if genes is None else bank.select(genes, missing)
 
 # %% ../../nbs/2_actions/04_gene_tables.ipynb #28c5237c
@@ -68,13 +85,22 @@ def _read_npz(
 )->pd.DataFrame:
     "An npz file as a table; object arrays are pickles and are refused."
     try:
-        with np.load(path, allow_pickle=False) as f: arrays = {k: f[k] for k in f.files}
-    except ValueError as error: raise ValueError(f"{path}: found an object array, which is a pickle; save names with dtype=str and values as float32") from error
-    names, values = [k for k, a in arrays.items() if a.ndim == 1 and a.dtype.kind == "U"], [k for k, a in arrays.items() if a.ndim == 2 and a.dtype.kind in "fiu"]
+        with np.load(path, allow_pickle=False) as f:
+            arrays = {k: f[k] for k in f.files}
+    except ValueError as error:
+        raise ValueError(
+            f"{path}: found an object array, which is a pickle; save names with dtype=str and values as float32"
+        ) from error
+    names = [k for k, a in arrays.items() if a.ndim == 1 and a.dtype.kind == "U"]
+    values = [k for k, a in arrays.items() if a.ndim == 2 and a.dtype.kind in "fiu"]
     if len(names) != 1 or len(values) != 1:
-        raise ValueError(f"{path}: found arrays { {k: (a.shape, str(a.dtype)) for k, a in arrays.items()} }; give one 1-D text array (names) and one 2-D number array (rows)")
+        raise ValueError(
+            f"{path}: found arrays { {k: (a.shape, str(a.dtype)) for k, a in arrays.items()} }; give one 1-D "
+            f"text array (names) and one 2-D number array (rows)"
+        )
     names, values = arrays[names[0]], arrays[values[0]]
-    if len(names) != len(values): raise ValueError(f"{path}: found {len(names)} names for {len(values)} rows; give one row per name")
+    if len(names) != len(values):
+        raise ValueError(f"{path}: found {len(names)} names for {len(values)} rows; give one row per name")
     return pd.DataFrame(values, index=names)
 
 @featurizer("table")
@@ -87,15 +113,29 @@ def table_features(
 )->FeatureBank:
     "Any precomputed table of embeddings."
     origin = "DataFrame" if isinstance(source, pd.DataFrame) else Path(source).name
-    table = _read_npz(Path(source)) if origin.endswith(".npz") and Path(source).is_file() else read_table(source)
-    if key is not None and key not in table: raise ValueError(f"{origin}: found no column {key!r}; the columns are {list(table.columns[:8])}")
+    table = _read_npz(
+        Path(source)) if origin.endswith(".npz") and Path(source).is_file() else read_table(source)
+    if key is not None and key not in table:
+        raise ValueError(f"{origin}: found no column {key!r}; the columns are {list(table.columns[:8])}")
     if key is None and pd.api.types.is_numeric_dtype(table.index) and len(table.columns): key = table.columns[0]
     table = table if key is None else table.set_index(key)
-    if pd.api.types.is_numeric_dtype(table.index): raise ValueError(f"{origin}: found numbers in {key!r} instead of names; say which column holds them with key=")
+    if pd.api.types.is_numeric_dtype(table.index):
+        raise ValueError(
+            f"{origin}: found numbers in {key!r} instead of names; say which column holds them with key=")
     wrong = [c for c in table if not pd.api.types.is_numeric_dtype(table[c])]
-    if wrong or not len(table.columns): raise ValueError(f"{origin}: found no numbers in columns {wrong[:8]}; keep one column of names and numbers beside it")
+    if wrong or not len(table.columns):
+        raise ValueError(
+            f"{origin}: found no numbers in columns {wrong[:8]}; keep one column of names and numbers beside it"
+        )
     if table.index.isna().any(): raise ValueError(f"{origin}: found rows without a name; drop them")
     values = table.to_numpy(np.float64)
-    bank = FeatureBank(tuple(table.index.astype(str)), values, modality, dict(featurizer="table", model=origin, pooling=None,
-        weights=hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()[:12], modality=Modality(modality).name, width=values.shape[1], versions={"pandas": version("pandas")}))
+    bank = FeatureBank(
+        tuple(table.index.astype(str)), values, modality,
+        dict(featurizer="table",
+             model=origin,
+             pooling=None,
+             weights=hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()[:12],
+             modality=Modality(modality).name,
+             width=values.shape[1],
+             versions={"pandas": version("pandas")}))
     return bank if genes is None else bank.select(genes, missing)

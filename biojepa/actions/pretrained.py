@@ -47,17 +47,24 @@ class WeightSource:
         inside = place.is_relative_to(PATHS.root)
         here = f"{place.relative_to(PATHS.root).as_posix()} in the project folder" if inside else str(place)
         web = self.address if "://" in self.address else f"https://huggingface.co/{self.address}"
-        gate = (f" The repository is gated ({self.licence}): log in there, accept the licence, and set HF_TOKEN to a token of that account, "
-                "or download the files in a browser.") if self.gated else f" Licence: {self.licence}."
+        gate = (
+            f" The repository is gated ({self.licence}): log in there, accept the licence, and set HF_TOKEN to "
+            f"a token of that account, "
+            "or download the files in a browser.") if self.gated else f" Licence: {self.licence}."
         what = "the file" if "://" in self.address else "config.json, the tokenizer files, *.py and *.safetensors"
-        return MissingWeightsError(f"{self.name}: {found}. Download {what} from {web} to {here}, or pass "
-                                   f"model=PATH.{gate} Without weights, featurize('kmer', ...) makes rows of the same width; in an experiment "
-                                   "-p features kmer, or -p relations FILE for gene relations instead of sequences.")
+        return MissingWeightsError(
+            f"{self.name}: {found}. Download {what} from {web} to {here}, or pass "
+            f"model=PATH.{gate} Without weights, featurize('kmer', ...) makes rows of the same width; in an "
+            f"experiment "
+            "-p features kmer, or -p relations FILE for gene relations instead of sequences.")
 
-SOURCES = dict(
-    esm2_fair=WeightSource("esm2_t6_8M_UR50D.pt", "https://dl.fbaipublicfiles.com/fair-esm/models/esm2_t6_8M_UR50D.pt", "MIT"),
-    esm2_hf=WeightSource("esm2_t6_8M_UR50D", "facebook/esm2_t6_8M_UR50D", "MIT"),
-    ntv3=WeightSource("NTv3_650M_pre", "InstaDeepAI/NTv3_650M_pre", "InstaDeep model licence", gated=True))
+SOURCES = dict(esm2_fair=WeightSource(
+    "esm2_t6_8M_UR50D.pt", "https://dl.fbaipublicfiles.com/fair-esm/models/esm2_t6_8M_UR50D.pt", "MIT"),
+               esm2_hf=WeightSource("esm2_t6_8M_UR50D", "facebook/esm2_t6_8M_UR50D", "MIT"),
+               ntv3=WeightSource("NTv3_650M_pre",
+                                 "InstaDeepAI/NTv3_650M_pre",
+                                 "InstaDeep model licence",
+                                 gated=True))
 
 # %% ../../nbs/2_actions/03_pretrained.ipynb #1d061b3f
 def _download(
@@ -66,11 +73,19 @@ def _download(
     "From the Hugging Face cache or hub, or from the URL; safetensors only, where there is a choice."
     if "://" in source.address:
         import pooch
-        return Path(pooch.retrieve(source.address, known_hash=None, fname=source.name, path=PATHS.raw/"models", progressbar=True))
+        return Path(
+            pooch.retrieve(source.address,
+                           known_hash=None,
+                           fname=source.name,
+                           path=PATHS.raw/"models",
+                           progressbar=True))
     import httpx
     from huggingface_hub import snapshot_download
-    try: return Path(snapshot_download(source.address, allow_patterns=["*.json", "*.txt", "*.py", "*.safetensors"]))
-    except httpx.HTTPError as error: raise ConnectionError(f"{type(error).__name__}: {error}") from error
+    try:
+        return Path(
+            snapshot_download(source.address, allow_patterns=["*.json", "*.txt", "*.py", "*.safetensors"]))
+    except httpx.HTTPError as error:
+        raise ConnectionError(f"{type(error).__name__}: {error}") from error
 
 def find_weights(
     source:WeightSource,         # what is looked for
@@ -96,14 +111,17 @@ def weights_hash(
     if path.is_file(): return file_hash(path)[:12]
     files = [p for kind in ("*.safetensors", "config.json", "*.py") for p in sorted(path.glob(kind))]
     if not any(p.suffix == ".safetensors" for p in files):
-        raise ValueError(f"{path}: found no *.safetensors among {sorted(p.name for p in path.iterdir())}; pickled weights are not read, convert them with save_pretrained")
+        raise ValueError(
+            f"{path}: found no *.safetensors among {sorted(p.name for p in path.iterdir())}; pickled weights "
+            f"are not read, convert them with save_pretrained"
+        )
     return object_hash({p.name: file_hash(p) for p in files})
 
 # %% ../../nbs/2_actions/03_pretrained.ipynb #0cca7ee2
 class TokenMean(SequenceFeaturizer):
     "A language model's last hidden layer, averaged: a subclass gives `_load` and `_hidden`."
     kind:str                                     # name in FEATURIZERS
-    letters_per_batch = 4096                     # four proteins of full length: attention over them takes 0.3 GB a layer
+    letters_per_batch = 4096  # four proteins of full length: attention over them takes 0.3 GB a layer
     pooled = dict(residues="mean of the last hidden layer over letters",
                   tokens="mean of the last hidden layer over all tokens, start and end included")
 
@@ -114,26 +132,38 @@ class TokenMean(SequenceFeaturizer):
         download:bool=True,                      # try the network if the weights are not here
         pooling:Literal["residues", "tokens"]="residues",  # what is averaged: letters, or start and end too
     ):
-        if pooling not in self.pooled: raise ValueError(f"pooling: found {pooling!r}; choose 'residues' or 'tokens'")
+        if pooling not in self.pooled:
+            raise ValueError(f"pooling: found {pooling!r}; choose 'residues' or 'tokens'")
         self.pooling = pooling
         self.path, self.device = find_weights(SOURCES[self.kind], model, download), torch.device(device)
         self.name = SOURCES[self.kind].address if model is None else Path(model).name
-        self.width, self.weights, self.model = width or default_width(self.modality), weights_hash(self.path), None
+        self.width, self.weights, self.model = width or default_width(self.modality), weights_hash(
+            self.path), None
 
     def config(self)->dict:
-        return dict(featurizer=self.kind, model=self.name, weights=self.weights, pooling=self.pooled[self.pooling],
-                    modality=self.modality.name, width=self.width, max_length=self.max_length)
+        return dict(featurizer=self.kind,
+                    model=self.name,
+                    weights=self.weights,
+                    pooling=self.pooled[self.pooling],
+                    modality=self.modality.name,
+                    width=self.width,
+                    max_length=self.max_length)
 
     @torch.inference_mode()
     def embed(self, sequences):
         if self.model is None: self.model = self._load().to(self.device).eval()
         hidden, letters, tokens = self._hidden(list(sequences))   # (B, T, F), (B, T), (B, T)
         if hidden.shape[-1] != self.width:
-            raise ValueError(f"{self.path}: found a hidden width of {hidden.shape[-1]}, expected {self.width}; pass width={hidden.shape[-1]} and set it in ModelConfig")
+            raise ValueError(
+                f"{self.path}: found a hidden width of {hidden.shape[-1]}, expected {self.width}; pass "
+                f"width={hidden.shape[-1]} and set it in ModelConfig"
+            )
         counted = letters.sum(1).tolist()
         if hidden.shape[:2] != letters.shape or counted != [len(s) for s in sequences]:
-            raise ValueError(f"{self.path}: found {counted} tokens in a layer of shape {tuple(hidden.shape)} for sequences of lengths "
-                             f"{[len(s) for s in sequences]}; this model does not read one token per letter")
+            raise ValueError(
+                f"{self.path}: found {counted} tokens in a layer of shape {tuple(hidden.shape)} for sequences "
+                f"of lengths "
+                f"{[len(s) for s in sequences]}; this model does not read one token per letter")
         weight = (tokens if self.pooling == "tokens" else letters).unsqueeze(-1).to(hidden.dtype)
         return ((hidden*weight).sum(1)/weight.sum(1)).float().cpu().numpy()
 
@@ -146,8 +176,11 @@ def load_esm_fair(
     with torch.serialization.safe_globals([Namespace]):
         try: checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         except (UnpicklingError, RuntimeError, EOFError, OSError) as error:
-            raise ValueError(f"{path}: found no readable checkpoint ({_first_line(error)}); download it again") from error
-    if not isinstance(checkpoint, dict) or not {"cfg", "model"} <= set(checkpoint): raise ValueError(f"{path}: found no 'cfg' and 'model'; give an ESM-2 checkpoint of fair-esm")
+            raise ValueError(
+                f"{path}: found no readable checkpoint ({_first_line(error)}); download it again"
+            ) from error
+    if not isinstance(checkpoint, dict) or not {"cfg", "model"} <= set(checkpoint):
+        raise ValueError(f"{path}: found no 'cfg' and 'model'; give an ESM-2 checkpoint of fair-esm")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Regression weights not found")
         return esm.pretrained.load_model_and_alphabet_core("esm2", checkpoint)
@@ -163,7 +196,8 @@ class Esm2Fair(TokenMean):
 
     def _hidden(self, sequences)->tuple[Tensor, Tensor, Tensor]:
         tokens = self.alphabet.get_batch_converter()([("", s) for s in sequences])[2].to(self.device)
-        special = torch.tensor([self.alphabet.padding_idx, self.alphabet.cls_idx, self.alphabet.eos_idx], device=self.device)
+        special = torch.tensor([self.alphabet.padding_idx, self.alphabet.cls_idx, self.alphabet.eos_idx],
+                               device=self.device)
         last = self.model.num_layers
         hidden = self.model(tokens, repr_layers=[last])["representations"][last]
         return hidden, ~torch.isin(tokens, special), tokens != self.alphabet.padding_idx
@@ -175,10 +209,23 @@ def _load_transformers(
     **options,       # passed to from_pretrained
 )->nn.Module:
     "A transformers model in float32 with every weight from the file, and every other buffer as its code computes it."
-    try: model, info = auto.from_pretrained(path, use_safetensors=True, dtype=torch.float32, output_loading_info=True, local_files_only=True, **options)
-    except OSError as error: raise ValueError(f"{path}: found no readable model ({_first_line(error)}); download the whole folder again") from error
+    try:
+        model, info = auto.from_pretrained(path,
+                                           use_safetensors=True,
+                                           dtype=torch.float32,
+                                           output_loading_info=True,
+                                           local_files_only=True,
+                                           **options)
+    except OSError as error:
+        raise ValueError(
+            f"{path}: found no readable model ({_first_line(error)}); download the whole folder again"
+        ) from error
     absent = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
-    if absent: raise ValueError(f"{path}: found no weights for {absent[:4]} ({len(absent)} in all); transformers would draw them at random, download the right file")
+    if absent:
+        raise ValueError(
+            f"{path}: found no weights for {absent[:4]} ({len(absent)} in all); transformers would draw them "
+            f"at random, download the right file"
+        )
     in_file, fresh = set(model.state_dict()), dict(type(model)(model.config).named_buffers())
     for name, buffer in model.named_buffers():
         if name not in in_file: buffer.copy_(fresh[name])
@@ -197,13 +244,17 @@ class Esm2HF(TokenMean):
     def _hidden(self, sequences)->tuple[Tensor, Tensor, Tensor]:
         tokens = self.tokenizer(sequences, return_tensors="pt", padding=True).to(self.device)
         ids, pad = tokens["input_ids"], self.tokenizer.pad_token_id
-        special = torch.tensor([pad, self.tokenizer.cls_token_id, self.tokenizer.eos_token_id], device=self.device)
+        special = torch.tensor([pad, self.tokenizer.cls_token_id, self.tokenizer.eos_token_id],
+                               device=self.device)
         return self.model(**tokens).last_hidden_state, ~torch.isin(ids, special), ids != pad
 
 # %% ../../nbs/2_actions/03_pretrained.ipynb #e774a22e
-_ESM_NAMES = {"self_attn.q_proj": "attention.self.query", "self_attn.k_proj": "attention.self.key", "self_attn.v_proj": "attention.self.value",
-              "self_attn.out_proj": "attention.output.dense", "self_attn_layer_norm": "attention.LayerNorm", "fc1": "intermediate.dense",
-              "fc2": "output.dense", "final_layer_norm": "LayerNorm"}  # a layer's modules, fair-esm -> transformers
+_ESM_NAMES = {
+    "self_attn.q_proj": "attention.self.query", "self_attn.k_proj": "attention.self.key",
+    "self_attn.v_proj": "attention.self.value", "self_attn.out_proj": "attention.output.dense",
+    "self_attn_layer_norm": "attention.LayerNorm", "fc1": "intermediate.dense", "fc2": "output.dense",
+    "final_layer_norm": "LayerNorm"
+}  # a layer's modules, fair-esm -> transformers
 
 def esm_names(
     name:str,   # a parameter of fair-esm's ESM2
@@ -229,14 +280,33 @@ def write_random_esm2(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         fair = esm.ESM2(num_layers=layers, embed_dim=width, attention_heads=heads)
-        for p in fair.parameters(): nn.init.normal_(p, std=0.1) if p.ndim > 1 else p.data.add_(0.1*torch.randn_like(p))
+        for p in fair.parameters():
+            nn.init.normal_(p, std=0.1) if p.ndim > 1 else p.data.add_(0.1*torch.randn_like(p))
     state = fair.state_dict()
     folder, words = Path(folder), fair.alphabet.all_toks
-    torch.save({"cfg": {"model": Namespace(encoder_layers=layers, encoder_embed_dim=width, encoder_attention_heads=heads, token_dropout=True)},
-                "model": {f"encoder.sentence_encoder.{k}": v for k, v in state.items()}}, folder/"random.pt")
-    model = EsmModel(EsmConfig(vocab_size=len(words), pad_token_id=fair.padding_idx, mask_token_id=fair.mask_idx, hidden_size=width,
-        num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=4*width, max_position_embeddings=1026, layer_norm_eps=1e-5,
-        position_embedding_type="rotary", emb_layer_norm_before=False, token_dropout=True), add_pooling_layer=False)
+    torch.save(
+        {
+            "cfg": {
+                "model":
+                Namespace(encoder_layers=layers,
+                          encoder_embed_dim=width,
+                          encoder_attention_heads=heads,
+                          token_dropout=True)
+            }, "model": {f"encoder.sentence_encoder.{k}": v for k, v in state.items()}
+        }, folder/"random.pt")
+    model = EsmModel(EsmConfig(vocab_size=len(words),
+                               pad_token_id=fair.padding_idx,
+                               mask_token_id=fair.mask_idx,
+                               hidden_size=width,
+                               num_hidden_layers=layers,
+                               num_attention_heads=heads,
+                               intermediate_size=4*width,
+                               max_position_embeddings=1026,
+                               layer_norm_eps=1e-5,
+                               position_embedding_type="rotary",
+                               emb_layer_norm_before=False,
+                               token_dropout=True),
+                     add_pooling_layer=False)
     model.load_state_dict({esm_names(k): v for k, v in state.items() if esm_names(k)}, strict=False)
     model.save_pretrained(folder/"random")
     (folder/"random"/"vocab.txt").write_text("\n".join(words))
@@ -267,12 +337,20 @@ class NucleotideTransformer(TokenMean):
 
     def _hidden(self, sequences)->tuple[Tensor, Tensor, Tensor]:
         length = torch.tensor([[len(s)] for s in sequences])
-        filled = sequences if self.pad == "pad" else [s.ljust(-(-len(s)//self.pad_multiple)*self.pad_multiple, "N") for s in sequences]
-        ids = self.tokenizer(filled, add_special_tokens=False, padding=True, pad_to_multiple_of=self.pad_multiple, return_tensors="pt")["input_ids"]
+        filled = sequences if self.pad == "pad" else [
+            s.ljust(-(-len(s) // self.pad_multiple)*self.pad_multiple, "N") for s in sequences
+        ]
+        ids = self.tokenizer(filled,
+                             add_special_tokens=False,
+                             padding=True,
+                             pad_to_multiple_of=self.pad_multiple,
+                             return_tensors="pt")["input_ids"]
         letters = torch.arange(ids.shape[1]) < length
-        if self.pad == "pad": letters &= ids != self.tokenizer.pad_token_id   # a tokenizer of k-mers is found out here
+        if self.pad == "pad":
+            letters &= ids != self.tokenizer.pad_token_id  # a tokenizer of k-mers is found out here
         letters = letters.to(self.device)   # it reads no start or end: its tokens are the letters
-        return self.model(input_ids=ids.to(self.device), output_hidden_states=True).hidden_states[-1], letters, letters
+        return self.model(input_ids=ids.to(self.device),
+                          output_hidden_states=True).hidden_states[-1], letters, letters
 
 # %% ../../nbs/2_actions/03_pretrained.ipynb #e7a90b52
 _RELEASED = {Modality.PROTEIN: ("esm2_fair", "esm2_hf"), Modality.DNA: ("ntv3",)}

@@ -51,8 +51,10 @@ class Mode(IntEnum):
         value,     # a Mode, its number, or its name in any case
     )->"Mode":
         "A mode from what files and users write; `CRISPRi` is `Mode.CRISPRI`."
-        if isinstance(value, str) and value.strip().upper() in cls.__members__: return cls[value.strip().upper()]
-        if isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value in list(cls): return cls(value)
+        if isinstance(value, str) and value.strip().upper() in cls.__members__:
+            return cls[value.strip().upper()]
+        if isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value in list(cls):
+            return cls(value)
         raise ValueError(f"mode: found {value!r}; choose one of {', '.join(str(m) for m in cls)}")
 
 # %% ../../nbs/2_actions/01_vocabulary.ipynb #ede0fe8c
@@ -92,7 +94,10 @@ class ActionTable:
     @property
     def frame(self)->pd.DataFrame:
         "The table as a DataFrame, a copy."
-        return pd.DataFrame({name: pd.Series(column, dtype="int64" if name == "n_cells" else object) for name, column in self._columns().items()})
+        return pd.DataFrame({
+            name: pd.Series(column, dtype="int64" if name == "n_cells" else object)
+            for name, column in self._columns().items()
+        })
 
     @property
     def is_control(self)->np.ndarray:
@@ -112,7 +117,11 @@ class ActionTable:
 
     def select(self, rows:Sequence[int])->"ActionTable":
         "Some rows, in the order given; their numbers are no longer the perturbation codes of the AnnData."
-        return ActionTable(**{name: tuple(column[i] for i in np.asarray(rows, np.int64)) for name, column in self._columns().items()})
+        return ActionTable(
+            **{
+                name: tuple(column[i] for i in np.asarray(rows, np.int64))
+                for name, column in self._columns().items()
+            })
 
     def rows(self, adata:AnnData, split, part:str)->np.ndarray:
         "Sorted rows of the perturbations that have cells in a part of a split: the `allowed` rows of `action_loader`."
@@ -142,10 +151,18 @@ def _check_table(
     lengths = {name: len(column) for name, column in table._columns().items()}
     if len(set(lengths.values())) > 1: raise ValueError(f"action table: columns of unequal length, {lengths}")
     names = pd.Index(table.perturbation)
-    if not names.is_unique: raise ValueError(f"action table: perturbation {names[names.duplicated()][0]!r} stands twice; give each intervention its own name")
+    if not names.is_unique:
+        raise ValueError(
+            f"action table: perturbation {names[names.duplicated()][0]!r} stands twice; give each intervention "
+            f"its own name"
+        )
     for name, seqs in zip(table.perturbation, table.guide_seqs):
         wrong = [s for s in seqs if not re.fullmatch("[ACGTN]+", s)]
-        if wrong: raise ValueError(f"action table: guide sequence {wrong[0]!r} of {name!r} is not DNA; only the capital letters A C G T N are")
+        if wrong:
+            raise ValueError(
+                f"action table: guide sequence {wrong[0]!r} of {name!r} is not DNA; only the capital letters A "
+                f"C G T N are"
+            )
 
 # %% ../../nbs/2_actions/01_vocabulary.ipynb #2b4863e2
 def _one_value(
@@ -163,8 +180,12 @@ def _one_value(
     twice = seen[seen.code.duplicated(keep=False)]
     if len(twice):
         first = twice[twice.code == twice.code.iloc[0]]
-        raise ValueError(f"adata.obs[{column!r}]: {twice.code.nunique()} perturbations have more than one value, first {names[first.code.iloc[0]]!r} with "
-                         f"{', '.join(map(repr, first.value[:3]))}; name the guide column in load_dataset (guide=...), so that each is a perturbation of its own")
+        raise ValueError(
+            f"adata.obs[{column!r}]: {twice.code.nunique()} perturbations have more than one value, first "
+            f"{names[first.code.iloc[0]]!r} with "
+            f"{', '.join(map(repr, first.value[:3]))}; name the guide column in load_dataset (guide=...), so "
+            f"that each is a perturbation of its own"
+        )
     return pd.Series(seen.value.to_numpy(), index=seen.code).reindex(range(len(names)), fill_value="").tolist()
 
 # %% ../../nbs/2_actions/01_vocabulary.ipynb #5739bc93
@@ -173,8 +194,13 @@ def _perturbation_codes(
 )->tuple[np.ndarray, pd.Index]:  # (n_obs,) int64 codes, (P,) names
     "The codes that batches carry, and their names."
     for column in ("condition", "perturbation"):
-        if column not in adata.obs: raise ValueError(f"adata.obs: no column {column!r}; load_dataset makes it")
-        if adata.obs[column].isna().any(): raise ValueError(f"adata.obs[{column!r}]: {adata.obs[column].isna().sum()} cells have no value; name it or remove them")
+        if column not in adata.obs:
+            raise ValueError(f"adata.obs: no column {column!r}; load_dataset makes it")
+        if adata.obs[column].isna().any():
+            raise ValueError(
+                f"adata.obs[{column!r}]: {adata.obs[column].isna().sum()} cells have no value; name it or "
+                f"remove them"
+            )
     values = adata.obs["perturbation"].astype("category").cat
     return values.codes.to_numpy().astype(np.int64), pd.Index(values.categories.astype(str))
 
@@ -189,7 +215,10 @@ def _require_known(
     unknown = {t: c for c in conditions for t in parse_condition(c) if t not in known}
     if unknown:
         named = ", ".join(f"{t} (in {c!r})" for t, c in list(unknown.items())[:10])
-        raise ValueError(f"condition: {len(unknown)} targets are not among the {len(known)} known genes: {named}{', …' if len(unknown) > 10 else ''}; correct the names, or remove these cells")
+        raise ValueError(
+            f"condition: {len(unknown)} targets are not among the {len(known)} known genes: "
+            f"{named}{', …' if len(unknown) > 10 else ''}; correct the names, or remove these cells"
+        )
 
 # %% ../../nbs/2_actions/01_vocabulary.ipynb #2495f687
 def _columns_of_cells(
@@ -200,17 +229,31 @@ def _columns_of_cells(
     "One row per category of `obs['perturbation']`."
     code, names = _perturbation_codes(adata)
     n_cells = np.bincount(code, minlength=len(names))
-    if not n_cells.all(): raise ValueError(f"adata.obs['perturbation']: {(n_cells == 0).sum()} categories have no cell, first {names[n_cells == 0][0]!r}; drop them with .cat.remove_unused_categories()")
+    if not n_cells.all():
+        raise ValueError(
+            f"adata.obs['perturbation']: {(n_cells == 0).sum()} categories have no cell, first "
+            f"{names[n_cells == 0][0]!r}; drop them with .cat.remove_unused_categories()"
+        )
     condition = _one_value(adata, "condition", code, names, np.zeros(len(names), bool))
     _require_known(condition, known)
     targets = [parse_condition(c) for c in condition]
     control = np.array([not t for t in targets], bool)
-    sequences = [_one_value(adata, c, code, names, control) for c in sorted(adata.obs) if c.startswith("guide_seq_")]
+    sequences = [
+        _one_value(adata, c, code, names, control) for c in sorted(adata.obs) if c.startswith("guide_seq_")
+    ]
     guide_id, modes = (_one_value(adata, c, code, names, control) for c in ("guide_id", "mode"))
-    modes = [Mode.CONTROL if c else Mode.parse((m or "unknown") if mode is None else mode) for c, m in zip(control, modes)]
+    modes = [
+        Mode.CONTROL if c else Mode.parse((m or "unknown") if mode is None else mode)
+        for c, m in zip(control, modes)
+    ]
     guide_seqs = tuple(tuple(filter(None, row)) for row in zip(*sequences)) or ((),)*len(names)
-    return dict(perturbation=tuple(names), condition=tuple(condition), targets=tuple(targets), guide_id=tuple(guide_id),
-                guide_seqs=guide_seqs, mode=tuple(modes), n_cells=tuple(n_cells.tolist()))
+    return dict(perturbation=tuple(names),
+                condition=tuple(condition),
+                targets=tuple(targets),
+                guide_id=tuple(guide_id),
+                guide_seqs=guide_seqs,
+                mode=tuple(modes),
+                n_cells=tuple(n_cells.tolist()))
 
 # %% ../../nbs/2_actions/01_vocabulary.ipynb #a839f0b9
 def _codes_of_cells(
@@ -220,9 +263,14 @@ def _codes_of_cells(
     "Codes of cells, which are rows of the table only if both list the same perturbations in the same order."
     code, names = _perturbation_codes(adata)
     if tuple(names) == table.perturbation: return code
-    missing, extra = [n for n in names if n not in set(table.perturbation)], [n for n in table.perturbation if n not in set(names)]
-    raise ValueError(f"action table: {len(table)} rows, but adata.obs['perturbation'] has {len(names)} categories ({len(missing)} not in the table {missing[:3]}, {len(extra)} only there {extra[:3]}, "
-                     "or another order); make it with ActionTable.from_anndata(adata) from the AnnData that batches are made of")
+    missing = [n for n in names if n not in set(table.perturbation)]
+    extra = [n for n in table.perturbation if n not in set(names)]
+    raise ValueError(
+        f"action table: {len(table)} rows, but adata.obs['perturbation'] has {len(names)} categories "
+        f"({len(missing)} not in the table {missing[:3]}, {len(extra)} only there {extra[:3]}, "
+        "or another order); make it with ActionTable.from_anndata(adata) from the AnnData that batches "
+        "are made of"
+    )
 
 # %% ../../nbs/2_actions/01_vocabulary.ipynb #a52badac
 def _columns_of_labels(
@@ -231,7 +279,8 @@ def _columns_of_labels(
     known:Sequence[str]|None,
 )->dict[str, tuple]:            # columns of an ActionTable
     "One row per label, in canonical spelling."
-    if isinstance(conditions, str): raise ValueError(f"conditions: found the single label {conditions!r}; give a list of labels")
+    if isinstance(conditions, str):
+        raise ValueError(f"conditions: found the single label {conditions!r}; give a list of labels")
     targets = tuple(parse_condition(c) for c in conditions)
     _require_known(conditions, known)
     names, n = tuple(condition_name(t) for t in targets), len(targets)
@@ -247,18 +296,26 @@ def _write_table(
     frame = table.frame
     for name in ("targets", "guide_seqs"): frame[name] = frame[name].map("+".join)
     frame["mode"] = [str(m) for m in table.mode]
-    if path.suffix not in (".csv", ".parquet"): raise ValueError(f"{path}: found suffix {path.suffix!r}; an action table is .csv or .parquet")
-    with atomic_path(path) as part: frame.to_csv(part, index=False) if path.suffix == ".csv" else frame.to_parquet(part, index=False)
+    if path.suffix not in (".csv", ".parquet"):
+        raise ValueError(f"{path}: found suffix {path.suffix!r}; an action table is .csv or .parquet")
+    with atomic_path(path) as part:
+        frame.to_csv(part, index=False) if path.suffix == ".csv" else frame.to_parquet(part, index=False)
 
 # %% ../../nbs/2_actions/01_vocabulary.ipynb #6da18f6f
 def _read_table(
     path:Path,           # .csv or .parquet
 )->dict[str, tuple]:     # columns of an ActionTable
     "The inverse of `_write_table`; a gene called NA stays a gene."
-    if path.suffix not in (".csv", ".parquet"): raise ValueError(f"{path}: found suffix {path.suffix!r}; an action table is .csv or .parquet")
-    frame = pd.read_csv(path, dtype=str, keep_default_na=False) if path.suffix == ".csv" else pd.read_parquet(path)
+    if path.suffix not in (".csv", ".parquet"):
+        raise ValueError(f"{path}: found suffix {path.suffix!r}; an action table is .csv or .parquet")
+    frame = pd.read_csv(path, dtype=str,
+                        keep_default_na=False) if path.suffix == ".csv" else pd.read_parquet(path)
     names = list(ActionTable.__dataclass_fields__)
-    if list(frame.columns) != names: raise ValueError(f"{path}: found columns {', '.join(frame.columns)}; an action table has {', '.join(names)}")
+    if list(frame.columns) != names:
+        raise ValueError(
+            f"{path}: found columns {', '.join(frame.columns)}; an action table has {', '.join(names)}")
     columns = {name: tuple(frame[name].astype(str)) for name in names}
-    for name in ("targets", "guide_seqs"): columns[name] = tuple(tuple(filter(None, text.split("+"))) for text in columns[name])
-    return columns | dict(mode=tuple(Mode.parse(m) for m in columns["mode"]), n_cells=tuple(int(n) for n in columns["n_cells"]))
+    for name in ("targets", "guide_seqs"):
+        columns[name] = tuple(tuple(filter(None, text.split("+"))) for text in columns[name])
+    return columns | dict(mode=tuple(Mode.parse(m) for m in columns["mode"]),
+                          n_cells=tuple(int(n) for n in columns["n_cells"]))

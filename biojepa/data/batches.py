@@ -54,7 +54,7 @@ class ActionBatch(NamedTuple):
     modality:Tensor  # (B, A) int64, a Modality
     mode:Tensor      # (B, A) int64, a Mode
     present:Tensor   # (B, A) bool, True for a real token
-    genes:Tensor|None = None  # (B, K) int64, places of the targeted genes among the model's, -1: none; only `intervenes` reads it
+    genes: Tensor | None = None  # (B, K) int64, places of the targeted genes among the model's, -1: none; only `intervenes` reads it
 
     def take(self, index)->"ActionBatch":
         "Some rows, in the order of `index`: the actions of a PairBatch are `actions.take(batch.perturbation)`."
@@ -90,12 +90,18 @@ def row_source(
 ):                  # (cells × G) matrix for `dense_rows`
     "The matrix of an AnnData in a form that gives rows cheaply; a CSC matrix in memory is converted, once."
     if adata.isbacked and adata.is_view:
-        raise ValueError(f"{adata.filename}: found a view of a file on disk, which would be read whole; pass the whole AnnData with a split, or view.to_memory()")
+        raise ValueError(
+            f"{adata.filename}: found a view of a file on disk, which would be read whole; pass the whole "
+            f"AnnData with a split, or view.to_memory()"
+        )
     X = adata.X  # a new object at each access where it is on disk, so it is taken once
     if X is None: raise ValueError("adata.X: found None; batches are made from X")
     if getattr(X, "format", None) != "csc": return X
     if adata.isbacked:
-        raise ValueError(f"{adata.filename}: X is stored gene by gene (CSC), so no cell can be read alone; write it as CSR, or read it without backed='r'")
+        raise ValueError(
+            f"{adata.filename}: X is stored gene by gene (CSC), so no cell can be read alone; write it as CSR, "
+            f"or read it without backed='r'"
+        )
     return X.tocsr()
 
 # %% ../../nbs/1_data/08_batches.ipynb #4fab79e9
@@ -105,7 +111,8 @@ def dense_rows(
 )->Tensor:            # (B, G) float32, memory of its own
     "Some cells, dense."
     where = slice(None)
-    if not (isinstance(source, np.ndarray) or issparse(source)): rows, where = np.unique(rows, return_inverse=True)
+    if not (isinstance(source, np.ndarray) or issparse(source)):
+        rows, where = np.unique(rows, return_inverse=True)
     block = source[rows]
     block = block.toarray() if issparse(block) else np.asarray(block)
     return torch.from_numpy(block.astype(np.float32, copy=False))[where]
@@ -130,7 +137,9 @@ def _codes(
     "A column of `adata.obs` as integers; missing values are refused."
     values = adata.obs[column].astype("category").cat
     codes = values.codes.to_numpy().astype(np.int64)
-    if (codes < 0).any(): raise ValueError(f"adata.obs[{column!r}]: {(codes < 0).sum()} cells have no value; name it or remove them")
+    if (codes < 0).any():
+        raise ValueError(
+            f"adata.obs[{column!r}]: {(codes < 0).sum()} cells have no value; name it or remove them")
     return codes, values.categories.to_numpy().astype(str)
 
 # %% ../../nbs/1_data/08_batches.ipynb #b09171db
@@ -148,11 +157,20 @@ def match_controls(
     orphan = start == stop
     if (none := orphan & (line_start == line_stop)).any():
         names = ", ".join(lines[np.unique(line[cells[none]])])
-        raise ValueError(f"no control cells for cell type {names}: {none.sum()} perturbed cells have nothing to be paired with; add controls or remove these cells")
+        raise ValueError(
+            f"no control cells for cell type {names}: {none.sum()} perturbed cells have nothing to be paired "
+            f"with; add controls or remove these cells"
+        )
     if orphan.any():
-        names = ", ".join(f"{batches[g // len(lines)]} ({lines[g % len(lines)]})" for g in np.unique(group[cells[orphan]]))
-        warnings.warn(f"no control cells in batch {names}: {orphan.sum()} perturbed cells are paired with controls of their cell type from other batches", stacklevel=3)
-    return ControlPools(cells, np.concatenate([by_group, by_line]), np.where(orphan, len(by_group) + line_start, start),
+        names = ", ".join(f"{batches[g // len(lines)]} ({lines[g % len(lines)]})"
+                          for g in np.unique(group[cells[orphan]]))
+        warnings.warn(
+            f"no control cells in batch {names}: {orphan.sum()} perturbed cells are paired with controls of "
+            f"their cell type from other batches",
+            stacklevel=3)
+    return ControlPools(cells, np.concatenate([by_group, by_line]),
+                        np.where(orphan,
+                                 len(by_group) + line_start, start),
                         np.where(orphan, line_stop - line_start, stop - start))
 
 # %% ../../nbs/1_data/08_batches.ipynb #3770f581
@@ -163,7 +181,8 @@ def counter_uniform(
     stream:int,  # which of the independent sequences of this epoch
 )->np.ndarray:   # (n,) float64 in [0, 1)
     "Uniform numbers that are a pure function of the arguments."
-    raw = np.random.Philox(key=np.array([seed, epoch], np.uint64), counter=np.array([0, 0, 0, stream], np.uint64)).random_raw(n)
+    raw = np.random.Philox(key=np.array([seed, epoch], np.uint64),
+                           counter=np.array([0, 0, 0, stream], np.uint64)).random_raw(n)
     return (raw >> np.uint64(11)) * 2.**-53
 
 # %% ../../nbs/1_data/08_batches.ipynb #244ed9b4
@@ -217,7 +236,10 @@ class BatchLoader:
         self.n_items, self._checksum = len(items), zlib.crc32(np.ascontiguousarray(items))
         self.position = self._resume = 0
         if not self.n_items or self.training and not len(self):
-            raise ValueError(f"batch_size: {self.n_items} items make no batch of {self.batch_size} on {self.world_size} devices with drop_last={self.drop_last}")
+            raise ValueError(
+                f"batch_size: {self.n_items} items make no batch of {self.batch_size} on {self.world_size} "
+                f"devices with drop_last={self.drop_last}"
+            )
 
     def __len__(self)->int:
         "Batches of one epoch on this device."
@@ -235,7 +257,9 @@ class BatchLoader:
 
     def _batches(self, start:int)->Iterator:
         items = self.items(self.epoch if self.training else 0)
-        if self.training: items = items[np.argsort(counter_uniform(len(items), self.seed, self.epoch, stream=0), kind="stable")]
+        if self.training:
+            items = items[np.argsort(counter_uniform(len(items), self.seed, self.epoch, stream=0),
+                                     kind="stable")]
         pieces = (items[self._share(batch)] for batch in range(start, len(self)))
         for position, batch in enumerate(_ahead(self.collate, pieces, self.prefetch), start + 1):
             self.position = position
@@ -247,13 +271,22 @@ class BatchLoader:
 
     def state_dict(self)->dict:
         "Where the loader stands: batches handed out in this epoch, and what their content depends on."
-        return dict(epoch=self.epoch, position=self.position, seed=self.seed, batch_size=self.batch_size, n_items=self.n_items, checksum=self._checksum)
+        return dict(epoch=self.epoch,
+                    position=self.position,
+                    seed=self.seed,
+                    batch_size=self.batch_size,
+                    n_items=self.n_items,
+                    checksum=self._checksum)
 
     def load_state_dict(self, state:dict)->None:
         "Continue after the last batch that was handed out; the state of another loader is refused."
         mine = self.state_dict()
-        differs = [f"{k} is {state.get(k)} in the state, {mine[k]} here" for k in ("seed", "batch_size", "n_items", "checksum") if state.get(k) != mine[k]]
-        if differs: raise ValueError(f"loader state: {'; '.join(differs)}; resume with the same cells and settings")
+        differs = [
+            f"{k} is {state.get(k)} in the state, {mine[k]} here"
+            for k in ("seed", "batch_size", "n_items", "checksum") if state.get(k) != mine[k]
+        ]
+        if differs:
+            raise ValueError(f"loader state: {'; '.join(differs)}; resume with the same cells and settings")
         self.epoch, self.position = state["epoch"], state["position"]
         self._resume = self.position
 
@@ -264,10 +297,15 @@ def _check_loader(
     "Refuse settings that cannot make batches, by name."
     def refuse(name, need): raise ValueError(f"{name}: found {getattr(loader, name)!r}; give {need}")
     for name, least in dict(batch_size=1, seed=0, epoch=0, rank=0, world_size=1).items():
-        if not isinstance(getattr(loader, name), (int, np.integer)) or getattr(loader, name) < least: refuse(name, f"an integer of at least {least}")
-    if loader.rank >= loader.world_size: refuse("rank", f"one from 0 to world_size - 1 = {loader.world_size - 1}")
-    if loader.batch_size % loader.world_size: refuse("batch_size", f"a multiple of world_size = {loader.world_size}; it counts the items of all devices")
-    if loader.drop_last and not loader.training: refuse("drop_last", "False in evaluation, which visits every item")
+        if not isinstance(getattr(loader, name), (int, np.integer)) or getattr(loader, name) < least:
+            refuse(name, f"an integer of at least {least}")
+    if loader.rank >= loader.world_size:
+        refuse("rank", f"one from 0 to world_size - 1 = {loader.world_size - 1}")
+    if loader.batch_size % loader.world_size:
+        refuse("batch_size",
+               f"a multiple of world_size = {loader.world_size}; it counts the items of all devices")
+    if loader.drop_last and not loader.training:
+        refuse("drop_last", "False in evaluation, which visits every item")
 
 # %% ../../nbs/1_data/08_batches.ipynb #ddf68182
 def _prepared(
@@ -277,11 +315,19 @@ def _prepared(
     "Refuse an AnnData that `prepare` has not made."
     space = adata.uns.get("biojepa", {}).get("expression_space")
     if space not in ("log1p", "log1p_twice"):
-        raise ValueError(f"adata.uns['biojepa']['expression_space']: found {space!r}; batches are made from log-normalised values, so call prepare(adata) first")
+        raise ValueError(
+            f"adata.uns['biojepa']['expression_space']: found {space!r}; batches are made from log-normalised "
+            f"values, so call prepare(adata) first"
+        )
     for column in ("log_library_size", *columns):
-        if column not in adata.obs: raise ValueError(f"adata.obs: no column {column!r}; make it with load_dataset and prepare")
+        if column not in adata.obs:
+            raise ValueError(f"adata.obs: no column {column!r}; make it with load_dataset and prepare")
     size = adata.obs["log_library_size"].to_numpy(np.float32)
-    if not np.isfinite(size).all(): raise ValueError(f"adata.obs['log_library_size']: {(~np.isfinite(size)).sum()} cells have no finite value; call prepare(adata) again, or remove them")
+    if not np.isfinite(size).all():
+        raise ValueError(
+            f"adata.obs['log_library_size']: {(~np.isfinite(size)).sum()} cells have no finite value; call "
+            f"prepare(adata) again, or remove them"
+        )
     return size
 
 # %% ../../nbs/1_data/08_batches.ipynb #d630779f
@@ -291,9 +337,14 @@ def _part_cells(
     part:str,       # "train", "val" or "test"
 )->np.ndarray:      # (N,) int64, sorted rows
     "The perturbed cells of a part; an unknown or empty part is an error."
-    if part not in ("train", "val", "test"): raise ValueError(f"part: found {part!r}; choose 'train', 'val' or 'test'")
+    if part not in ("train", "val", "test"):
+        raise ValueError(f"part: found {part!r}; choose 'train', 'val' or 'test'")
     cells = np.sort(np.asarray(split.cells(adata, part), np.int64))
-    if not len(cells): raise ValueError(f"part {part!r}: the split leaves no perturbed cell of this AnnData in it; choose other fractions or another seed")
+    if not len(cells):
+        raise ValueError(
+            f"part {part!r}: the split leaves no perturbed cell of this AnnData in it; choose other fractions "
+            f"or another seed"
+        )
     return cells
 
 # %% ../../nbs/1_data/08_batches.ipynb #5e5f4d13
@@ -311,7 +362,8 @@ def pair_loader(
     "Each perturbed cell of a part beside a random control of its batch and cell type (report §5.3)."
     size, X = _prepared(adata, "batch", "cell_type", "perturbation"), row_source(adata)
     code, _ = _codes(adata, "perturbation")
-    pools = match_controls(adata, _part_cells(adata, split, part), np.sort(np.asarray(split.controls(adata, part), np.int64)))
+    pools = match_controls(adata, _part_cells(adata, split, part),
+                           np.sort(np.asarray(split.controls(adata, part), np.int64)))
 
     def items(epoch):
         uniform = counter_uniform(adata.n_obs, seed, 0 if fixed_controls else epoch, stream=1)
@@ -320,9 +372,12 @@ def pair_loader(
     def collate(rows):
         pert, ctrl = rows.T
         x = dense_rows(X, np.concatenate([ctrl, pert]))  # one read forwards for both
-        return PairBatch(x[:len(ctrl)], x[len(ctrl):], *map(torch.from_numpy, (size[ctrl], size[pert], code[pert], ctrl.copy(), pert.copy())))
+        return PairBatch(
+            x[:len(ctrl)], x[len(ctrl):],
+            *map(torch.from_numpy, (size[ctrl], size[pert], code[pert], ctrl.copy(), pert.copy())))
 
-    return BatchLoader(items, collate, batch_size, seed, epoch, part == "train" if training is None else training, **options)
+    return BatchLoader(items, collate, batch_size, seed, epoch,
+                       part == "train" if training is None else training, **options)
 
 # %% ../../nbs/1_data/08_batches.ipynb #3f2a79ab
 def cell_loader(
@@ -342,8 +397,11 @@ def cell_loader(
     if split is not None and (part == "train" if with_controls is None else with_controls):
         rows = np.union1d(rows, np.asarray(split.controls(adata, part), np.int64))
 
-    def collate(cells): return CellBatch(dense_rows(X, cells), torch.from_numpy(size[cells]), torch.from_numpy(cells.copy()))
-    return BatchLoader(lambda epoch: rows, collate, batch_size, seed, epoch, part == "train" if training is None else training, **options)
+    def collate(cells):
+        return CellBatch(dense_rows(X, cells), torch.from_numpy(size[cells]),
+                         torch.from_numpy(cells.copy()))
+    return BatchLoader(lambda epoch: rows, collate, batch_size, seed, epoch,
+                       part == "train" if training is None else training, **options)
 
 # %% ../../nbs/1_data/08_batches.ipynb #417d1aab
 def action_loader(
@@ -374,12 +432,24 @@ def _check_actions(
 )->None:
     "Refuse descriptions that do not belong together, by row."
     n = [len(anchor.features), len(positive.features), len(target)]
-    if len(set(n)) > 1: raise ValueError(f"anchor, positive, target: found {n} rows; give one row per perturbation in each")
-    if not len(rows): raise ValueError("allowed: found no row; alignment needs at least one training perturbation with both descriptions")
-    if len(np.unique(rows)) < len(rows) or rows.min() < 0 or rows.max() >= n[0]: raise ValueError(f"allowed: found {rows.min()} to {rows.max()}, {len(rows) - len(np.unique(rows))} repeated; give distinct rows from 0 to {n[0] - 1}")
+    if len(set(n)) > 1:
+        raise ValueError(f"anchor, positive, target: found {n} rows; give one row per perturbation in each")
+    if not len(rows):
+        raise ValueError(
+            "allowed: found no row; alignment needs at least one training perturbation with both descriptions"
+        )
+    if len(np.unique(rows)) < len(rows) or rows.min() < 0 or rows.max() >= n[0]:
+        raise ValueError(
+            f"allowed: found {rows.min()} to {rows.max()}, {len(rows) - len(np.unique(rows))} repeated; give "
+            f"distinct rows from 0 to {n[0] - 1}"
+        )
     for name, actions in dict(anchor=anchor, positive=positive).items():
         empty = rows[~actions.present.any(1).numpy()[rows]]
-        if len(empty): raise ValueError(f"{name}: rows {empty[:5].tolist()} of allowed have no action token; leave controls and targets without features out of allowed")
+        if len(empty):
+            raise ValueError(
+                f"{name}: rows {empty[:5].tolist()} of allowed have no action token; leave controls and "
+                f"targets without features out of allowed"
+            )
 
 # %% ../../nbs/1_data/08_batches.ipynb #cac29a51
 def align_genes(
@@ -389,11 +459,17 @@ def align_genes(
     "Put genes into the order of a model; missing ones are an error that names them."
     genes, names = pd.Index(genes), adata.var_names
     for what, index in {"genes": genes, "adata.var_names": names}.items():
-        if not index.is_unique: raise ValueError(f"{what}: {', '.join(index[index.duplicated()].unique()[:10])} more than once; make the names unique")
+        if not index.is_unique:
+            raise ValueError(
+                f"{what}: {', '.join(index[index.duplicated()].unique()[:10])} more than once; make the "
+                f"names unique"
+            )
     missing = genes[~genes.isin(names)]
     if len(missing):
-        raise ValueError(f"adata.var_names: {len(missing)} of {len(genes)} genes are missing: {', '.join(missing[:10])}{', …' if len(missing) > 10 else ''}; "
-                         "give data that measured them (are these the same kind of gene names?)")
+        raise ValueError(
+            f"adata.var_names: {len(missing)} of {len(genes)} genes are missing: "
+            f"{', '.join(missing[:10])}{', …' if len(missing) > 10 else ''}; "
+            "give data that measured them (are these the same kind of gene names?)")
     if genes.equals(names): return adata
     kept = adata[:, genes]
     return kept.to_memory() if adata.isbacked else kept.copy()

@@ -38,8 +38,9 @@ def read_table(
     kind = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
     if kind in (".csv", ".tsv"): return pd.read_csv(path, sep="\t" if kind == ".tsv" else ",")
     if kind != ".xlsx":
-        raise ValueError(f"{path}: found the ending {path.suffix!r}; convert the table to csv, tsv, parquet or xlsx "
-                         "(embeddings also npz)")
+        raise ValueError(
+            f"{path}: found the ending {path.suffix!r}; convert the table to csv, tsv, parquet or xlsx "
+            "(embeddings also npz)")
     try:
         with pd.ExcelFile(path, engine="openpyxl") as book:
             if sheet in (None, *book.sheet_names): return book.parse(0 if sheet is None else sheet, dtype=str)
@@ -49,7 +50,10 @@ def read_table(
         raise ValueError(f"{path}: not a readable workbook ({what}); save it again, or as csv") from error
 
 # %% ../../nbs/1_data/05_companions.ipynb #15c00031
-_GUIDES = Companion(file="guides.csv", guide=("guide_id",), gene="gene", sequence=("guide_seq_a", "guide_seq_b"))
+_GUIDES = Companion(file="guides.csv",
+                    guide=("guide_id", ),
+                    gene="gene",
+                    sequence=("guide_seq_a", "guide_seq_b"))
 
 def _usable(table:pd.DataFrame, known:Iterable[Companion|None])->Companion|None:
     "The first description whose columns of sequences, and of guides or genes, the table has."
@@ -59,7 +63,9 @@ def _usable(table:pd.DataFrame, known:Iterable[Companion|None])->Companion|None:
 
 def _joined(table:pd.DataFrame, names:Iterable[str])->pd.Series:
     "Columns of text side by side, with a bar between; empty where there is none."
-    parts = [table[name].astype(object).where(table[name].notna(), "").astype(str).str.strip() for name in names]
+    parts = [
+        table[name].astype(object).where(table[name].notna(), "").astype(str).str.strip() for name in names
+    ]
     return parts[0].str.cat(parts[1:], sep="|") if parts else pd.Series("", index=table.index)
 
 def read_guides(
@@ -126,16 +132,18 @@ def join_guides(
 )->ad.AnnData:              # the same values; obs guide_seq_a, guide_seq_b, …
     "Guide DNA for every cell whose guide, or else whose target, the table knows."
     twice = guides[guides["guide_id"].map(_spelling).duplicated() & (guides["guide_id"] != "")]
-    if len(twice): raise SchemaError(f"{name}: guide {twice['guide_id'].iloc[0]!r} stands twice; keep one row of each")
+    if len(twice):
+        raise SchemaError(f"{name}: guide {twice['guide_id'].iloc[0]!r} stands twice; keep one row of each")
     obs = adata.obs.drop(columns=[c for c in adata.obs if c.startswith("guide_seq_")])
     guide = obs["guide_id"].astype(str) if "guide_id" in obs else ""
     cells = pd.DataFrame({"condition": obs["condition"].astype(str), "guide_id": guide})
     actions = cells.drop_duplicates()
     found = _sequences_of(actions, guides)
     if not any(found):
-        raise SchemaError(f"{name}: knows none of the guides and targets of these cells, such as "
-                          f"{actions['condition'].iloc[-1]!r}; its own begin with {guides.iloc[0, :2].tolist()}; "
-                          "do both use the same names?")
+        raise SchemaError(
+            f"{name}: knows none of the guides and targets of these cells, such as "
+            f"{actions['condition'].iloc[-1]!r}; its own begin with {guides.iloc[0, :2].tolist()}; "
+            "do both use the same names?")
     of_cell = pd.MultiIndex.from_frame(actions).get_indexer(pd.MultiIndex.from_frame(cells))
     for k in range(max(map(len, found))):
         column = np.array([s[k] if k < len(s) else "" for s in found], dtype=object)
@@ -156,7 +164,8 @@ def _guide_report(name:str, actions:pd.DataFrame, guides:pd.DataFrame, found:lis
     return "; ".join(parts)
 
 # %% ../../nbs/1_data/05_companions.ipynb #15c00051
-_BARCODES = Companion(file="cells.h5ad", guide=("sgID_AB",), gene="gene", control="non-targeting")  # of Replogle 2022
+_BARCODES = Companion(file="cells.h5ad", guide=("sgID_AB", ), gene="gene",
+                      control="non-targeting")  # of Replogle 2022
 
 def read_barcodes(
     path:str|Path,                      # .h5ad with guides in obs
@@ -193,10 +202,13 @@ def join_barcodes(
     own = np.array([gene in targets[c] for gene, c in zip(here["gene"], adata.obs["condition"])])
     if not own.any():
         theirs, ours = ", ".join(cells.index[:2]), ", ".join(names[:2])
-        raise SchemaError(f"{name}: none of its barcodes, such as {theirs}, is that of a cell of the same target, "
-                          f"such as {ours}; is it the raw file of this screen?")
+        raise SchemaError(
+            f"{name}: none of its barcodes, such as {theirs}, is that of a cell of the same target, "
+            f"such as {ours}; is it the raw file of this screen?")
     known, single = names.isin(cells.index), names.isin(once.index)
-    problems = {"not there": ~known, "there more than once": known & ~single, "of another target": single & ~own}
+    problems = {
+        "not there": ~known, "there more than once": known & ~single, "of another target": single & ~own
+    }
     lines = [_matched(name, "guides of cells", names, names[~own]),
              f"{here['guide_id'][own].nunique():,} different guides",
              *(f"{n.sum():,} barcodes {what}, e.g. {names[n][0]}" for what, n in problems.items() if n.any())]
@@ -235,8 +247,9 @@ def read_proteins(
     sequence = c.sequence[0]
     gap = table[sequence].isna()
     if gap.any():
-        raise SchemaError(f"{where}: {gap.sum()} rows have no {sequence!r}, the first begins with "
-                          f"{table[gap].iloc[0, 0]!r}; the table is not whole, fetch it again (or drop these rows)")
+        raise SchemaError(
+            f"{where}: {gap.sum()} rows have no {sequence!r}, the first begins with "
+            f"{table[gap].iloc[0, 0]!r}; the table is not whole, fetch it again (or drop these rows)")
     primary = _named(table, c.gene, sequence)
     by_length = primary.iloc[primary["sequence"].str.len().argsort(kind="stable")]
     out = by_length.drop_duplicates("name", keep="last").assign(primary=True)
@@ -255,17 +268,21 @@ def join_proteins(
     targets = sorted({t for c in adata.obs["condition"].unique() for t in parse_condition(c, "ctrl")})
     found = proteins.loc[[t for t in targets if t in proteins.index]]
     if targets and not len(found):
-        raise SchemaError(f"{name}: knows none of the {len(targets)} targets, such as {targets[0]}; its own names "
-                          f"begin with {', '.join(proteins.index[:3])}; do both use the same names?")
+        raise SchemaError(
+            f"{name}: knows none of the {len(targets)} targets, such as {targets[0]}; its own names "
+            f"begin with {', '.join(proteins.index[:3])}; do both use the same names?")
     line = _matched(name, "targets", targets, [t for t in targets if t not in proteins.index])
     synonyms = found.index[~found["primary"]]
     if len(synonyms): line += f"; {len(synonyms)} of them by a synonym, e.g. {synonyms[0]}"
-    return _extended(adata, f"protein_sequences of {name}: {line}", protein_sequences=found["sequence"].to_dict())
+    return _extended(adata,
+                     f"protein_sequences of {name}: {line}",
+                     protein_sequences=found["sequence"].to_dict())
 
 # %% ../../nbs/1_data/05_companions.ipynb #15c00071
-WITHOUT_DOWNLOAD = ("Without a download: k-mers of the sequences that are there (-p features kmer), from tables of "
-                    "your own if need be (-p guides TABLE, -p proteins TABLE), or gene relations instead of sequences "
-                    "(-p relations FILE)")
+WITHOUT_DOWNLOAD = (
+    "Without a download: k-mers of the sequences that are there (-p features kmer), from tables of "
+    "your own if need be (-p guides TABLE, -p proteins TABLE), or gene relations instead of sequences "
+    "(-p relations FILE)")
 
 def fetch_companion(
     card:DatasetCard,       # whose companion

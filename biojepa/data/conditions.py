@@ -25,7 +25,8 @@ def parse_condition(
     parts = [p.strip() for p in text.split("+")]
     if "" in parts: raise SchemaError(f"condition {text!r}: an empty name beside a '+'; write 'A+B'")
     targets = sorted(p for p in parts if p not in labels)
-    if len(set(targets)) < len(targets): raise SchemaError(f"condition {text!r}: the same target twice; name it once")
+    if len(set(targets)) < len(targets):
+        raise SchemaError(f"condition {text!r}: the same target twice; name it once")
     return tuple(targets)
 
 # %% ../../nbs/1_data/02_conditions.ipynb #dcc43bed

@@ -51,10 +51,17 @@ def _read_sparse(
 )->sp.csr_matrix:
     "A sparse matrix of either orientation as CSR float32, after checking that its indices can be trusted."
     make, major, minor = (sp.csr_matrix, *shape) if kind.startswith("csr") else (sp.csc_matrix, *shape[::-1])
-    indptr, indices, data = group["indptr"][:], _numbers(group["indices"], "int64" if minor > 2**31 - 1 else "int32"), _numbers(group["data"], "float32")
-    sound = (len(indptr) == major + 1 and indptr[0] == 0 and (np.diff(indptr) >= 0).all() and indptr[-1] == len(indices) == len(data)
+    indptr = group["indptr"][:]
+    indices = _numbers(group["indices"], "int64" if minor > 2**31 - 1 else "int32")
+    data = _numbers(group["data"], "float32")
+    sound = (len(indptr) == major + 1 and indptr[0] == 0 and (np.diff(indptr) >= 0).all()
+             and indptr[-1] == len(indices) == len(data)
              and (len(indices) == 0 or (indices.min() >= 0 and indices.max() < minor)))
-    if not sound: raise SchemaError(f"{where}: the sparse matrix contradicts its shape {tuple(shape)}; the file is damaged, write it again")
+    if not sound:
+        raise SchemaError(
+            f"{where}: the sparse matrix contradicts its shape {tuple(shape)}; the file is damaged, write "
+            f"it again"
+        )
     x = make((data, indices, indptr), shape=tuple(shape)).tocsr()
     x.sum_duplicates()
     x.eliminate_zeros()
@@ -66,7 +73,9 @@ def _read_dense(
 )->sp.csr_matrix:
     "A dense matrix as CSR float32, by blocks of rows."
     step = max(1, _PIECE//max(1, stored.shape[1]))
-    blocks = [sp.csr_matrix(stored[i:i + step], dtype="float32") for i in range(0, max(1, stored.shape[0]), step)]
+    blocks = [
+        sp.csr_matrix(stored[i:i + step], dtype="float32") for i in range(0, max(1, stored.shape[0]), step)
+    ]
     indptr = np.concatenate([[0], np.cumsum(np.concatenate([np.diff(b.indptr) for b in blocks]))])
     indices = np.concatenate([b.indices for b in blocks])
     for b in blocks: b.indices = None
@@ -81,15 +90,20 @@ def _read_x(
     "The values of a file or of an AnnData, whatever their layout and number type; the source is left as it was."
     in_memory = isinstance(parent, ad.AnnData)
     layers = parent.layers if in_memory else parent.get("layers", {})
-    if layer is not None and layer not in layers: raise SchemaError(f"{where}: no layer {layer!r}; there are {_some(layers) or 'none'}")
+    if layer is not None and layer not in layers:
+        raise SchemaError(f"{where}: no layer {layer!r}; there are {_some(layers) or 'none'}")
     stored = layers[layer] if layer is not None else parent.X if in_memory else parent.get("X")
-    if stored is None: raise SchemaError(f"{where}: it has no X; name one of its layers ({_some(layers) or 'none'}) with layer=")
+    if stored is None:
+        raise SchemaError(
+            f"{where}: it has no X; name one of its layers ({_some(layers) or 'none'}) with layer=")
     group = isinstance(stored, h5py.Group)
     dtype = stored["data"].dtype if group else stored.dtype
     if dtype.kind not in "biuf": raise SchemaError(f"{where}: X holds {dtype}, not numbers")
     if group:
         kind = stored.attrs.get("encoding-type") or f"{stored.attrs['h5sparse_format']}_matrix"
-        return _read_sparse(stored, tuple(int(n) for n in stored.attrs.get("shape", stored.attrs.get("h5sparse_shape"))), kind, where)
+        return _read_sparse(
+            stored, tuple(int(n) for n in stored.attrs.get("shape", stored.attrs.get("h5sparse_shape"))),
+            kind, where)
     if not sp.issparse(stored): return _read_dense(stored)
     x = sp.csr_matrix(stored, dtype="float32", copy=True)
     x.sum_duplicates(); x.eliminate_zeros()
@@ -114,19 +128,23 @@ def _state(
         if not any(n): continue
         start = pieces[np.flatnonzero(n)[0]]
         first = _position(x, start + int(is_bad(x.data[start:start + _PIECE]).argmax()), cells, genes)
-        raise SchemaError(f"{where}: {sum(n):,} {what} values in X, the first at {first}; give counts or log1p values "
-                          "(scaled or imputed data cannot be turned back)")
+        raise SchemaError(
+            f"{where}: {sum(n):,} {what} values in X, the first at {first}; give counts or log1p values "
+            "(scaled or imputed data cannot be turned back)")
     whole = not any((x.data[i:i + _PIECE] % 1).any() for i in pieces)
     top = float(x.data.max())
     found = "counts" if whole else "log1p" if top < 15 else f"fractions up to {top:.4g}"
-    if declared not in (None, found): raise SchemaError(f"{where}: values={declared!r}, but X holds {found} (largest value {top:.4g}); "
-                                                        "declare what the file holds, or read another layer with layer=")
-    if found not in ("counts", "log1p"): raise SchemaError(f"{where}: X holds {found}, neither counts nor log1p (normalised but not "
-                                                           "logged?); read a layer with counts (layer=), or log them first")
+    if declared not in (None, found):
+        raise SchemaError(f"{where}: values={declared!r}, but X holds {found} (largest value {top:.4g}); "
+                          "declare what the file holds, or read another layer with layer=")
+    if found not in ("counts", "log1p"):
+        raise SchemaError(f"{where}: X holds {found}, neither counts nor log1p (normalised but not "
+                          "logged?); read a layer with counts (layer=), or log them first")
     return found
 
 # %% ../../nbs/1_data/04_datasets.ipynb #4735eafd
-_MODES = ("crispri", "crispra", "overexpression", "knockout", "inhibitor", "agonist", "degrader", "binder", "control", "unknown")
+_MODES = ("crispri", "crispra", "overexpression", "knockout", "inhibitor", "agonist", "degrader", "binder",
+          "control", "unknown")
 
 def _column(
     table:pd.DataFrame,  # obs or var
@@ -136,13 +154,16 @@ def _column(
 )->pd.Series:
     "A named column, or an error listing the columns there are."
     if name in table: return table[name]
-    raise SchemaError(f"{where}: {parameter}={name!r} is no column; there are {_some(table.columns, 40) or 'none'}")
+    raise SchemaError(
+        f"{where}: {parameter}={name!r} is no column; there are {_some(table.columns, 40) or 'none'}")
 
 def _complete(column:pd.Series, parameter:str, where:str)->pd.Series:
     "Text of every cell; a missing value is an error."
     gap = column.isna()
-    if gap.any(): raise SchemaError(f"{where}: {parameter}={column.name!r} has no value in {gap.sum():,} rows, the first is "
-                                    f"{gap.index[gap.argmax()]!r}; fill them or remove them")
+    if gap.any():
+        raise SchemaError(
+            f"{where}: {parameter}={column.name!r} has no value in {gap.sum():,} rows, the first is "
+            f"{gap.index[gap.argmax()]!r}; fill them or remove them")
     return column.astype(str)
 
 # %% ../../nbs/1_data/04_datasets.ipynb #44cf413e
@@ -154,21 +175,35 @@ def _conditions(
 )->pd.Series:            # canonical condition of each cell
     "Read and canonicalise the condition column; a file without one holds controls only."
     if columns.condition is None and "condition" not in obs:
-        if columns.control is not None: raise SchemaError(f"{where}: control={columns.control!r}, but no condition= was named and there is no "
-                                                          f"column 'condition'; there are {_some(obs.columns, 40) or 'none'}")
+        if columns.control is not None:
+            raise SchemaError(
+                f"{where}: control={columns.control!r}, but no condition= was named and there is no "
+                f"column 'condition'; there are {_some(obs.columns, 40) or 'none'}")
         history.append("condition: no column, every cell is a control")
-        warnings.warn(f"{where}: no condition column was named and none is called 'condition'; every cell is taken as a control", stacklevel=4)
+        warnings.warn(
+            f"{where}: no condition column was named and none is called 'condition'; every cell is taken as "
+            f"a control",
+            stacklevel=4)
         return pd.Series("ctrl", index=obs.index)
     name, control = columns.condition or "condition", columns.control or "ctrl"
     raw = _complete(_column(obs, name, "condition", where), "condition", where)
     frequent = raw.value_counts()
-    try: spelling = {label: condition_name(parse_condition(label, (control, "ctrl"))) for label in frequent.index}
-    except SchemaError as error: raise SchemaError(f"{where}: column {name!r}: {error}") from error
-    if "ctrl" not in spelling.values() or columns.control not in (None, *spelling): raise SchemaError(
-        f"{where}: no control cells: no label {control!r} in column {name!r}; the most frequent labels are {_some(frequent.index)}; name the right one with control=")
+    try:
+        spelling = {
+            label: condition_name(parse_condition(label, (control, "ctrl"))) for label in frequent.index
+        }
+    except SchemaError as error:
+        raise SchemaError(f"{where}: column {name!r}: {error}") from error
+    if "ctrl" not in spelling.values() or columns.control not in (None, *spelling):
+        raise SchemaError(
+            f"{where}: no control cells: no label {control!r} in column {name!r}; the most frequent labels are "
+            f"{_some(frequent.index)}; name the right one with control="
+        )
     changed = [label for label in spelling if spelling[label] != label]
-    history.append(f"condition: column {name!r}, control {control!r}, {len(set(spelling.values())) - 1} conditions"
-                   + (f", {len(changed)} labels respelled, e.g. {changed[0]!r} -> {spelling[changed[0]]!r}" if changed else ""))
+    history.append(
+        f"condition: column {name!r}, control {control!r}, {len(set(spelling.values())) - 1} conditions" +
+        (f", {len(changed)} labels respelled, e.g. {changed[0]!r} -> {spelling[changed[0]]!r}"
+         if changed else ""))
     return raw.map(spelling)
 
 # %% ../../nbs/1_data/04_datasets.ipynb #5a7c0d31
@@ -182,10 +217,14 @@ def _kept_cells(
     targets = {c: parse_condition(c, "ctrl") for c in condition.unique()}
     absent = sorted(set(columns.drop) - {t for names in targets.values() for t in names})
     message = f"{where}: drop names {_some(absent)}, which no condition has"
-    if absent and columns.drop_absent == "error": raise SchemaError(f"{message}; correct the names, or leave them away")
+    if absent and columns.drop_absent == "error":
+        raise SchemaError(f"{message}; correct the names, or leave them away")
     if absent: warnings.warn(f"{message}: is this the file that the card describes?", stacklevel=5)
-    gone = condition.map({c: bool(set(names) & set(columns.drop)) for c, names in targets.items()}).to_numpy(bool)
-    found = [f"{t} ({sum(t in targets[c] for c in condition[gone]):,})" for t in columns.drop if t not in absent]
+    gone = condition.map({c: bool(set(names) & set(columns.drop))
+                          for c, names in targets.items()}).to_numpy(bool)
+    found = [
+        f"{t} ({sum(t in targets[c] for c in condition[gone]):,})" for t in columns.drop if t not in absent
+    ]
     history.append(f"drop: {gone.sum():,} cells of {len(found)} targets left out: {_some(found) or 'none'}"
                    + (f"; not in this file: {_some(absent)}" if absent else ""))
     return ~gone
@@ -193,18 +232,23 @@ def _kept_cells(
 # %% ../../nbs/1_data/04_datasets.ipynb #d08d16d2
 def _batches(obs:pd.DataFrame, columns:Columns, history:list[str], where:str)->pd.Series:
     "The batch of each cell: a column, the part of the cell's name that a pattern captures, or one batch for all."
-    if columns.batch is not None and columns.batch_pattern is not None: raise SchemaError(f"{where}: give batch= or batch_pattern=, not both")
+    if columns.batch is not None and columns.batch_pattern is not None:
+        raise SchemaError(f"{where}: give batch= or batch_pattern=, not both")
     if columns.batch is not None:
         batch = _complete(_column(obs, columns.batch, "batch", where), "batch", where)
         history.append(f"batch: column {columns.batch!r}, {batch.nunique()} batches")
     elif columns.batch_pattern is not None:
         batch = obs.index.to_series().str.extract(columns.batch_pattern, expand=False)
-        if isinstance(batch, pd.DataFrame) or batch.isna().any(): raise SchemaError(
-            f"{where}: batch_pattern={columns.batch_pattern!r} must capture one group in every cell name, e.g. in {obs.index[0]!r}")
+        if isinstance(batch, pd.DataFrame) or batch.isna().any():
+            raise SchemaError(
+                f"{where}: batch_pattern={columns.batch_pattern!r} must capture one group in every cell name, "
+                f"e.g. in {obs.index[0]!r}"
+            )
         history.append(f"batch: from cell names by {columns.batch_pattern!r}, {batch.nunique()} batches")
     else:
         batch = pd.Series("0", index=obs.index)
-        history.append("batch: no column named, one batch '0'" + (f"; columns not used: {_some(obs.columns, 40)}" if len(obs.columns) else ""))
+        history.append("batch: no column named, one batch '0'" +
+                       (f"; columns not used: {_some(obs.columns, 40)}" if len(obs.columns) else ""))
     return batch
 
 def _cell_types(obs:pd.DataFrame, columns:Columns, history:list[str], where:str)->pd.Series:
@@ -213,18 +257,27 @@ def _cell_types(obs:pd.DataFrame, columns:Columns, history:list[str], where:str)
         history.append("cell_type: no column named, 'unknown'")
         return pd.Series("unknown", index=obs.index)
     found = _complete(_column(obs, columns.cell_type, "cell_type", where), "cell_type", where)
-    history.append(f"cell_type: column {columns.cell_type!r}, {found.nunique()} types"
-                   + "".join(f"; label {a!r} replaced by {b!r}" for a, b in columns.relabel.items() if a in set(found)))
+    history.append(f"cell_type: column {columns.cell_type!r}, {found.nunique()} types" +
+                   "".join(f"; label {a!r} replaced by {b!r}"
+                           for a, b in columns.relabel.items() if a in set(found)))
     return found.replace(columns.relabel)
 
 # %% ../../nbs/1_data/04_datasets.ipynb #50a3b46a
 def _modes(obs:pd.DataFrame, condition:pd.Series, columns:Columns, history:list[str], where:str)->pd.Series:
     "How each perturbed cell was perturbed; controls have mode `control`."
-    if columns.mode in obs: mode = _complete(obs[columns.mode], "mode", where).str.lower()
-    elif columns.mode.lower() in _MODES: mode = pd.Series(columns.mode.lower(), index=obs.index)
-    else: raise SchemaError(f"{where}: mode={columns.mode!r} is neither a column nor a mode; columns: {_some(obs.columns, 40) or 'none'}; modes: {', '.join(_MODES)}")
+    if columns.mode in obs:
+        mode = _complete(obs[columns.mode], "mode", where).str.lower()
+    elif columns.mode.lower() in _MODES:
+        mode = pd.Series(columns.mode.lower(), index=obs.index)
+    else:
+        raise SchemaError(
+            f"{where}: mode={columns.mode!r} is neither a column nor a mode; columns: "
+            f"{_some(obs.columns, 40) or 'none'}; modes: {', '.join(_MODES)}"
+        )
     wrong = sorted(set(mode) - set(_MODES))
-    if wrong: raise SchemaError(f"{where}: mode={columns.mode!r} holds {_some(wrong)}; the modes are {', '.join(_MODES)}")
+    if wrong:
+        raise SchemaError(
+            f"{where}: mode={columns.mode!r} holds {_some(wrong)}; the modes are {', '.join(_MODES)}")
     mode = mode.where(condition != "ctrl", "control")
     history.append(f"mode: {columns.mode!r}, {_some(sorted(set(mode)))}")
     return mode
@@ -235,9 +288,15 @@ def _guide_sequences(obs:pd.DataFrame, columns:Columns, history:list[str], where
         raise SchemaError(f"{where}: guide_seq={columns.guide_seq!r}; name one column or two (up to 26)")
     out = {}
     for letter, name in zip(ascii_lowercase, columns.guide_seq):
-        seq = _column(obs, name, "guide_seq", where).astype(object).where(lambda s: s.notna(), "").astype(str).str.strip().str.upper()
+        seq = _column(obs, name, "guide_seq",
+                      where).astype(object).where(lambda s: s.notna(),
+                                                  "").astype(str).str.strip().str.upper()
         wrong = seq[~seq.str.fullmatch("[ACGTN]*")]
-        if len(wrong): raise SchemaError(f"{where}: guide_seq={name!r} holds {wrong.iloc[0]!r} in cell {wrong.index[0]!r}; only the letters A C G T N are DNA")
+        if len(wrong):
+            raise SchemaError(
+                f"{where}: guide_seq={name!r} holds {wrong.iloc[0]!r} in cell {wrong.index[0]!r}; only the "
+                f"letters A C G T N are DNA"
+            )
         out[f"guide_seq_{letter}"] = seq
     history.append(f"guide_seq: {', '.join(columns.guide_seq)}")
     return out
@@ -260,25 +319,31 @@ def perturbation_names(
 # %% ../../nbs/1_data/04_datasets.ipynb #0eef0b55
 def _library_size(obs:pd.DataFrame, columns:Columns, x:sp.csr_matrix, state:str, history:list[str], where:str)->pd.Series:
     "Total counts of each cell, which cannot be fewer than the counts that are there."
-    total = pd.to_numeric(_column(obs, columns.library_size, "library_size", where), errors="coerce").astype("float64")
+    total = pd.to_numeric(_column(obs, columns.library_size, "library_size", where),
+                          errors="coerce").astype("float64")
     wrong = ~(np.isfinite(total) & (total > 0))
     what = "is not a positive number"
     if state == "counts" and not wrong.any():
-        wrong, what = total + 0.5 < np.asarray(x.sum(axis=1, dtype="float64")).ravel(), "is less than the counts in X"
-    if wrong.any(): raise SchemaError(f"{where}: library_size={columns.library_size!r} {what} in {wrong.sum():,} cells, the first is "
-                                      f"{total.index[np.argmax(wrong)]!r}; name the column of total counts")
+        wrong = total + 0.5 < np.asarray(x.sum(axis=1, dtype="float64")).ravel()
+        what = "is less than the counts in X"
+    if wrong.any():
+        raise SchemaError(
+            f"{where}: library_size={columns.library_size!r} {what} in {wrong.sum():,} cells, the first is "
+            f"{total.index[np.argmax(wrong)]!r}; name the column of total counts")
     history.append(f"total_counts: column {columns.library_size!r}")
     return total
 
 # %% ../../nbs/1_data/04_datasets.ipynb #7c27e78d
 def _genes(var:pd.DataFrame, columns:Columns, history:list[str], where:str)->pd.DataFrame:
     "Unique gene names as index; the file's own index is kept as `gene_id` where it differs."
-    names = _complete(_column(var, columns.gene_name, "gene_name", where), "gene_name", where) if columns.gene_name else var.index.to_series().astype(str)
+    names = _complete(_column(var, columns.gene_name, "gene_name", where), "gene_name",
+                      where) if columns.gene_name else var.index.to_series().astype(str)
     twice = names.duplicated()
     if twice.any():
         found = f"{twice.sum()} gene names occur again: {_some(names[twice].unique())}"
-        if columns.duplicate_genes == "error": raise SchemaError(f"{where}: {found}; name another column with gene_name=, or "
-                                                                 "duplicate_genes='rename' to number the repeats")
+        if columns.duplicate_genes == "error":
+            raise SchemaError(f"{where}: {found}; name another column with gene_name=, or "
+                              "duplicate_genes='rename' to number the repeats")
         names = pd.Series(ad.utils.make_index_unique(pd.Index(names)), index=var.index)
         history.append(f"genes: {found}; the repeats were numbered")
     out = pd.DataFrame({"gene_name": names.to_numpy()}, index=pd.Index(names.to_numpy(), name="gene"))
@@ -292,17 +357,25 @@ def _check_targets(conditions, genes, policy:str, history:list[str], where:str)-
     missing = sorted(targets.difference(genes))
     if not missing or policy == "allow": return
     message = f"{where}: {len(missing)} of {len(targets)} targets are not among the genes: {_some(missing)}"
-    if policy == "error": raise SchemaError(f"{message}; check gene_name= and the condition labels, or allow them with unknown_targets='warn'")
+    if policy == "error":
+        raise SchemaError(
+            f"{message}; check gene_name= and the condition labels, or allow them with unknown_targets='warn'"
+        )
     history.append(f"targets: {len(missing)} of {len(targets)} are not among the genes")
     warnings.warn(f"{message} (silence with unknown_targets='allow')", stacklevel=4)
 
 # %% ../../nbs/1_data/04_datasets.ipynb #156969ea
 def _unique_cells(obs:pd.DataFrame, var:pd.DataFrame, where:str)->None:
     "There must be cells and genes, and each cell must have its own name."
-    if not len(obs) or not len(var): raise SchemaError(f"{where}: an empty matrix, {len(obs)} cells × {len(var)} genes; is it the right file?")
+    if not len(obs) or not len(var):
+        raise SchemaError(
+            f"{where}: an empty matrix, {len(obs)} cells × {len(var)} genes; is it the right file?")
     twice = obs.index.duplicated()
-    if twice.any(): raise SchemaError(f"{where}: {twice.sum():,} cell names occur again, the first is {obs.index[twice.argmax()]!r}; make them "
-                                      "unique (adata.obs_names_make_unique()) and write the file again")
+    if twice.any():
+        raise SchemaError(
+            f"{where}: {twice.sum():,} cell names occur again, the first is {obs.index[twice.argmax()]!r}; "
+            f"make them "
+            "unique (adata.obs_names_make_unique()) and write the file again")
 
 def _canonical(
     x:sp.csr_matrix,    # (cells, genes) values, not shared with the source
@@ -316,7 +389,11 @@ def _canonical(
     "Put the pieces of a file together in canonical form."
     obs, steps = obs.set_axis(obs.index.astype(str)), list(history)
     _unique_cells(obs, var, where)
-    if x.shape != (len(obs), len(var)): raise SchemaError(f"{where}: X is {x.shape[0]} × {x.shape[1]}, but there are {len(obs)} cells and {len(var)} genes; write the file again")
+    if x.shape != (len(obs), len(var)):
+        raise SchemaError(
+            f"{where}: X is {x.shape[0]} × {x.shape[1]}, but there are {len(obs)} cells and {len(var)} genes; "
+            f"write the file again"
+        )
     genes = _genes(var, columns, steps, where)
     state = _state(x, columns.values, obs.index, genes.index, where)
     steps.append(f"values: {state}, {'as declared' if columns.values else 'detected'}")
@@ -327,17 +404,22 @@ def _canonical(
     new = pd.DataFrame({"condition": condition, "batch": _batches(obs, columns, steps, where),
                         "cell_type": _cell_types(obs, columns, steps, where)})
     if columns.guide is not None:
-        new["guide_id"] = _column(obs, columns.guide, "guide", where).astype(object).where(lambda s: s.notna(), "").astype(str)
+        new["guide_id"] = _column(obs, columns.guide, "guide",
+                                  where).astype(object).where(lambda s: s.notna(), "").astype(str)
         steps.append(f"guide_id: column {columns.guide!r}, {new['guide_id'].nunique()} guides")
     if columns.mode is not None: new["mode"] = _modes(obs, new["condition"], columns, steps, where)
     if columns.guide_seq is not None: new = new.assign(**_guide_sequences(obs, columns, steps, where))
     new["perturbation"] = perturbation_names(new)
     new = new.astype("category")
-    if columns.library_size is not None: new["total_counts"] = _library_size(obs, columns, x, state, steps, where)
+    if columns.library_size is not None:
+        new["total_counts"] = _library_size(obs, columns, x, state, steps, where)
     for name in columns.keep:
         if name in obs and name not in new: new[name] = obs[name]
     _check_targets(new["condition"].cat.categories, genes.index, columns.unknown_targets, steps, where)
-    about = {"schema_version": 1, "source": where, "expression_space": state, "history": np.array(steps, dtype=object)}
+    about = {
+        "schema_version": 1, "source": where, "expression_space": state, "history": np.array(steps,
+                                                                                             dtype=object)
+    }
     return ad.AnnData(x, obs=new, var=genes, uns={**uns, "biojepa": about})
 
 # %% ../../nbs/1_data/04_datasets.ipynb #aa63c28d
@@ -345,12 +427,23 @@ _KEPT = ("protein_sequences", "truth")  # entries a canonical file may carry in 
 
 def _own_names(obs:pd.DataFrame, about:dict, where:str)->Columns:
     "Column names of a file in canonical form."
-    if "log_library_size" in obs: raise SchemaError(f"{where}: this file was already prepared; read it with anndata.read_h5ad, so that nothing is logged twice")
+    if "log_library_size" in obs:
+        raise SchemaError(
+            f"{where}: this file was already prepared; read it with anndata.read_h5ad, so that nothing is "
+            f"logged twice"
+        )
     has = lambda name: name if name in obs else None
-    return Columns(condition="condition", control="ctrl", batch="batch", cell_type="cell_type", guide=has("guide_id"), mode=has("mode"),
+    return Columns(condition="condition",
+                   control="ctrl",
+                   batch="batch",
+                   cell_type="cell_type",
+                   guide=has("guide_id"),
+                   mode=has("mode"),
                    guide_seq=tuple(sorted(s for s in obs if s.startswith("guide_seq_"))) or None,
                    library_size=has("total_counts"),
-                   values=str(about["expression_space"]), unknown_targets="allow", keep=_KEPT)
+                   values=str(about["expression_space"]),
+                   unknown_targets="allow",
+                   keep=_KEPT)
 
 # %% ../../nbs/1_data/04_datasets.ipynb #abb70ee8
 def _merge(first:Columns, then:Columns)->Columns:
@@ -359,7 +452,11 @@ def _merge(first:Columns, then:Columns)->Columns:
 def _known_keep(columns:Columns, obs:pd.DataFrame, uns, where:str)->None:
     "What the caller wants to keep must exist."
     lost = [k for k in columns.keep if k not in obs and k not in uns and k not in _KEPT]
-    if lost: raise SchemaError(f"{where}: keep={lost} is neither a column of obs nor an entry of uns; columns: {_some(obs.columns, 40) or 'none'}")
+    if lost:
+        raise SchemaError(
+            f"{where}: keep={lost} is neither a column of obs nor an entry of uns; columns: "
+            f"{_some(obs.columns, 40) or 'none'}"
+        )
 
 # %% ../../nbs/1_data/04_datasets.ipynb #32b7e754
 def _read_file(
@@ -371,37 +468,46 @@ def _read_file(
     try:
         with h5py.File(path, "r") as f:
             lost = [part for part in ("obs", "var") if part not in f]
-            if lost: raise SchemaError(f"{where}: not an AnnData file, it has no {' and no '.join(lost)}; it holds {_some(f)}")
+            if lost:
+                raise SchemaError(
+                    f"{where}: not an AnnData file, it has no {' and no '.join(lost)}; it holds {_some(f)}")
             obs, var, uns = read_elem(f["obs"]), read_elem(f["var"]), f.get("uns", {})
             about = read_elem(uns["biojepa"]) if "biojepa" in uns else None
             columns = _merge(_own_names(obs, about, where) if about else Columns(), columns)
             _known_keep(columns, obs, uns, where)
             kept = {k: read_elem(uns[k]) for k in columns.keep if k in uns}
             x = _read_x(f, columns.layer, where)
-    except (SchemaError, MemoryError): raise
+    except (SchemaError, MemoryError):
+        raise
     except Exception as error:  # a damaged file makes h5py, anndata and pandas raise almost anything
-        raise SchemaError(f"{where}: cannot be read as .h5ad, it is truncated, damaged or not HDF5 ({type(error).__name__}: {error}); "
-                          "fetch or write it again") from error
+        raise SchemaError(
+            f"{where}: cannot be read as .h5ad, it is truncated, damaged or not HDF5 ({type(error).__name__}: "
+            f"{error}); "
+            "fetch or write it again") from error
     return _canonical(x, obs, var, kept, columns, where, list(about["history"]) if about else [f"read {where}"])
 
 # %% ../../nbs/1_data/04_datasets.ipynb #c5eb2c0e
 def _read_anndata(adata:ad.AnnData, columns:Columns, where:str, history:list[str])->ad.AnnData:
     "The same for an AnnData; one backed by a file is read from that file."
     if adata.isbacked:
-        if adata.is_view: raise SchemaError(f"{where}: a view of a backed AnnData; load it with .to_memory() first")
+        if adata.is_view:
+            raise SchemaError(f"{where}: a view of a backed AnnData; load it with .to_memory() first")
         return _read_file(Path(adata.filename), columns, Path(adata.filename).name)
     about = adata.uns.get("biojepa")
     columns = _merge(_own_names(adata.obs, about, where) if about else Columns(), columns)
     _known_keep(columns, adata.obs, adata.uns, where)
     uns = {k: adata.uns[k] for k in columns.keep if k in adata.uns}
-    return _canonical(_read_x(adata, columns.layer, where), adata.obs, adata.var, uns, columns, where, list(about["history"]) if about else history)
+    return _canonical(_read_x(adata, columns.layer, where), adata.obs, adata.var, uns, columns, where,
+                      list(about["history"]) if about else history)
 
 # %% ../../nbs/1_data/04_datasets.ipynb #9b378c1f
 def _compare_with_card(adata:ad.AnnData, card:DatasetCard)->ad.AnnData:
     "A size other than the card's is worth a warning, not a failure."
     targets = {t for c in adata.obs["condition"].cat.categories for t in parse_condition(c, "ctrl")}
     found = dict(cells=adata.n_obs, genes=adata.n_vars, targets=len(targets))
-    other = [f"{n} {k} (card: {getattr(card, k)})" for k, n in found.items() if getattr(card, k) not in (None, n)]
+    other = [
+        f"{n} {k} (card: {getattr(card, k)})" for k, n in found.items() if getattr(card, k) not in (None, n)
+    ]
     if other: warnings.warn(f"{card.name}: found {', '.join(other)}", stacklevel=3)
     return adata
 
@@ -410,7 +516,8 @@ def _load_card(card:DatasetCard, columns:Columns, **download)->ad.AnnData:
     columns = _merge(card.columns.changed(drop_absent="warn"), columns)
     if card.simulate is not None:
         adata = simulate_perturb_seq(SimulationSpec(**card.simulate))
-        return _compare_with_card(_read_anndata(adata, columns, card.name, [f"simulated with {json.dumps(card.simulate)}"]), card)
+        return _compare_with_card(
+            _read_anndata(adata, columns, card.name, [f"simulated with {json.dumps(card.simulate)}"]), card)
     return _compare_with_card(_read_file(fetch(card, **download), columns, card.name), card)
 
 # %% ../../nbs/1_data/04_datasets.ipynb #001dc3f0
@@ -438,16 +545,32 @@ def load_dataset(
     progress:bool=True,           # show a bar while downloading
 )->ad.AnnData:                    # X CSR float32 as in the file; obs condition, batch, cell_type, perturbation (and what was named)
     "Load a dataset by name or path into canonical form, or say why not (`SchemaError`, `DownloadError`, both `ValueError`)."
-    given = dict(condition=condition, control=control, batch=batch, batch_pattern=batch_pattern, cell_type=cell_type, guide=guide,
-                 guide_seq=(guide_seq,) if isinstance(guide_seq, str) else guide_seq, gene_name=gene_name, library_size=library_size,
-                 mode=mode, values=values, layer=layer, duplicate_genes=duplicate_genes, unknown_targets=unknown_targets,
-                 keep=(keep,) if isinstance(keep, str) else keep,
-                 drop=(drop,) if isinstance(drop, str) else drop, drop_absent=None if drop is None else "error")
+    given = dict(condition=condition,
+                 control=control,
+                 batch=batch,
+                 batch_pattern=batch_pattern,
+                 cell_type=cell_type,
+                 guide=guide,
+                 guide_seq=(guide_seq, ) if isinstance(guide_seq, str) else guide_seq,
+                 gene_name=gene_name,
+                 library_size=library_size,
+                 mode=mode,
+                 values=values,
+                 layer=layer,
+                 duplicate_genes=duplicate_genes,
+                 unknown_targets=unknown_targets,
+                 keep=(keep, ) if isinstance(keep, str) else keep,
+                 drop=(drop, ) if isinstance(drop, str) else drop,
+                 drop_absent=None if drop is None else "error")
     columns = Columns(**{k: v for k, v in given.items() if v is not None})
     source = name_or_path
-    if isinstance(source, ad.AnnData): return _read_anndata(source, columns, "AnnData", ["from an AnnData in memory"])
+    if isinstance(source, ad.AnnData):
+        return _read_anndata(source, columns, "AnnData", ["from an AnnData in memory"])
     if isinstance(source, str) and source in list_cards(): source = read_card(source)
-    if isinstance(source, DatasetCard): return _load_card(source, columns, folder=folder, offline=offline, progress=progress)
+    if isinstance(source, DatasetCard):
+        return _load_card(source, columns, folder=folder, offline=offline, progress=progress)
     path = Path(source)
-    if not path.is_file(): raise SchemaError(f"{str(source)!r}: neither a file nor a dataset; the datasets are {', '.join(list_cards())}")
+    if not path.is_file():
+        raise SchemaError(
+            f"{str(source)!r}: neither a file nor a dataset; the datasets are {', '.join(list_cards())}")
     return _read_file(path, columns, path.name)

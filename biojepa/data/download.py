@@ -56,7 +56,8 @@ class Columns(Frozen):
     unknown_targets:Literal["allow", "warn", "error"] = "warn"
     keep:tuple[str, ...] = ()
     drop:tuple[str, ...] = ()                # targets whose cells are left out
-    drop_absent:Literal["error", "warn"] = "error"  # what to do with a name of `drop` that does not occur; a card warns
+    drop_absent: Literal[
+        "error", "warn"] = "error"  # what to do with a name of `drop` that does not occur; a card warns
     relabel:dict[str, str] = {}              # wrong cell-type labels in the file -> the published ones
 
 # %% ../../nbs/1_data/03_download.ipynb #7e21c4b8
@@ -92,18 +93,19 @@ class DatasetCard(Download):
     name:str = Field(pattern=r"^[A-Za-z0-9_]+$")
     title:str
     doi:str|None = None                                              # of the paper that made the data
-    file:str|None = None                                             # path inside the zip; None: the address is an .h5ad
+    file: str | None = None  # path inside the zip; None: the address is an .h5ad
     cells:int|None = None
     genes:int|None = None
     targets:int|None = None                                          # distinct perturbed genes
     columns:Columns = Columns()
     companions:dict[Literal["guides", "proteins", "barcodes"], Companion] = {}
-    simulate:dict|None = None                                        # fields of SimulationSpec, instead of an address
+    simulate: dict | None = None  # fields of SimulationSpec, instead of an address
 
     @field_validator("file")
     @classmethod
     def _only_h5ad(cls, file):
-        if file is not None and not file.endswith(".h5ad"): raise ValueError(f"file: found {file!r}; only an .h5ad is ever read")
+        if file is not None and not file.endswith(".h5ad"):
+            raise ValueError(f"file: found {file!r}; only an .h5ad is ever read")
         return file
 
 # %% ../../nbs/1_data/03_download.ipynb #83c6a782
@@ -113,7 +115,9 @@ def read_card(
 )->DatasetCard:
     "Read `NAME.toml`; an unknown name or field is an error that says which."
     path = Path(folder or PATHS.cards)/f"{name}.toml"
-    if not path.is_file(): raise SchemaError(f"dataset {name!r}: no card of that name; there are {', '.join(list_cards(folder))}")
+    if not path.is_file():
+        raise SchemaError(
+            f"dataset {name!r}: no card of that name; there are {', '.join(list_cards(folder))}")
     try: return DatasetCard(**tomllib.loads(path.read_text("utf-8")))
     except ValueError as error: raise SchemaError(f"{path.name}: {error}") from error
 
@@ -137,8 +141,9 @@ def _place(
 # %% ../../nbs/1_data/03_download.ipynb #c7dad349
 def _failure(source:Download, download:Path, what:str)->DownloadError:
     "The error of a failed download, with the way round it."
-    return DownloadError(f"{source.name}: {what}. Address: {source.url}. To place it by hand, open the address in a "
-                         f"browser and save the file as {download}")
+    return DownloadError(
+        f"{source.name}: {what}. Address: {source.url}. To place it by hand, open the address in a "
+        f"browser and save the file as {download}")
 
 # %% ../../nbs/1_data/03_download.ipynb #82246496
 def _is_parquet(path:Path)->bool:
@@ -165,7 +170,8 @@ def _verify_download(source:Download, part:Path, name:Path)->None:
     if whole(part): return
     with open(part, "rb") as f: head = f.read(60)
     if first and head.startswith(first):
-        raise requests.exceptions.ContentDecodingError(f"the {kind} is cut short at {part.stat().st_size:,} bytes")
+        raise requests.exceptions.ContentDecodingError(
+            f"the {kind} is cut short at {part.stat().st_size:,} bytes")
     found = f"{part.stat().st_size:,} bytes that are no {kind}, beginning with {head!r}"
     raise _failure(source, name, f"the server sent {found}")
 
@@ -173,8 +179,9 @@ def _verify_download(source:Download, part:Path, name:Path)->None:
 def _no_room(source:Download, folder:Path, needed:int)->None:
     "Fail before, not after, an hour of writing."
     free = shutil.disk_usage(folder).free
-    if free < needed: raise DownloadError(f"{source.name}: {folder} has {free:,} bytes free, {needed:,} are needed; "
-                                          "free some, or give another folder=")
+    if free < needed:
+        raise DownloadError(f"{source.name}: {folder} has {free:,} bytes free, {needed:,} are needed; "
+                            "free some, or give another folder=")
 
 def _sweep(folder:Path, age:float=3600.)->None:
     "Remove what killed downloads left: temporary files nobody has written to for `age` seconds."
@@ -196,7 +203,8 @@ def _retrieve(source:Download, download:Path, known_hash:str|None, progress:bool
 # %% ../../nbs/1_data/03_download.ipynb #f86c285a
 def _download(source:Download, download:Path, known_hash:str|None, attempts:int, wait:float, progress:bool)->None:
     "Up to `attempts` clean attempts; what cannot get better is reported at once."
-    if source.url is None: raise DownloadError(f"{source.name}: its card has no url; put the file at {download}")
+    if source.url is None:
+        raise DownloadError(f"{source.name}: its card has no url; put the file at {download}")
     for attempt in range(attempts):
         try:
             download.parent.mkdir(parents=True, exist_ok=True)
@@ -207,12 +215,16 @@ def _download(source:Download, download:Path, known_hash:str|None, attempts:int,
             status = getattr(error.response, "status_code", None)
             if status and 400 <= status < 500 and status not in (408, 425, 429):
                 raise _failure(source, download, f"the server answered HTTP {status}") from error
-            if attempt + 1 == attempts: raise _failure(source, download, f"failed {attempts} times, at last with: {error}") from error
-        except DownloadError: raise
+            if attempt + 1 == attempts:
+                raise _failure(source, download,
+                               f"failed {attempts} times, at last with: {error}") from error
+        except DownloadError:
+            raise
         except ValueError as error:
             raise _failure(source, download, f"wrong checksum, nothing was kept: {error}") from error
-        except OSError as error: raise DownloadError(f"{source.name}: cannot write to {download.parent}: {error}; "
-                                                     "free some space, or give another folder=") from error
+        except OSError as error:
+            raise DownloadError(f"{source.name}: cannot write to {download.parent}: {error}; "
+                                "free some space, or give another folder=") from error
         time.sleep(wait*2**attempt)
 
 # %% ../../nbs/1_data/03_download.ipynb #696a160f
@@ -222,15 +234,23 @@ def _extract(card:DatasetCard, archive:Path, h5ad:Path)->None:
         with zipfile.ZipFile(archive) as z:
             found = [i for i in z.infolist() if i.filename == card.file] or \
                     [i for i in z.infolist() if PurePosixPath(i.filename).name == h5ad.name]
-            if len(found) != 1: raise DownloadError(f"{archive}: {len(found)} files called {h5ad.name}, one is needed; it holds "
-                                                    f"{', '.join(z.namelist()[:10])}")
+            if len(found) != 1:
+                raise DownloadError(
+                    f"{archive}: {len(found)} files called {h5ad.name}, one is needed; it holds "
+                    f"{', '.join(z.namelist()[:10])}")
             _no_room(card, h5ad.parent, found[0].file_size)
             with atomic_path(h5ad) as part, z.open(found[0]) as source:
-                with open(part, "wb") as out: shutil.copyfileobj(source, out, 1 << 20)
-                if not h5py.is_hdf5(part): raise DownloadError(f"{archive}: {found[0].filename} is not an HDF5 file")
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # zipfile: RuntimeError for a password or an unknown compression
-        raise DownloadError(f"{archive}: damaged or unreadable archive ({error}); delete it to download it again") from error
-    except OSError as error: raise DownloadError(f"{h5ad}: cannot be written: {error}; give another folder=") from error
+                with open(part, "wb") as out:
+                    shutil.copyfileobj(source, out, 1 << 20)
+                if not h5py.is_hdf5(part):
+                    raise DownloadError(f"{archive}: {found[0].filename} is not an HDF5 file")
+    except (zipfile.BadZipFile, zlib.error, EOFError,
+            RuntimeError) as error:  # zipfile: RuntimeError for a password or an unknown compression
+        raise DownloadError(
+            f"{archive}: damaged or unreadable archive ({error}); delete it to download it again"
+        ) from error
+    except OSError as error:
+        raise DownloadError(f"{h5ad}: cannot be written: {error}; give another folder=") from error
 
 # %% ../../nbs/1_data/03_download.ipynb #1c114a6c
 def _read_record(record:Path)->dict:
@@ -250,8 +270,10 @@ def _verify_cached(path:Path, expected:str|None, record:Path)->None:
     if expected is None: return
     algorithm, _, digest = expected.rpartition(":")
     with open(path, "rb") as f: found = hashlib.file_digest(f, algorithm or "sha256").hexdigest()
-    if found != digest: raise DownloadError(f"{path}: its checksum {found} is not {expected}, the one on the card or in {record.name}; "
-                                            f"delete it (and {record.name}) to fetch it again")
+    if found != digest:
+        raise DownloadError(
+            f"{path}: its checksum {found} is not {expected}, the one on the card or in {record.name}; "
+            f"delete it (and {record.name}) to fetch it again")
 
 # %% ../../nbs/1_data/03_download.ipynb #10e38e4d
 def fetch(
@@ -266,7 +288,8 @@ def fetch(
     h5ad, download, record = _place(card, folder)
     known = _read_record(record)
     if h5ad.is_file() and "sha256" in known: _verify_cached(h5ad, known["sha256"], record); return h5ad
-    expected = card.known_hash or (f"sha256:{known['download_sha256']}" if known.get("download_sha256") else None)
+    expected = card.known_hash or (f"sha256:{known['download_sha256']}"
+                                   if known.get("download_sha256") else None)
     if download.is_file(): _verify_cached(download, expected, record)
     elif not h5ad.is_file():
         if offline: raise _failure(card, download, "offline, and there is no cached copy")

@@ -40,40 +40,63 @@ def _whole(
     step:int=2**22,     # how many to look at in one go, so that no copy of the matrix is made
 )->bool:                # True if all are whole numbers
     "Whether values can be counts."
-    return all((part == np.rint(part)).all() for part in (values[i:i+step] for i in range(0, len(values), step)))
+    return all(
+        (part == np.rint(part)).all() for part in (values[i:i + step] for i in range(0, len(values), step)))
 
 # %% ../../nbs/1_data/06_preprocess.ipynb #cd3bb123
 def _check_axes(adata):
     "Names are unique and there is something to read."
-    _require(adata.X is not None and adata.n_obs and adata.n_vars,
-             f"AnnData: found {adata.n_obs} cells × {adata.n_vars} genes{'' if adata.X is not None else ' and no X'}; an empty matrix "
-             "cannot be used")
+    _require(
+        adata.X is not None and adata.n_obs and adata.n_vars,
+        f"AnnData: found {adata.n_obs} cells × {adata.n_vars} "
+        f"genes{'' if adata.X is not None else ' and no X'}; an empty matrix "
+        "cannot be used")
     for axis, names in dict(obs_names=adata.obs_names, var_names=adata.var_names).items():
         twice = names[names.duplicated()].unique()
-        _require(not len(twice), f"{axis}: found {len(twice)} duplicate names ({_some(twice)}); make them unique, e.g. "
-                                 f"adata.{axis}_make_unique()")
-    _require("gene_name" in adata.var, "var['gene_name']: missing; read the file with load_dataset, or set adata.var['gene_name']")
+        _require(
+            not len(twice),
+            f"{axis}: found {len(twice)} duplicate names ({_some(twice)}); make them unique, e.g. "
+            f"adata.{axis}_make_unique()")
+    _require("gene_name" in adata.var,
+             "var['gene_name']: missing; read the file with load_dataset, or set adata.var['gene_name']")
     names = adata.var["gene_name"].astype(str)
-    _require(names.is_unique, f"var['gene_name']: found duplicates ({_some(names[names.duplicated()].unique())}); keep one column for "
-                              "each gene")
+    _require(
+        names.is_unique,
+        f"var['gene_name']: found duplicates ({_some(names[names.duplicated()].unique())}); keep one "
+        f"column for "
+        "each gene")
 
 # %% ../../nbs/1_data/06_preprocess.ipynb #5075f1bf
 def _check_obs(adata):
     "Every cell has a condition, a batch, a cell type and a perturbation, and some cells are controls."
     obs = adata.obs
     for column in ("condition", "batch", "cell_type", "perturbation"):
-        _require(column in obs, f"obs['{column}']: missing, found {_some(obs)}; name the file's own column in load_dataset")
+        _require(
+            column in obs,
+            f"obs['{column}']: missing, found {_some(obs)}; name the file's own column in load_dataset")
         gaps = int(obs[column].isna().sum())
-        _require(not gaps, f"obs['{column}']: found {gaps} cells without a value, first {_some(adata.obs_names[obs[column].isna()])}; "
-                           "fill or drop them")
+        _require(
+            not gaps,
+            f"obs['{column}']: found {gaps} cells without a value, first "
+            f"{_some(adata.obs_names[obs[column].isna()])}; "
+            "fill or drop them")
     pairs = obs[["condition", "perturbation"]].astype(str).drop_duplicates()
     odd = [c for c in pairs["condition"].unique() if condition_name(parse_condition(c, "ctrl")) != c]
-    _require(not odd, f"obs['condition']: found {_some(odd)}; expected 'ctrl', 'GENE+ctrl' or 'A+B' in alphabetical order, as "
-                      "load_dataset writes them")
-    _require("ctrl" in set(pairs["condition"]), "obs['condition']: found no control cells; give load_dataset the file's control label "
-                                                "(control=...)")
-    wrong = [f"{p} in {c}" for c, p in pairs.itertuples(index=False) if p != c and not (c != "ctrl" and p.startswith(c + "|"))]
-    _require(not wrong, f"obs['perturbation']: found {_some(wrong)}; expected the condition, or 'condition|guide_id'")
+    _require(
+        not odd,
+        f"obs['condition']: found {_some(odd)}; expected 'ctrl', 'GENE+ctrl' or 'A+B' in alphabetical "
+        f"order, as "
+        "load_dataset writes them")
+    _require(
+        "ctrl" in set(pairs["condition"]),
+        "obs['condition']: found no control cells; give load_dataset the file's control label "
+        "(control=...)")
+    wrong = [
+        f"{p} in {c}" for c, p in pairs.itertuples(index=False)
+        if p != c and not (c != "ctrl" and p.startswith(c + "|"))
+    ]
+    _require(not wrong,
+             f"obs['perturbation']: found {_some(wrong)}; expected the condition, or 'condition|guide_id'")
 
 # %% ../../nbs/1_data/06_preprocess.ipynb #f8706633
 SPACES = ("counts", "log1p", "log1p_twice")  # what X can hold
@@ -81,23 +104,39 @@ SPACES = ("counts", "log1p", "log1p_twice")  # what X can hold
 def _check_values(adata):
     "X is finite, not negative, and what uns['biojepa'] says it is."
     about = adata.uns.get("biojepa")
-    _require(about is not None, "uns['biojepa']: missing; read the file with load_dataset, which records what X holds")
+    _require(about is not None,
+             "uns['biojepa']: missing; read the file with load_dataset, which records what X holds")
     space, values = about.get("expression_space"), _stored(adata.X)
-    _require(space in SPACES, f"uns['biojepa']['expression_space']: found {space!r}; expected one of {', '.join(SPACES)}")
-    _require(np.issubdtype(values.dtype, np.number), f"X: found values of type {values.dtype}; expected numbers")
+    _require(space in SPACES,
+             f"uns['biojepa']['expression_space']: found {space!r}; expected one of {', '.join(SPACES)}")
+    _require(np.issubdtype(values.dtype, np.number),
+             f"X: found values of type {values.dtype}; expected numbers")
     low, high = (values.min(), values.max()) if len(values) else (0, 0)
     if not np.isfinite([low, high]).all():
-        raise SchemaError(f"X: found {int((~np.isfinite(values)).sum())} NaN or infinite values; drop those cells or genes, or set "
-                          "the values to 0")
-    _require(low >= 0, f"X: found negative values, lowest {low:g}; give raw counts or log1p values, not scaled or centred ones")
+        raise SchemaError(
+            f"X: found {int((~np.isfinite(values)).sum())} NaN or infinite values; drop those cells or "
+            f"genes, or set "
+            "the values to 0")
+    _require(
+        low >= 0,
+        f"X: found negative values, lowest {low:g}; give raw counts or log1p values, not scaled or centred ones"
+    )
     _require(high > 0, "X: found only zeros; there is nothing to normalise")
     whole = _whole(values)
     if space == "counts":
-        _require(whole, f"X: declared as counts but found fractions up to {high:g}; if it is already logged load it with "
-                        "values='log1p', else round it")
+        _require(
+            whole,
+            f"X: declared as counts but found fractions up to {high:g}; if it is already logged load it with "
+            "values='log1p', else round it")
     else:
-        _require(not whole, f"X: declared as {space} but found whole numbers up to {high:g}; load it with values='counts'")
-        _require(high < 15, f"X: declared as {space} but found {high:g}, too large for a logarithm; apply log1p to it, or load raw counts")
+        _require(
+            not whole,
+            f"X: declared as {space} but found whole numbers up to {high:g}; load it with values='counts'")
+        _require(
+            high < 15,
+            f"X: declared as {space} but found {high:g}, too large for a logarithm; apply log1p to it, or load "
+            f"raw counts"
+        )
 
 # %% ../../nbs/1_data/06_preprocess.ipynb #dec5883c
 def _check_prepared(adata):
@@ -105,7 +144,8 @@ def _check_prepared(adata):
     X, about = adata.X, adata.uns["biojepa"]
     _require(sp.issparse(X) and X.format == "csr" and X.dtype == np.float32,
              f"X: found {type(X).__name__} of {X.dtype}; expected CSR float32, which prepare makes")
-    _require(about["expression_space"] != "counts", "uns['biojepa']['expression_space']: found 'counts'; call prepare first")
+    _require(about["expression_space"] != "counts",
+             "uns['biojepa']['expression_space']: found 'counts'; call prepare first")
     _require("log_library_size" in adata.obs, "obs['log_library_size']: missing; call prepare first")
     _require(np.isfinite(adata.obs["log_library_size"]).all(),
              "obs['log_library_size']: found NaN or infinite values; check obs['total_counts'] of the file")
@@ -116,8 +156,10 @@ def _check_prepared(adata):
         for row in range(min(20, adata.n_obs)):
             c, x = counts[row].toarray().ravel(), X[row].toarray().ravel()
             ratio = np.expm1(x[c > 0].astype(float))/c[c > 0]
-            _require((x[c == 0] == 0).all() and np.allclose(ratio, ratio[:1], rtol=1e-3),
-                     f"X: cell {adata.obs_names[row]} is not the logarithm of its scaled layers['counts']; was it logged again or "
+            _require((x[c == 0] == 0).all() and np.allclose(
+                ratio, ratio[:1], rtol=1e-3
+            ), f"X: cell {adata.obs_names[row]} is not the logarithm of its scaled layers['counts']; was it "
+               f"logged again or "
                      "changed? Call prepare on the loaded file")
 
 # %% ../../nbs/1_data/06_preprocess.ipynb #d189d975
@@ -126,9 +168,12 @@ def validate(
     stage:str="loaded",            # "loaded": what load_dataset returns; "prepared": what prepare returns
 )->AnnData:                        # the same object, unchanged
     "Check an AnnData against the schema; the first failure is a SchemaError that says what to do."
-    if stage not in ("loaded", "prepared"): raise ValueError(f"stage: found {stage!r}; choose 'loaded' or 'prepared'")
-    _require(isinstance(adata, AnnData), f"adata: found {type(adata).__name__}; read the file with load_dataset")
-    _require(not adata.isbacked, f"adata: is backed by {adata.filename}; call adata.to_memory() first (prepare does)")
+    if stage not in ("loaded", "prepared"):
+        raise ValueError(f"stage: found {stage!r}; choose 'loaded' or 'prepared'")
+    _require(isinstance(adata, AnnData),
+             f"adata: found {type(adata).__name__}; read the file with load_dataset")
+    _require(not adata.isbacked,
+             f"adata: is backed by {adata.filename}; call adata.to_memory() first (prepare does)")
     for check in (_check_axes, _check_obs, _check_values): check(adata)
     if stage == "prepared": _check_prepared(adata)
     return adata
@@ -141,7 +186,8 @@ def _blocks(
     "Walk over a CSR matrix: slice of rows, slice of stored values, and for each value its row within the block."
     edges = np.unique(np.r_[0, np.searchsorted(X.indptr, np.arange(entries, X.nnz, entries)), X.shape[0]])
     for a, b in zip(edges[:-1], edges[1:]):
-        yield slice(a, b), slice(X.indptr[a], X.indptr[b]), np.repeat(np.arange(b - a), np.diff(X.indptr[a:b+1]))
+        yield slice(a, b), slice(X.indptr[a], X.indptr[b]), np.repeat(np.arange(b - a),
+                                                                      np.diff(X.indptr[a:b + 1]))
 
 def _log_scaled(
     values:np.ndarray,        # (n,) float32 stored values of a block
@@ -159,7 +205,9 @@ def _row_sums(
     "Sum of each row after `steps`, without holding the scaled matrix."
     out = np.zeros(X.shape[0])
     for rows, at, row in _blocks(X):
-        out[rows] = np.bincount(row, _log_scaled(X.data[at], row, [s[rows] for s in steps]), minlength=rows.stop - rows.start)
+        out[rows] = np.bincount(row,
+                                _log_scaled(X.data[at], row, [s[rows] for s in steps]),
+                                minlength=rows.stop - rows.start)
     return out
 
 # %% ../../nbs/1_data/06_preprocess.ipynb #3ec058fb
@@ -168,10 +216,14 @@ def _totals(
     library_size:str,     # "genes" or "total"
 )->np.ndarray:            # (N,) what each cell is divided by
     "Row sums of X, or the totals the file brings along."
-    if library_size not in ("genes", "total"): raise ValueError(f"library_size: found {library_size!r}; choose 'genes' or 'total'")
-    if library_size == "genes" or adata.uns["biojepa"]["expression_space"] != "counts": return _row_sums(adata.X)
-    _require("total_counts" in adata.obs, "obs['total_counts']: missing, and library_size='total' needs it; name the file's column in "
-                                          "load_dataset (library_size=...), or use library_size='genes'")
+    if library_size not in ("genes", "total"):
+        raise ValueError(f"library_size: found {library_size!r}; choose 'genes' or 'total'")
+    if library_size == "genes" or adata.uns["biojepa"]["expression_space"] != "counts":
+        return _row_sums(adata.X)
+    _require(
+        "total_counts" in adata.obs,
+        "obs['total_counts']: missing, and library_size='total' needs it; name the file's column in "
+        "load_dataset (library_size=...), or use library_size='genes'")
     totals = adata.obs["total_counts"].to_numpy(float)
     _require(np.isfinite(totals).all() and (totals >= 0).all(),
              "obs['total_counts']: found negative, NaN or infinite totals; check the file's column")
@@ -185,15 +237,20 @@ def _steps(
 )->list[np.ndarray]:        # per logarithm the (N,) factor of each cell; none if X is as wanted
     "The scalings that lead from what X holds to `space`."
     found = adata.uns["biojepa"]["expression_space"]
-    if space not in SPACES[1:]: raise ValueError(f"expression_space: found {space!r}; choose 'log1p' or 'log1p_twice'")
-    if not target_sum > 0: raise ValueError(f"target_sum: found {target_sum}; give a positive number such as 1e4")
+    if space not in SPACES[1:]:
+        raise ValueError(f"expression_space: found {space!r}; choose 'log1p' or 'log1p_twice'")
+    if not target_sum > 0:
+        raise ValueError(f"target_sum: found {target_sum}; give a positive number such as 1e4")
     if found == space: return []
     _require(found != "log1p_twice", "X: is logged twice; to get log1p values prepare the loaded file again")
     empty = adata.obs_names[totals <= 0]
-    _require(not len(empty), f"X: found {len(empty)} cells without counts ({_some(empty)}); drop them, e.g. prepare(..., "
-                             "zero_counts='drop')")
+    _require(
+        not len(empty),
+        f"X: found {len(empty)} cells without counts ({_some(empty)}); drop them, e.g. prepare(..., "
+        "zero_counts='drop')")
     steps = [target_sum/totals]
-    return [*steps, target_sum/_row_sums(adata.X, steps)] if (found, space) == ("counts", "log1p_twice") else steps
+    return [*steps, target_sum/_row_sums(adata.X, steps)] if (found, space) == ("counts",
+                                                                                "log1p_twice") else steps
 
 # %% ../../nbs/1_data/06_preprocess.ipynb #4ea6b32c
 def _note_library_size_(
@@ -205,17 +262,24 @@ def _note_library_size_(
 ):
     "log1p of each cell's total, from the best source there is."
     if not steps and "log_library_size" in adata.obs: return
-    if space == "log1p_twice" and steps: sizes, source = target_sum/steps[-1], "the sum of the logged values, as released"
-    elif "total_counts" in adata.obs: sizes, source = adata.obs["total_counts"].to_numpy(float), "obs['total_counts']"
-    elif adata.uns["biojepa"]["expression_space"] == "counts": sizes, source = totals, "the sum of the counts"
-    else: sizes, source = totals, "the sum of the logged values, because the counts are unknown"
+    if space == "log1p_twice" and steps:
+        sizes, source = target_sum/steps[-1], "the sum of the logged values, as released"
+    elif "total_counts" in adata.obs:
+        sizes, source = adata.obs["total_counts"].to_numpy(float), "obs['total_counts']"
+    elif adata.uns["biojepa"]["expression_space"] == "counts":
+        sizes, source = totals, "the sum of the counts"
+    else:
+        sizes, source = totals, "the sum of the logged values, because the counts are unknown"
     adata.obs["log_library_size"] = np.log1p(sizes).astype(np.float32)
     _note_(adata, f"log_library_size: log1p of {source}")
 
 def _note_(adata, line, **facts):
     "Add a line of history, and facts, to uns['biojepa']; prepare works on an object of its own."
     about = adata.uns["biojepa"]
-    adata.uns["biojepa"] = {**about, **facts, "history": np.array([str(h) for h in about.get("history", [])] + [line], dtype=object)}
+    adata.uns["biojepa"] = {
+        **about, **facts, "history": np.array([str(h) for h in about.get("history", [])] + [line],
+                                              dtype=object)
+    }
 
 # %% ../../nbs/1_data/06_preprocess.ipynb #70dd091d
 def _logged(
@@ -237,7 +301,8 @@ def _as_csr(
     X,                      # any matrix anndata can hold, in memory
 )->sp.csr_matrix:           # float32, sorted, no duplicate entries; X itself where it is that already
     "CSR float32 without a needless copy."
-    if sp.issparse(X) and X.format == "csr" and X.dtype == np.float32 and X.has_canonical_format: return sp.csr_matrix(X)
+    if sp.issparse(X) and X.format == "csr" and X.dtype == np.float32 and X.has_canonical_format:
+        return sp.csr_matrix(X)
     X = sp.csr_matrix(X, dtype=np.float32, copy=sp.issparse(X) and X.format == "csr")
     X.sum_duplicates()
     return X
@@ -246,10 +311,12 @@ def _readable(
     adata:AnnData,   # loaded or prepared
 )->AnnData:          # a new object with its own obs, var and uns, sharing the matrices where it can
     "Bring X and the counts into memory as CSR float32; other layers and embeddings stay behind."
-    _require(isinstance(adata, AnnData), f"adata: found {type(adata).__name__}; read the file with load_dataset")
+    _require(isinstance(adata, AnnData),
+             f"adata: found {type(adata).__name__}; read the file with load_dataset")
     if adata.isbacked: adata = adata.to_memory()
     X = adata.X
-    _require(X is not None and X.dtype.kind in "iufb", f"X: found {'nothing' if X is None else X.dtype}; expected a matrix of numbers")
+    _require(X is not None and X.dtype.kind in "iufb",
+             f"X: found {'nothing' if X is None else X.dtype}; expected a matrix of numbers")
     layers = {"counts": _as_csr(adata.layers["counts"])} if "counts" in adata.layers else {}
     return AnnData(_as_csr(X), obs=adata.obs.copy(), var=adata.var.copy(), uns=dict(adata.uns), layers=layers)
 
@@ -266,7 +333,11 @@ def normalize(
     adata = validate(_readable(adata))
     totals = _totals(adata, library_size)
     steps = _steps(adata, expression_space, totals, target_sum)
-    _require(steps, f"X: holds {expression_space} values already; a second logarithm would change them (prepare leaves them as they are)")
+    _require(
+        steps,
+        f"X: holds {expression_space} values already; a second logarithm would change them (prepare leaves "
+        f"them as they are)"
+    )
     _note_library_size_(adata, expression_space, steps, totals, target_sum)
     return _logged(adata, expression_space, steps)
 
@@ -287,10 +358,17 @@ def _seurat_v3(
     values = counts.data.astype(np.min_scalar_type(int(counts.data.max())))
     small = sp.csr_matrix((values, counts.indices, counts.indptr), shape=counts.shape)[rows]
     del values
-    try: table = sc.pp.highly_variable_genes(AnnData(small), flavor="seurat_v3", n_top_genes=n_top_genes, check_values=False, inplace=False)
+    try:
+        table = sc.pp.highly_variable_genes(AnnData(small),
+                                            flavor="seurat_v3",
+                                            n_top_genes=n_top_genes,
+                                            check_values=False,
+                                            inplace=False)
     except ValueError as error:
-        raise SchemaError(f"variable genes: the loess fit failed on {len(rows)} training cells × {counts.shape[1]} genes ({error}); "
-                          "use more cells or genes, or n_top_genes=None") from error
+        raise SchemaError(
+            f"variable genes: the loess fit failed on {len(rows)} training cells × {counts.shape[1]} genes "
+            f"({error}); "
+            "use more cells or genes, or n_top_genes=None") from error
     return table["highly_variable"].to_numpy()
 
 # %% ../../nbs/1_data/06_preprocess.ipynb #fa780b9c
@@ -330,23 +408,37 @@ def _variable_genes_(
     keep_targets:bool,    # keep perturbed genes beside the chosen ones
 )->np.ndarray:            # (G,) True for genes to keep
     "Choose variable genes on training cells (perturbed and control) and record which cells these were."
-    _require(split is not None, "n_top_genes: needs split=..., because variable genes are chosen on training cells only; make one "
-                                "with make_split(adata) on the loaded data")
-    _require(0 < n_top_genes <= adata.n_vars, f"n_top_genes: found {n_top_genes}, the file has {adata.n_vars} genes; choose fewer, or "
-                                              "None for all")
+    _require(
+        split is not None,
+        "n_top_genes: needs split=..., because variable genes are chosen on training cells only; make one "
+        "with make_split(adata) on the loaded data")
+    _require(
+        0 < n_top_genes <= adata.n_vars,
+        f"n_top_genes: found {n_top_genes}, the file has {adata.n_vars} genes; choose fewer, or "
+        "None for all")
     rows = np.sort(np.r_[split.cells(adata, "train"), split.controls(adata, "train")])
-    _require(len(rows) > 1, f"split: found {len(rows)} training cells in this file; is it the split of another dataset?")
+    _require(
+        len(rows) > 1,
+        f"split: found {len(rows)} training cells in this file; is it the split of another dataset?")
     record = dict(split=split.hash, n_train_cells=len(rows), train_cells=cells_hash(adata.obs_names[rows]))
     before = adata.uns["biojepa"].get("variable_genes", record)
-    _require(before["train_cells"] == record["train_cells"],
-             f"split: variable genes were already chosen on the cells of split {before['split']}; prepare the loaded file again")
+    _require(
+        before["train_cells"] == record["train_cells"],
+        f"split: variable genes were already chosen on the cells of split {before['split']}; prepare the "
+        f"loaded file again"
+    )
     space = adata.uns["biojepa"]["expression_space"]
     counts = adata.X if space == "counts" else adata.layers.get("counts")
-    _require(counts is not None or space == "log1p", "X: is logged twice and counts are unknown; choose variable genes on the loaded file")
-    chosen = _seurat_v3(counts, rows, n_top_genes) if counts is not None else _seurat(adata.X, rows, n_top_genes)
+    _require(counts is not None or space == "log1p",
+             "X: is logged twice and counts are unknown; choose variable genes on the loaded file")
+    chosen = _seurat_v3(counts, rows, n_top_genes) if counts is not None else _seurat(
+        adata.X, rows, n_top_genes)
     if keep_targets: chosen |= adata.var["gene_name"].isin(_targets(adata.obs["condition"].unique())).to_numpy()
-    _note_(adata, f"variable genes: {chosen.sum()} of {adata.n_vars}, on {len(rows)} training cells of split {split.hash}",
-           variable_genes=record)
+    _note_(
+        adata,
+        f"variable genes: {chosen.sum()} of {adata.n_vars}, on {len(rows)} training cells of split "
+        f"{split.hash}",
+        variable_genes=record)
     return chosen
 
 # %% ../../nbs/1_data/06_preprocess.ipynb #fdb1ced2
@@ -357,11 +449,18 @@ def _without_empty_cells(
     "Drop cells without counts."
     keep = totals > 0
     lengths = np.diff(adata.X.indptr)
-    if lengths[~keep].any(): X = adata.X[keep]
-    else: X = sp.csr_matrix((adata.X.data, adata.X.indices, np.r_[0, np.cumsum(lengths[keep])]), shape=(keep.sum(), adata.n_vars))
+    if lengths[~keep].any():
+        X = adata.X[keep]
+    else:
+        X = sp.csr_matrix((adata.X.data, adata.X.indices, np.r_[0, np.cumsum(lengths[keep])]),
+                          shape=(keep.sum(), adata.n_vars))
     obs = adata.obs[keep].copy()
     for column in obs.select_dtypes("category"): obs[column] = obs[column].cat.remove_unused_categories()
-    out = AnnData(X, obs=obs, var=adata.var, uns=adata.uns, layers={name: layer[keep] for name, layer in adata.layers.items()})
+    out = AnnData(X,
+                  obs=obs,
+                  var=adata.var,
+                  uns=adata.uns,
+                  layers={name: layer[keep] for name, layer in adata.layers.items()})
     _note_(out, f"dropped {int((~keep).sum())} cells without counts: {_some(adata.obs_names[~keep])}")
     return out
 
@@ -388,11 +487,14 @@ def prepare(
     zero_counts:str="error",          # what to do with cells without counts: "error" or "drop"
 )->AnnData:                           # a new canonical AnnData; the input is unchanged and shares its counts
     "Checked, logged once, with library sizes and history (report §4.1). Values that are logged already stay as they are."
-    if zero_counts not in ("error", "drop"): raise ValueError(f"zero_counts: found {zero_counts!r}; choose 'error' or 'drop'")
+    if zero_counts not in ("error", "drop"):
+        raise ValueError(f"zero_counts: found {zero_counts!r}; choose 'error' or 'drop'")
     adata = validate(_readable(adata))
     totals = _totals(adata, library_size)
-    if zero_counts == "drop" and (totals <= 0).any(): adata, totals = _without_empty_cells(adata, totals), totals[totals > 0]
+    if zero_counts == "drop" and (totals <= 0).any():
+        adata, totals = _without_empty_cells(adata, totals), totals[totals > 0]
     steps = _steps(adata, expression_space, totals, target_sum)
     _note_library_size_(adata, expression_space, steps, totals, target_sum)
-    if n_top_genes is not None: adata = _take_genes(adata, _variable_genes_(adata, n_top_genes, split, keep_targets))
+    if n_top_genes is not None:
+        adata = _take_genes(adata, _variable_genes_(adata, n_top_genes, split, keep_targets))
     return validate(_logged(adata, expression_space, steps), "prepared")

@@ -20,11 +20,28 @@ from anndata import AnnData
 from scipy.optimize import brentq
 
 # %% ../../nbs/1_data/01_simulate.ipynb #9b242d7c
-_BOUNDS = dict(n_genes=(20, 100_000), n_cells=(10, 10_000_000), n_targets=(1, 50_000), n_modules=(1, 1000),
-               guides_per_target=(1, 20), n_control_guides=(1, 1000), n_doubles=(0, 1_000_000), n_cell_types=(1, 100),
-               n_batches=(1, 1000), control_fraction=(0.001, 0.9), crispra_fraction=(0, 1), effect_size=(0, 3),
-               spectral_radius=(0.05, 0.95), interaction=(0, 5), line_sd=(0, 3), line_rewiring=(0, 1), batch_sd=(0, 2),
-               library_sd=(0, 2), cell_state_sd=(0, 2), dispersion=(0.01, 10), zero_fraction=(0.01, 0.99), seed=(0, 2**32 - 1))
+_BOUNDS = dict(n_genes=(20, 100_000),
+               n_cells=(10, 10_000_000),
+               n_targets=(1, 50_000),
+               n_modules=(1, 1000),
+               guides_per_target=(1, 20),
+               n_control_guides=(1, 1000),
+               n_doubles=(0, 1_000_000),
+               n_cell_types=(1, 100),
+               n_batches=(1, 1000),
+               control_fraction=(0.001, 0.9),
+               crispra_fraction=(0, 1),
+               effect_size=(0, 3),
+               spectral_radius=(0.05, 0.95),
+               interaction=(0, 5),
+               line_sd=(0, 3),
+               line_rewiring=(0, 1),
+               batch_sd=(0, 2),
+               library_sd=(0, 2),
+               cell_state_sd=(0, 2),
+               dispersion=(0.01, 10),
+               zero_fraction=(0.01, 0.99),
+               seed=(0, 2**32 - 1))
 
 def _checked(
     name:str,  # field of SimulationSpec
@@ -33,14 +50,19 @@ def _checked(
 ):             # the same value as a plain int, float, bool or tuple
     "Refuse a value of the wrong type or out of bounds, by name."
     if kind is bool:
-        if not isinstance(value, (bool, np.bool_)): raise ValueError(f"SimulationSpec.{name}: found {value!r}; give True or False")
+        if not isinstance(value, (bool, np.bool_)):
+            raise ValueError(f"SimulationSpec.{name}: found {value!r}; give True or False")
         return bool(value)
     if kind is tuple:
         if not isinstance(value, (tuple, list)) or len(value) != 2 or not 0 < value[0] <= value[1] < 1:
-            raise ValueError(f"SimulationSpec.{name}: found {value!r}; give (weakest, strongest) with 0 < weakest <= strongest < 1")
+            raise ValueError(
+                f"SimulationSpec.{name}: found {value!r}; give (weakest, strongest) with 0 < weakest <= "
+                f"strongest < 1"
+            )
         return tuple(float(v) for v in value)
     low, high = _BOUNDS[name]
-    right_type = isinstance(value, Integral if kind is int else Real) and not isinstance(value, (bool, np.bool_))
+    right_type = isinstance(value,
+                            Integral if kind is int else Real) and not isinstance(value, (bool, np.bool_))
     if not right_type or not low <= value <= high:
         noun = "an integer" if kind is int else "a number"
         raise ValueError(f"SimulationSpec.{name}: found {value!r}; give {noun} from {low} to {high}")
@@ -61,18 +83,19 @@ class SimulationSpec:
     n_batches:int = 4                # gem groups of each cell line; a gem group holds one line
     control_fraction:float = 0.1     # share of cells with a non-targeting guide
     crispra_fraction:float = 0.      # share of targets activated (CRISPRa) instead of repressed (CRISPRi)
-    guide_efficacy:tuple = (0.5, 0.95)  # share of its target's expression that the weakest and the strongest guide remove
+    guide_efficacy: tuple = (
+        0.5, 0.95)  # share of its target's expression that the weakest and the strongest guide remove
     effect_size:float = 1.           # factor on what a target does to other genes
     spectral_radius:float = 0.8      # upper bound for the network's; below 1 a steady state exists
     interaction:float = 0.5          # sd of a double's departure from additivity (0: additive)
     line_sd:float = 0.5              # sd of a further line's baseline around the first line's (natural log)
     line_rewiring:float = 0.25       # share of edges that a further line weakens, silences or reverses
-    batch_sd:float = 0.1             # sd of a gem group's shift of each gene, and of all its genes together (natural log)
+    batch_sd: float = 0.1  # sd of a gem group's shift of each gene, and of all its genes together (natural log)
     library_sd:float = 0.35          # sd of the log library size
-    cell_state_sd:float = 0.3        # sd of the regulators' activity between cells of one condition (natural log)
+    cell_state_sd: float = 0.3  # sd of the regulators' activity between cells of one condition (natural log)
     dispersion:float = 0.25          # median over genes of phi in variance = mean + phi mean^2
     zero_fraction:float = 0.5        # expected share of zeros among control counts
-    informative_features:bool = True # sequences reflect the target's module; if False one distribution serves all
+    informative_features: bool = True  # sequences reflect the target's module; if False one distribution serves all
     seed:int = 0
 
     def __post_init__(self):
@@ -92,17 +115,27 @@ class SimulationSpec:
         pairs = math.comb(self.n_activated, 2) + math.comb(self.n_targets - self.n_activated, 2)
         slots, perturbed = self.n_cell_types*self.n_batches, self.n_cells - self.n_controls
         return [
-            (self.n_targets > self.n_genes//2,
-             f"n_targets: found {self.n_targets} of {self.n_genes} genes; give at most half of n_genes, {self.n_genes//2}"),
+            (self.n_targets > self.n_genes // 2,
+             f"n_targets: found {self.n_targets} of {self.n_genes} genes; give at most half of n_genes, "
+             f"{self.n_genes//2}"
+             ),
             (self.n_modules*10 > self.n_genes,
-             f"n_modules: found {self.n_modules} for {self.n_genes} genes; a module needs 10, so give at most {self.n_genes//10}"),
+             f"n_modules: found {self.n_modules} for {self.n_genes} genes; a module needs 10, so give at most "
+             f"{self.n_genes//10}"
+             ),
             (self.n_doubles > pairs,
-             f"n_doubles: found {self.n_doubles}; {self.n_targets} targets have {pairs} pairs of one mode, give at most that"),
+             f"n_doubles: found {self.n_doubles}; {self.n_targets} targets have {pairs} pairs of one mode, "
+             f"give at most that"
+             ),
             (self.n_controls < max(slots, self.n_control_guides),
-             f"control_fraction: found {self.control_fraction} of {self.n_cells} cells = {self.n_controls} controls for {slots} "
+             f"control_fraction: found {self.control_fraction} of {self.n_cells} cells = {self.n_controls} "
+             f"controls for {slots} "
              f"gem groups and {self.n_control_guides} control guides; raise control_fraction or n_cells"),
             (perturbed < self.n_constructs,
-             f"n_cells: found {self.n_cells}, of which {perturbed} perturbed, for {self.n_constructs} guides; raise n_cells")]
+             f"n_cells: found {self.n_cells}, of which {perturbed} perturbed, for {self.n_constructs} guides; "
+             f"raise n_cells"
+             )
+        ]
 
 # %% ../../nbs/1_data/01_simulate.ipynb #cf4c9b42
 def _stream(
@@ -113,7 +146,7 @@ def _stream(
     return np.random.default_rng([seed, *(crc32(n.encode()) if isinstance(n, str) else n for n in names)])
 
 # %% ../../nbs/1_data/01_simulate.ipynb #d1616c33
-_N_REGULATORS, _N_OWN_EDGES, _UPSTREAM_SHARE = 3, 10, 0.3   # regulators of a module; own edges of an upstream gene; tier size
+_N_REGULATORS, _N_OWN_EDGES, _UPSTREAM_SHARE = 3, 10, 0.3  # regulators of a module; own edges of an upstream gene; tier size
 
 class _Network(NamedTuple):
     "A regulatory network; one weight per edge and cell line."
@@ -138,20 +171,27 @@ def _plant_edges(
     G, M, K = spec.n_genes, spec.n_modules, _N_REGULATORS
     n_up = M*math.ceil(max(_UPSTREAM_SHARE*G, spec.n_targets)/M)
     regulators, upstream, responders = order[:K*M].reshape(K, M).T, order[K*M:K*M + n_up], order[K*M + n_up:]
-    module_of = lambda genes, first: (first + np.arange(len(genes))) % M   # modules of genes that start at a position
-    of_up, of_down = regulators[module_of(upstream, K*M)], regulators[module_of(responders, K*M + n_up)]   # (·, K)
+    module_of = lambda genes, first: (first + np.arange(len(genes))
+                                      ) % M  # modules of genes that start at a position
+    of_up, of_down = regulators[module_of(upstream, K*M)], regulators[module_of(responders,
+                                                                                K*M + n_up)]  # (·, K)
     severity = spec.effect_size*rng.lognormal(0, 0.4, len(upstream))
     own = rng.integers(len(responders), size=(len(upstream), _N_OWN_EDGES))
-    to = np.stack([rng.choice(np.delete(np.arange(M), m), min(2, M - 1), replace=False) for m in range(M)])   # (M, 2)
-    felt, looped = rng.random(len(responders)) < 0.4, slice(0, min(4*M, n_up))   # by module 0; four genes a module feel feedback
+    to = np.stack([rng.choice(np.delete(np.arange(M), m), min(2, M - 1), replace=False)
+                   for m in range(M)])  # (M, 2)
+    felt, looped = rng.random(len(responders)) < 0.4, slice(0, min(
+        4*M, n_up))  # by module 0; four genes a module feel feedback
     edges = [(upstream[:, None], of_up, 0.45*severity[:, None]*rng.lognormal(0, 0.4, of_up.shape)),
              (of_down, responders[:, None], rng.normal(0, 0.4, of_down.shape)),
              (regulators[:, None], regulators[to], rng.normal(0, 0.2, (*to.shape, K))),
              (regulators[1:], regulators[:1], -0.4*rng.lognormal(0, 0.4, (M - 1, K))),
              (rng.choice(regulators[0], felt.sum()), responders[felt], rng.normal(0, 0.4, felt.sum())),
              (upstream[:, None], responders[own], severity[:, None]*rng.normal(0, 0.25, own.shape)),
-             (of_up[looped, 0], upstream[looped], rng.normal(0, 0.1/max(spec.effect_size, 1), len(upstream[looped])))]
-    source, sink, weight = (np.concatenate([np.broadcast_arrays(*e)[i].ravel() for e in edges]) for i in range(3))
+             (of_up[looped,
+                    0], upstream[looped], rng.normal(0, 0.1/max(spec.effect_size, 1),
+                                                     len(upstream[looped])))]
+    source, sink, weight = (np.concatenate([np.broadcast_arrays(*e)[i].ravel() for e in edges])
+                            for i in range(3))
     return sp.csr_matrix((weight, (sink, source)), shape=(G, G))           # an edge drawn twice is added up
 
 # %% ../../nbs/1_data/01_simulate.ipynb #765117c8
@@ -226,7 +266,8 @@ def _guide_strengths(
     spec:SimulationSpec,
 )->np.ndarray:  # (T, n) signed natural-log fold of the target, by guide pair; the last targets are activated
     "How strongly each guide pair acts."
-    efficacy = _stream(spec.seed, "guides").uniform(*spec.guide_efficacy, (spec.n_targets, spec.guides_per_target))
+    efficacy = _stream(spec.seed, "guides").uniform(*spec.guide_efficacy,
+                                                    (spec.n_targets, spec.guides_per_target))
     sign = np.where(np.arange(spec.n_targets) < spec.n_targets - spec.n_activated, -1, 1)
     return -np.log1p(-efficacy)*sign[:, None]
 
@@ -248,7 +289,10 @@ def _plan_conditions(
     plan["strength_a"] = strength.mean(1)[plan["first"]]
     plan["strength_b"] = np.where(plan["double"], strength.mean(1)[plan["second"]], 0)
     plan["mode"] = np.where(sign[plan["first"]] < 0, "crispri", "crispra")
-    plan["condition"] = [f"{names[a]}+{names[b]}" if a != b else f"{names[a]}+ctrl" for a, b in zip(plan["first"], plan["second"])]
+    plan["condition"] = [
+        f"{names[a]}+{names[b]}" if a != b else f"{names[a]}+ctrl"
+        for a, b in zip(plan["first"], plan["second"])
+    ]
     return plan
 
 # %% ../../nbs/1_data/01_simulate.ipynb #9444bb75
@@ -306,14 +350,28 @@ def _plan_constructs(
     rows, j = plan.loc[plan.index.repeat(n)].reset_index(drop=True), np.tile(np.arange(n), len(plan))
     first, second, double = (rows[c].to_numpy() for c in ("first", "second", "double"))
     rows["strength_a"], rows["strength_b"] = strength[first, j], np.where(double, strength[second, j], 0)
-    rows["guide_seq_a"], rows["guide_seq_b"] = dna[first, j, 0], np.where(double, dna[second, j, 0], dna[second, j, 1])
-    rows["guide_id"] = [f"{names[a]}_{i}+{names[b]}_{i}" if d else f"{names[a]}_{i}" for a, b, d, i in zip(first, second, double, j + 1)]
+    rows["guide_seq_a"], rows["guide_seq_b"] = dna[first, j, 0], np.where(double, dna[second, j, 0],
+                                                                          dna[second, j, 1])
+    rows["guide_id"] = [
+        f"{names[a]}_{i}+{names[b]}_{i}" if d else f"{names[a]}_{i}"
+        for a, b, d, i in zip(first, second, double, j + 1)
+    ]
     rows["perturbation"] = rows["condition"] + "|" + rows["guide_id"]
     k = spec.n_control_guides
     idle = np.array(_protospacers(spec, np.full(2*k, -1), "non-targeting")).reshape(k, 2)
-    controls = pd.DataFrame(dict(first=0, second=0, double=False, coupling=0., strength_a=0., strength_b=0., mode="control",
-                                 condition="ctrl", perturbation="ctrl", guide_seq_a=idle[:, 0], guide_seq_b=idle[:, 1],
-                                 guide_id=[f"non-targeting_{i + 1}" for i in range(k)]))
+    controls = pd.DataFrame(
+        dict(first=0,
+             second=0,
+             double=False,
+             coupling=0.,
+             strength_a=0.,
+             strength_b=0.,
+             mode="control",
+             condition="ctrl",
+             perturbation="ctrl",
+             guide_seq_a=idle[:, 0],
+             guide_seq_b=idle[:, 1],
+             guide_id=[f"non-targeting_{i + 1}" for i in range(k)]))
     return pd.concat([controls, rows], ignore_index=True)
 
 # %% ../../nbs/1_data/01_simulate.ipynb #3cde651c
@@ -325,9 +383,11 @@ def _plan_cells(
     def share_out(cells, constructs):
         weight = rng.lognormal(0, 0.3, constructs)
         return 1 + rng.multinomial(cells - constructs, weight/weight.sum())
-    cells = np.r_[share_out(spec.n_controls, spec.n_control_guides), share_out(spec.n_cells - spec.n_controls, spec.n_constructs)]
+    cells = np.r_[share_out(spec.n_controls, spec.n_control_guides),
+                  share_out(spec.n_cells - spec.n_controls, spec.n_constructs)]
     order = rng.permutation(spec.n_cells)
-    return np.repeat(np.arange(len(cells)), cells)[order], (np.arange(spec.n_cells) % (spec.n_cell_types*spec.n_batches))[order]
+    return np.repeat(np.arange(len(cells)),
+                     cells)[order], (np.arange(spec.n_cells) % (spec.n_cell_types*spec.n_batches))[order]
 
 # %% ../../nbs/1_data/01_simulate.ipynb #99278c91
 class _Expression(NamedTuple):
@@ -343,10 +403,14 @@ def _plan_expression(
     network:_Network,
 )->_Expression:
     "Baselines, gem groups and cell states; the overall depth gives the wanted share of zeros among controls."
-    rng, G, L, S = _stream(spec.seed, "expression"), spec.n_genes, spec.n_cell_types, spec.n_cell_types*spec.n_batches
+    rng = _stream(spec.seed, "expression")
+    G = spec.n_genes
+    L = spec.n_cell_types
+    S = spec.n_cell_types*spec.n_batches
     baseline, dispersion = rng.normal(0, 1.2, G), spec.dispersion*rng.lognormal(0, 0.3, G)
-    baseline[network.targets] += 1                           # a knock-down is only seen in a gene that is expressed
-    baseline = baseline + np.stack([_stream(spec.seed, "baseline", l).normal(0, spec.line_sd*(l > 0), G) for l in range(L)])
+    baseline[network.targets] += 1  # a knock-down is only seen in a gene that is expressed
+    baseline = baseline + np.stack(
+        [_stream(spec.seed, "baseline", l).normal(0, spec.line_sd*(l > 0), G) for l in range(L)])
     rng = _stream(spec.seed, "gem groups")
     shift = spec.batch_sd*(rng.standard_normal((S, G)) + rng.standard_normal((S, 1)))
     push = np.zeros((G, network.regulators.size))
@@ -368,7 +432,8 @@ def _depth(
     node, weight = np.polynomial.hermite_e.hermegauss(15)
     sd = np.sqrt(log_variance)
     def excess(depth):
-        share = [(1 + dispersion*np.exp(depth + log_mean + sd*x - log_variance/2))**(-1/dispersion) for x in node]
+        share = [(1 + dispersion*np.exp(depth + log_mean + sd*x - log_variance/2))**(-1/dispersion)
+                 for x in node]
         return np.average([p.mean() for p in share], weights=weight) - zeros
     return brentq(excess, -30, 30, xtol=1e-4)
 
@@ -384,9 +449,12 @@ def _count_blocks(
     size:np.ndarray,       # (N,) library size, mean one
 )->Iterable[np.ndarray]:   # (at most 256, G) counts
     "Counts, a block of cells at a time; the only dense matrices of the simulation."
-    L, shape, phi = spec.n_cell_types, (1/expression.dispersion).astype(np.float32), expression.dispersion.astype(np.float32)
+    L = spec.n_cell_types
+    shape = (1/expression.dispersion).astype(np.float32)
+    phi = expression.dispersion.astype(np.float32)
     at = np.arange(L*spec.n_batches) % L
-    base = (expression.baseline[at] + expression.shift - (expression.log_variance[at] - spec.library_sd**2)/2).astype(np.float32)
+    base = (expression.baseline[at] + expression.shift -
+            (expression.log_variance[at] - spec.library_sd**2)/2).astype(np.float32)
     for block, start in enumerate(range(0, spec.n_cells, _BLOCK)):
         rng, c = _stream(spec.seed, "counts", block), slice(start, min(start + _BLOCK, spec.n_cells))
         line, mean = gem[c] % L, base[gem[c]]
@@ -403,7 +471,10 @@ def _stack_sparse(
     room:int,                     # first guess of the number of non-zeros
 )->sp.csr_matrix:                 # float32
     "Rows of a sparse matrix from dense blocks, each held once."
-    values, columns, ends, used = np.empty(room, np.float32), np.empty(room, np.int32), [np.zeros(1, np.int64)], 0
+    values = np.empty(room, np.float32)
+    columns = np.empty(room, np.int32)
+    ends = [np.zeros(1, np.int64)]
+    used = 0
     for block in blocks:
         row, column = np.nonzero(block)
         if used + len(row) > len(values):
@@ -413,7 +484,8 @@ def _stack_sparse(
         used += len(row)
     for whole in (values, columns): whole.resize(used, refcheck=False)
     kind = np.int32 if max(used, *shape) < 2**31 else np.int64
-    return sp.csr_matrix((values, columns.astype(kind, copy=False), np.concatenate(ends).astype(kind)), shape=shape)
+    return sp.csr_matrix((values, columns.astype(kind, copy=False), np.concatenate(ends).astype(kind)),
+                         shape=shape)
 
 # %% ../../nbs/1_data/01_simulate.ipynb #1dcb4dd8
 def _truth(
@@ -430,14 +502,26 @@ def _truth(
     folds, both = (np.stack(x) for x in zip(*(_log_folds(plan, u, network.targets) for u in unit)))
     double, n = plan["double"].to_numpy(), spec.guides_per_target
     names = genes[network.targets]
-    return dict(
-        condition=plan["condition"].to_numpy(str), gene=genes, log_fold=folds.mean(0), log_fold_by_cell_type=folds,
-        interaction=both[:, double].mean(0), double=plan["condition"].to_numpy(str)[double], **labels,
-        module=network.module, regulator=np.isin(np.arange(spec.n_genes), network.regulators),
-        edges=dict(source=genes[network.source], sink=genes[network.sink], weight=network.weight.T.astype(np.float32)),
-        guides=dict(guide_id=np.array([f"{t}_{i + 1}" for t in names for i in range(n)]), target=np.repeat(names, n), strength=strength.ravel()),
-        baseline=expression.baseline, batch_shift=expression.shift, dispersion=expression.dispersion,
-        log_variance=expression.log_variance, spec=json.dumps(asdict(spec)))
+    return dict(condition=plan["condition"].to_numpy(str),
+                gene=genes,
+                log_fold=folds.mean(0),
+                log_fold_by_cell_type=folds,
+                interaction=both[:, double].mean(0),
+                double=plan["condition"].to_numpy(str)[double],
+                **labels,
+                module=network.module,
+                regulator=np.isin(np.arange(spec.n_genes), network.regulators),
+                edges=dict(source=genes[network.source],
+                           sink=genes[network.sink],
+                           weight=network.weight.T.astype(np.float32)),
+                guides=dict(guide_id=np.array([f"{t}_{i + 1}" for t in names for i in range(n)]),
+                            target=np.repeat(names, n),
+                            strength=strength.ravel()),
+                baseline=expression.baseline,
+                batch_shift=expression.shift,
+                dispersion=expression.dispersion,
+                log_variance=expression.log_variance,
+                spec=json.dumps(asdict(spec)))
 
 # %% ../../nbs/1_data/01_simulate.ipynb #965072e8
 def _describe_cells(
@@ -464,7 +548,8 @@ def simulate_perturb_seq(
 
     SERGIO (Dibaeinia and Sinha 2020) simulates such networks as stochastic differential equations; a linear steady state
     of log expression costs a sparse product instead, and its log-folds are known in closed form."""
-    if not isinstance(spec, SimulationSpec): raise ValueError(f"simulate_perturb_seq: found {type(spec).__name__}; give a SimulationSpec")
+    if not isinstance(spec, SimulationSpec):
+        raise ValueError(f"simulate_perturb_seq: found {type(spec).__name__}; give a SimulationSpec")
     network = _plant_network(spec)
     expression, strength = _plan_expression(spec, network), _guide_strengths(spec)
     width, L = len(str(spec.n_genes)), spec.n_cell_types
@@ -475,10 +560,13 @@ def simulate_perturb_seq(
     unit = [_unit_responses(network.matrix(l), network.targets) for l in range(L)]
     folds = np.stack([_log_folds(constructs, u, network.targets)[0] for u in unit])
     construct, gem = _plan_cells(spec)
-    size = _stream(spec.seed, "library").lognormal(-spec.library_sd**2/2, spec.library_sd, spec.n_cells).astype(np.float32)
+    size = _stream(spec.seed, "library").lognormal(-spec.library_sd**2/2, spec.library_sd,
+                                                   spec.n_cells).astype(np.float32)
     blocks = _count_blocks(spec, expression, folds, construct, gem, size)
-    X = _stack_sparse(blocks, (spec.n_cells, spec.n_genes), int(1.05*(1 - spec.zero_fraction)*spec.n_cells*spec.n_genes))
-    labels = dict(cell_type=np.array([f"line{l + 1}" for l in range(L)]), batch=np.array([f"gem{s + 1}" for s in range(L*spec.n_batches)]))
+    X = _stack_sparse(blocks, (spec.n_cells, spec.n_genes),
+                      int(1.05*(1 - spec.zero_fraction)*spec.n_cells*spec.n_genes))
+    labels = dict(cell_type=np.array([f"line{l + 1}" for l in range(L)]),
+                  batch=np.array([f"gem{s + 1}" for s in range(L*spec.n_batches)]))
     obs = _describe_cells(constructs, construct, gem, size, labels)
     return AnnData(X, obs=obs, var=pd.DataFrame(dict(gene_name=genes), index=genes),
                    uns=dict(truth=_truth(spec, network, expression, genes, plan, strength, unit, labels),

@@ -43,8 +43,10 @@ def _column(
     key:str,             # column of obs
 )->pd.Categorical:       # its values as text
     "A column as categories; a missing column is an error."
-    if key not in adata.obs: raise ValueError(f"obs['{key}']: missing, found {_some(adata.obs)}; load the file with load_dataset, "
-                                              "which makes it")
+    if key not in adata.obs:
+        raise ValueError(
+            f"obs['{key}']: missing, found {_some(adata.obs)}; load the file with load_dataset, "
+            "which makes it")
     return pd.Categorical(adata.obs[key].astype(str))
 
 def _is_control(adata:AnnData)->np.ndarray:  # (N,) bool
@@ -87,21 +89,27 @@ class Split:
 
     def save(self, path:Path)->Path:  # the same path
         "Write JSON with the hash; the file appears complete or not at all."
-        with atomic_path(path) as part: part.write_text(json.dumps({"hash": self.hash, **asdict(self)}, indent=1))
+        with atomic_path(path) as part:
+            part.write_text(json.dumps({"hash": self.hash, **asdict(self)}, indent=1))
         return Path(path)
 
     @classmethod
     def load(cls, path:Path, adata:AnnData|None=None)->"Split":
         "Read a saved split; a changed file, or other data than it was made for, is an error."
-        try: stored = json.loads(Path(path).read_text())
-        except json.JSONDecodeError as error: raise ValueError(f"{path}: is not JSON ({error}); make the split again") from error
+        try:
+            stored = json.loads(Path(path).read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: is not JSON ({error}); make the split again") from error
         names, needed = {f.name for f in fields(cls)}, {"hash", "kind", "seed", "key", "dataset_hash", *PARTS}
         if not isinstance(stored, dict) or needed - stored.keys() or stored.keys() - names - {"hash"}:
-            raise ValueError(f"{path}: is not a saved split (expected {_some(needed)}, found {_some(stored)}); for lists of your own "
-                             "use kind='custom'")
+            raise ValueError(
+                f"{path}: is not a saved split (expected {_some(needed)}, found {_some(stored)}); for lists of "
+                f"your own "
+                "use kind='custom'")
         split = cls(**{n: tuple(v) if n in PARTS else v for n, v in stored.items() if n != "hash"})
-        if split.hash != stored["hash"]: raise ValueError(f"{path}: was changed after it was saved (hash {stored['hash']}, content "
-                                                          f"{split.hash}); make the split again")
+        if split.hash != stored["hash"]:
+            raise ValueError(f"{path}: was changed after it was saved (hash {stored['hash']}, content "
+                             f"{split.hash}); make the split again")
         if adata is not None: _require_same_data(split, adata, str(path))
         return split
 
@@ -126,8 +134,10 @@ def _require_same_data(
     "A split must be used on the values it was made for."
     values, listed = set(_column(adata, split.key)), {v for p in PARTS for v in getattr(split, p)}
     if _dataset_hash(adata, split.key) == split.dataset_hash: return
-    raise ValueError(f"{name}: was made for other data: obs['{split.key}'] lacks {_some(listed - values) or 'nothing that is listed'}, "
-                     f"and holds {_some(values - listed) or 'nothing that is unlisted'}; make a split for this file")
+    raise ValueError(
+        f"{name}: was made for other data: obs['{split.key}'] lacks "
+        f"{_some(listed - values) or 'nothing that is listed'}, "
+        f"and holds {_some(values - listed) or 'nothing that is unlisted'}; make a split for this file")
 
 # %% ../../nbs/1_data/07_splits.ipynb #5c8900ac
 @contextmanager
@@ -135,15 +145,19 @@ def _undisturbed():
     "Put back what cell-gears changes: warning filters, random states, scanpy's verbosity, torch's threads."
     import scanpy as sc  # cell-gears imports it anyway
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state(), torch.get_num_threads(), sc.settings.verbosity
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state(), torch.get_num_threads(
+    ), sc.settings.verbosity
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try: yield
         finally:
             random.setstate(states[0]); np.random.set_state(states[1]); torch.set_rng_state(states[2])
             torch.set_num_threads(states[3]); sc.settings.verbosity = states[4]
-            if cuda is not None: torch.cuda.set_rng_state_all(cuda)
-            else: torch.cuda.manual_seed_all(torch.initial_seed())  # queued until CUDA starts, as torch.manual_seed does
+            if cuda is not None:
+                torch.cuda.set_rng_state_all(cuda)
+            else:
+                torch.cuda.manual_seed_all(
+                    torch.initial_seed())  # queued until CUDA starts, as torch.manual_seed does
 
 # %% ../../nbs/1_data/07_splits.ipynb #37a08f0b
 def _conditions(adata:AnnData)->dict[str, tuple[str, ...]]:
@@ -158,19 +172,34 @@ def _simulation(
     "GEARS' simulation split with its default fractions."
     conditions = _conditions(adata)
     odd = [c for c, targets in conditions.items() if len(targets) > 2 or any("ctrl" in t for t in targets)]
-    if odd: raise ValueError(f"kind='simulation': cell-gears reads one or two targets without 'ctrl' in their name, found "
-                             f"{_some(odd)}; use kind='custom'")
+    if odd:
+        raise ValueError(
+            f"kind='simulation': cell-gears reads one or two targets without 'ctrl' in their name, found "
+            f"{_some(odd)}; use kind='custom'")
     unknown = set(held_out or ()) - {t for targets in conditions.values() for t in targets}
-    if unknown: raise ValueError(f"held_out: {_some(unknown)} is no target in obs['condition']; kind='simulation' takes names of targets")
+    if unknown:
+        raise ValueError(
+            f"held_out: {_some(unknown)} is no target in obs['condition']; kind='simulation' takes names "
+            f"of targets"
+        )
     table = AnnData(obs=pd.DataFrame({"condition": ["ctrl", *conditions]}, index=["ctrl", *conditions]))
     with _undisturbed():
         try: from gears.data_utils import DataSplitter
         except ImportError as error:
-            raise ImportError(f"kind='simulation' needs cell-gears ({error}); pip install 'biojepa[splits]'") from error
-        chosen, groups = DataSplitter(table, split_type="simulation").split_data(
-            train_gene_set_size=.75, combo_seen2_train_frac=.75, seed=seed, test_perts=held_out, only_test_set_perts=held_out is not None)
+            raise ImportError(
+                f"kind='simulation' needs cell-gears ({error}); pip install 'biojepa[splits]'") from error
+        chosen, groups = DataSplitter(table,
+                                      split_type="simulation").split_data(train_gene_set_size=.75,
+                                                                          combo_seen2_train_frac=.75,
+                                                                          seed=seed,
+                                                                          test_perts=held_out,
+                                                                          only_test_set_perts=held_out
+                                                                          is not None)
     part = chosen.obs["split"].drop("ctrl")
-    groups = {p: {name: sorted(str(c) for c in values) for name, values in groups[f"{p}_subgroup"].items()} for p in ("val", "test")}
+    groups = {
+        p: {name: sorted(str(c) for c in values) for name, values in groups[f"{p}_subgroup"].items()}
+        for p in ("val", "test")
+    }
     return {p: part.index[part == p] for p in PARTS}, groups
 
 # %% ../../nbs/1_data/07_splits.ipynb #8471fcb7
@@ -182,7 +211,10 @@ def _draw(
 )->tuple[list[str], list[str]]:  # test, val
     "Draw two disjoint lists; each has at least one name if its fraction is positive and names are left."
     if not (0 < test_fraction < 1 and 0 <= val_fraction < 1 and test_fraction + val_fraction < 1):
-        raise ValueError(f"test_fraction, val_fraction: found {test_fraction} and {val_fraction}; give positive shares below 1 in sum")
+        raise ValueError(
+            f"test_fraction, val_fraction: found {test_fraction} and {val_fraction}; give positive shares "
+            f"below 1 in sum"
+        )
     names = [str(n) for n in np.random.default_rng(seed).permutation(sorted(names))]
     n_test, n_val = (max(1, round(f*len(names))) if f else 0 for f in (test_fraction, val_fraction))
     return names[:n_test], names[n_test:n_test + n_val]
@@ -196,17 +228,22 @@ def _guide(
 ):
     "Guides held out, targets known."
     cells = pd.DataFrame({"condition": _column(adata, "condition"), "name": _column(adata, "perturbation")})
-    guides = cells[cells["condition"] != "ctrl"].drop_duplicates().astype(str).sort_values("name").sample(frac=1, random_state=seed)
+    guides = cells[cells["condition"] != "ctrl"].drop_duplicates().astype(str).sort_values("name").sample(
+        frac=1, random_state=seed)
     spare = guides[guides.duplicated("condition")]["name"]  # the first of each condition stays
-    if not len(spare): raise ValueError("kind='guide': no target has two guides in obs['perturbation']; name the guide column in "
-                                        "load_dataset (guide=...)")
+    if not len(spare):
+        raise ValueError(
+            "kind='guide': no target has two guides in obs['perturbation']; name the guide column in "
+            "load_dataset (guide=...)")
     test, val = _draw(spare, seed, test_fraction, val_fraction)
     if held_out is not None:
         test = list(held_out)
         _require_known(test, guides["name"], "perturbation")
         left = guides[~guides["name"].isin(test)]
         bare = set(guides["condition"]) - set(left["condition"])
-        if bare: raise ValueError(f"held_out: leaves {_some(bare)} without a guide in training; keep one of each")
+        if bare:
+            raise ValueError(
+                f"held_out: leaves {_some(bare)} without a guide in training; keep one of each")
         val = _draw(left[left.duplicated("condition")]["name"], seed, test_fraction, val_fraction)[1]
     return {"train": set(guides["name"]) - {*test, *val}, "val": val, "test": test}, {}
 
@@ -217,7 +254,9 @@ def _require_known(
 ):
     "Every named value occurs in the data."
     unknown = set(values) - set(known)
-    if unknown: raise ValueError(f"held_out: {_some(unknown)} is not in obs['{key}'], which holds e.g. {_some(set(known))}")
+    if unknown:
+        raise ValueError(
+            f"held_out: {_some(unknown)} is not in obs['{key}'], which holds e.g. {_some(set(known))}")
 
 # %% ../../nbs/1_data/07_splits.ipynb #1f0dc237
 def _combination(
@@ -231,8 +270,10 @@ def _combination(
     "Combinations held out, by the number of their members in training."
     conditions = _conditions(adata)
     combos = {c: set(t) for c, t in conditions.items() if len(t) > 1}
-    if not combos: raise ValueError("kind='combination': obs['condition'] holds no combination such as 'A+B'; use kind='simulation' "
-                                    "for single targets")
+    if not combos:
+        raise ValueError(
+            "kind='combination': obs['condition'] holds no combination such as 'A+B'; use kind='simulation' "
+            "for single targets")
     fate = {}
     if held_out is not None:
         _require_known(held_out, combos, "condition")
@@ -253,7 +294,8 @@ def _combination(
     for c in sorted(fate):
         used = c in combos and label[c] in wanted
         groups[fate[c] if used else "unused"].setdefault(label.get(c, "hidden_single"), []).append(c)
-    return {"train": train, **{p: [c for cs in groups[p].values() for c in cs] for p in ("val", "test")}}, groups
+    return {"train": train,
+            **{p: [c for cs in groups[p].values() for c in cs] for p in ("val", "test")}}, groups
 
 # %% ../../nbs/1_data/07_splits.ipynb #ff4a3ec0
 def _cell_type(
@@ -268,11 +310,14 @@ def _cell_type(
     _require_known(test, lines, "cell_type")
     rest = _shuffled(lines - set(test), seed)
     if len(rest) < 1 + val_lines:
-        raise ValueError(f"kind='cell_type': {len(lines)} lines ({_some(lines)}) are not enough for test, validation and training; "
-                         "give val_lines=0 and allow_empty_val=True")
+        raise ValueError(
+            f"kind='cell_type': {len(lines)} lines ({_some(lines)}) are not enough for test, validation and "
+            f"training; "
+            "give val_lines=0 and allow_empty_val=True")
     control = _is_control(adata)
     bare = lines - set(_column(adata, "cell_type")[control])
-    if bare: raise ValueError(f"kind='cell_type': found no control cells of {_some(bare)}; a line needs its own")
+    if bare:
+        raise ValueError(f"kind='cell_type': found no control cells of {_some(bare)}; a line needs its own")
     return {"train": rest[val_lines:], "val": rest[:val_lines], "test": test}, {}
 
 def _shuffled(names:Iterable[str], seed:int)->list[str]:
@@ -287,9 +332,12 @@ def _custom(
     key:str="condition",           # column of obs the lists name: "condition", "perturbation" or "cell_type"
 ):
     "The caller's own parts; values in none of them are unused."
-    if not isinstance(held_out, Mapping) or set(held_out) - set(PARTS) or not {"train", "test"} <= set(held_out):
-        raise ValueError(f"held_out: found {_some(held_out) if isinstance(held_out, Mapping) else held_out!r}; kind='custom' needs "
-                         "lists called train, test and, if wanted, val")
+    if not isinstance(held_out, Mapping) or set(held_out) - set(PARTS) or not {"train", "test"
+                                                                               } <= set(held_out):
+        raise ValueError(
+            f"held_out: found {_some(held_out) if isinstance(held_out, Mapping) else held_out!r}; "
+            f"kind='custom' needs "
+            "lists called train, test and, if wanted, val")
     if key not in ("condition", "perturbation", "cell_type"): 
         raise ValueError(f"key: found {key!r}; choose 'condition', 'perturbation' or 'cell_type'")
     parts = {p: [v for v in held_out.get(p, []) if v != "ctrl"] for p in PARTS}
@@ -300,15 +348,22 @@ def _read_lists(
     path:Path,    # JSON file of a custom split
 )->dict:
     "Lists of a custom split from a file."
-    try: return json.loads(Path(path).read_text())
-    except OSError as error: raise ValueError(f"held_out: cannot read {path} ({error.strerror}); kind='custom' takes a JSON file with "
-                                              "lists called train, val and test") from error
+    try:
+        return json.loads(Path(path).read_text())
+    except OSError as error:
+        raise ValueError(
+            f"held_out: cannot read {path} ({error.strerror}); kind='custom' takes a JSON file with "
+            "lists called train, val and test") from error
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: is not JSON ({error}); expected lists called train, val and test") from error
+        raise ValueError(
+            f"{path}: is not JSON ({error}); expected lists called train, val and test") from error
 
 # %% ../../nbs/1_data/07_splits.ipynb #39a75485
-_KINDS = dict(simulation=(_simulation, "condition"), guide=(_guide, "perturbation"), combination=(_combination, "condition"),
-              cell_type=(_cell_type, "cell_type"), custom=(_custom, "condition"))
+_KINDS = dict(simulation=(_simulation, "condition"),
+              guide=(_guide, "perturbation"),
+              combination=(_combination, "condition"),
+              cell_type=(_cell_type, "cell_type"),
+              custom=(_custom, "condition"))
 
 def make_split(
     adata:AnnData,                 # loaded or prepared; only obs is read
@@ -325,18 +380,28 @@ def make_split(
         raise ValueError(f"seed: found {seed!r}; give an integer from 0 to 2**32 - 1")
     make, key = _KINDS[kind]
     known = set(inspect.signature(make).parameters) - {"adata", "seed", "held_out"}
-    if set(options) - known: raise ValueError(f"{_some(set(options) - known)}: not an option of kind='{kind}', which takes "
-                                              f"{_some(known) or 'none'}")
+    if set(options) - known:
+        raise ValueError(f"{_some(set(options) - known)}: not an option of kind='{kind}', which takes "
+                         f"{_some(known) or 'none'}")
     if kind == "custom" and isinstance(held_out, (str, Path)): held_out = _read_lists(held_out)
     if isinstance(held_out, str): held_out = [held_out]
     if held_out is not None and not isinstance(held_out, Mapping): held_out = sorted(set(held_out))
-    settings = json.loads(json.dumps(dict(held_out=object_hash(held_out) if isinstance(held_out, Mapping) else held_out, **options)))
+    settings = json.loads(
+        json.dumps(
+            dict(held_out=object_hash(held_out) if isinstance(held_out, Mapping) else held_out, **options)))
     if path is not None and Path(path).is_file(): return _reused(path, adata, kind, int(seed), settings)
-    if _is_control(adata).all(): raise ValueError("obs['condition']: found controls only; there is nothing to hold out")
+    if _is_control(adata).all():
+        raise ValueError("obs['condition']: found controls only; there is nothing to hold out")
     parts, groups = make(adata, int(seed), held_out, **options)
     key = options.get("key", key)
     parts = {p: tuple(sorted(str(v) for v in parts[p])) for p in PARTS}
-    split = Split(kind, int(seed), key, **parts, dataset_hash=_dataset_hash(adata, key), subgroups=groups, settings=settings)
+    split = Split(kind,
+                  int(seed),
+                  key,
+                  **parts,
+                  dataset_hash=_dataset_hash(adata, key),
+                  subgroups=groups,
+                  settings=settings)
     _require_parts(split, allow_empty_val)
     if path is not None: split.save(path)
     return split
@@ -349,12 +414,16 @@ def _require_parts(
     "Every part has values, and no value has two parts."
     sizes = {p: len(getattr(split, p)) for p in PARTS}
     empty = [p for p, n in sizes.items() if not n and not (p == "val" and allow_empty_val)]
-    if empty: raise ValueError(f"kind='{split.kind}': part {_some(empty)} is empty ({sizes['train']} train, {sizes['val']} val, "
-                               f"{sizes['test']} test values of obs['{split.key}']); "
-                               "use data with more of them, other fractions or lists, or allow_empty_val=True if only val is empty")
+    if empty:
+        raise ValueError(
+            f"kind='{split.kind}': part {_some(empty)} is empty ({sizes['train']} train, {sizes['val']} val, "
+            f"{sizes['test']} test values of obs['{split.key}']); "
+            "use data with more of them, other fractions or lists, or allow_empty_val=True if only val is empty"
+        )
     values = pd.Series([v for p in PARTS for v in getattr(split, p)])
-    if values.duplicated().any(): raise ValueError(f"kind='{split.kind}': {_some(values[values.duplicated()].unique())} is listed "
-                                                   "twice; give each value one part")
+    if values.duplicated().any():
+        raise ValueError(f"kind='{split.kind}': {_some(values[values.duplicated()].unique())} is listed "
+                         "twice; give each value one part")
 
 def _reused(
     path:Path,            # a saved split
@@ -363,9 +432,12 @@ def _reused(
 )->Split:
     "A saved split, if it is the one that is asked for."
     split = Split.load(path, adata)
-    asked, found = dict(kind=kind, seed=seed, **settings), dict(kind=split.kind, seed=split.seed, **split.settings)
-    if asked != found: raise ValueError(f"{path}: holds another split ({found}) than is asked for ({asked}); give another path, or "
-                                        "delete the file")
+    asked = dict(kind=kind, seed=seed, **settings)
+    found = dict(kind=split.kind, seed=split.seed, **split.settings)
+    if asked != found:
+        raise ValueError(
+            f"{path}: holds another split ({found}) than is asked for ({asked}); give another path, or "
+            "delete the file")
     return split
 
 # %% ../../nbs/1_data/07_splits.ipynb #96b903d3
@@ -375,10 +447,14 @@ def _seen(
 )->dict[str, set]:      # what occurs among them
     "Every name that some cells carry: conditions, perturbations, lines, targets, guides and guide sequences."
     part = adata.obs.iloc[rows]
-    seen = {key: set(part[key].astype(str)) if key in part else set() for key in ("condition", "perturbation", "cell_type", "guide_id")}
+    seen = {
+        key: set(part[key].astype(str)) if key in part else set()
+        for key in ("condition", "perturbation", "cell_type", "guide_id")
+    }
     seen["targets"] = {t for c in seen["condition"] for t in parse_condition(c, "ctrl")}
     columns = [c for c in ("guide_seq_a", "guide_seq_b") if c in part]
-    pairs = part.loc[(part["condition"].astype(str) != "ctrl").to_numpy(), columns].astype(str).drop_duplicates().itertuples(index=False)
+    pairs = part.loc[(part["condition"].astype(str) != "ctrl").to_numpy(),
+                     columns].astype(str).drop_duplicates().itertuples(index=False)
     seen["sequences"] = {"+".join(sorted(set(p) - {"", "nan", "None", "<NA>"})) for p in pairs} - {""}
     return seen
 
@@ -386,10 +462,14 @@ def _seen(
 def _check_targets(split, train, val, test):
     "Targets of held-out single perturbations."
     if split.key != "condition" or split.kind == "combination": return
-    single = lambda seen: {t for c in seen["condition"] for ts in [parse_condition(c, "ctrl")] if len(ts) == 1 for t in ts}
+    single = lambda seen: {
+        t for c in seen["condition"] for ts in [parse_condition(c, "ctrl")] if len(ts) == 1 for t in ts
+    }
     held = single(val) | single(test)
-    yield "targets", held & train["targets"], len(held), "targets of held-out single perturbations in no training condition"
-    yield "targets in validation", single(test) & val["targets"], len(single(test)), "test targets in no validation condition"
+    yield "targets", held & train["targets"], len(
+        held), "targets of held-out single perturbations in no training condition"
+    yield "targets in validation", single(test) & val["targets"], len(
+        single(test)), "test targets in no validation condition"
 
 def _check_combinations(split, train, val, test):
     "Members of held-out combinations against their labels."
@@ -399,8 +479,10 @@ def _check_combinations(split, train, val, test):
             if not name.startswith("combo_seen"): continue
             for c in values:
                 known, n = sorted(set(parse_condition(c, "ctrl")) & train["targets"]), n + 1
-                too_few = split.kind == "combination" and len(known) < int(name[-1])  # cell-gears calls a member in validation seen
-                if too_few or len(known) > int(name[-1]): wrong.append(f"{c} ({name}, in training: {', '.join(known) or 'none'})")
+                too_few = split.kind == "combination" and len(known) < int(
+                    name[-1])  # cell-gears calls a member in validation seen
+                if too_few or len(known) > int(name[-1]):
+                    wrong.append(f"{c} ({name}, in training: {', '.join(known) or 'none'})")
     if n: yield "combinations", wrong, n, "as many members in training as the label says, at most"
 
 def _check_guides(split, train, val, test):
@@ -408,20 +490,30 @@ def _check_guides(split, train, val, test):
     if split.key == "cell_type": return
     held = {k: val[k] | test[k] for k in train}
     both, missing = {k: held[k] & train[k] for k in held}, held["condition"] - train["condition"]
-    if held["sequences"]: yield "guide sequences", both["sequences"], len(held["sequences"]), "held-out sequences that no training cell carries"
+    if held["sequences"]:
+        yield "guide sequences", both["sequences"], len(
+            held["sequences"]), "held-out sequences that no training cell carries"
     if split.key != "perturbation": return
-    if held["guide_id"]: yield "guides", both["guide_id"], len(held["guide_id"]), "held-out guides that no training cell carries"
-    yield "known targets", missing, len(held["condition"]), "conditions of held-out guides that have another guide in training"
+    if held["guide_id"]:
+        yield "guides", both["guide_id"], len(
+            held["guide_id"]), "held-out guides that no training cell carries"
+    yield "known targets", missing, len(
+        held["condition"]), "conditions of held-out guides that have another guide in training"
 
 # %% ../../nbs/1_data/07_splits.ipynb #0d3d9cc6
 def _check_statistics(split, adata, rows):
     "Whatever was computed across cells must come from exactly the training cells."
     about, wanted = adata.uns.get("biojepa", {}), cells_hash(adata.obs_names[rows])
-    records = {name: record for name, record in about.items() if isinstance(record, Mapping) and "train_cells" in record}
+    records = {
+        name: record for name, record in about.items()
+        if isinstance(record, Mapping) and "train_cells" in record
+    }
     if "variable_genes" not in records: yield "variable genes", [], 0, "not chosen here: all genes of the file"
     for name, record in records.items():
         from_others = f"{name}: {record.get('n_train_cells', '?')} cells of split {record.get('split', '?')}"
-        yield name.replace("_", " "), [from_others]*(record["train_cells"] != wanted), len(rows), "computed on exactly the training cells"
+        yield name.replace(
+            "_", " "), [from_others]*(record["train_cells"]
+                                      != wanted), len(rows), "computed on exactly the training cells"
 
 def _check_pairs(pairs, train, adata):
     "Alignment pairs against the perturbations of training cells."
@@ -442,20 +534,28 @@ def check_leakage(
     held = {p: split.cells(adata, p) if split.key != "cell_type" else rows[p] for p in ("val", "test")}
     train, val, test = (_seen(adata, r) for r in (rows["train"], held["val"], held["test"]))
     listed = pd.Series([v for p in PARTS for v in getattr(split, p)], dtype=object)
-    values, out, held_values = set(_column(adata, split.key)), np.r_[held["val"], held["test"]], val[split.key] | test[split.key]
+    values = set(_column(adata, split.key))
+    out = np.r_[held["val"], held["test"]]
+    held_values = val[split.key] | test[split.key]
     same = _dataset_hash(adata, split.key) == split.dataset_hash
     others = [] if same else set(listed) ^ (values - {"ctrl"}) or ["values"]
     checks = [("data", others, len(values), f"values of obs['{split.key}'] the split was made for"),
               ("parts", set(listed[listed.duplicated()]), len(listed), "values listed in one part only"),
-              ("rows", adata.obs_names[np.intersect1d(rows["train"], out)], len(out), "held-out cells that are no training cells"),
-              ("values", held_values & train[split.key], len(held_values), f"held-out {split.key} that no training cell has"),
-              *_check_targets(split, train, val, test), *_check_combinations(split, train, val, test),
-              *_check_guides(split, train, val, test), *_check_statistics(split, adata, rows["train"]), *_check_pairs(pairs, train, adata)]
-    report = pd.DataFrame([dict(check=name, passed=not len(wrong), checked=n, offenders=_some(wrong), meaning=meaning)
-                           for name, wrong, n, meaning in checks])
+              ("rows", adata.obs_names[np.intersect1d(
+                  rows["train"], out)], len(out), "held-out cells that are no training cells"),
+              ("values", held_values & train[split.key], len(held_values),
+               f"held-out {split.key} that no training cell has"), *_check_targets(split, train, val, test),
+              *_check_combinations(split, train, val, test), *_check_guides(split, train, val, test),
+              *_check_statistics(split, adata, rows["train"]), *_check_pairs(pairs, train, adata)]
+    report = pd.DataFrame([
+        dict(check=name, passed=not len(wrong), checked=n, offenders=_some(wrong), meaning=meaning)
+        for name, wrong, n, meaning in checks
+    ])
     failed = report[~report["passed"]]
     if not len(failed): return report
-    error = LeakageError("; ".join(f"{r.check}: {r.offenders} (must be: {r.meaning})" for r in failed.itertuples()) +
-                         "; make the split again on this file, prepare with that split, and align on training perturbations only")
+    error = LeakageError(
+        "; ".join(f"{r.check}: {r.offenders} (must be: {r.meaning})" for r in failed.itertuples()) +
+        "; make the split again on this file, prepare with that split, and align on training perturbations only"
+    )
     error.report = report
     raise error

@@ -48,15 +48,25 @@ def examples_table(
 )->pd.DataFrame:            # panel, gene, observed, predicted, target
     "Observed and predicted Δ of the perturbations that are predicted best, middling and worst."
     ranked = scores.dropna(subset=["value"]).sort_values("value", ascending=False, kind="stable")
-    if ranked.empty: raise ValueError("scores: no condition has a defined value; is the prediction the same for all genes?")
+    if ranked.empty:
+        raise ValueError(
+            "scores: no condition has a defined value; is the prediction the same for all genes?")
     bulk, tables = pseudobulk(ps), []
     key = pd.MultiIndex.from_frame(bulk.conditions[["condition", "cell_type"]].astype(str))
     several = bulk.conditions["cell_type"].nunique() > 1
-    for name, place in dict(best=0, median=len(ranked)//2, worst=len(ranked) - 1).items():
+    for name, place in dict(best=0, median=len(ranked) // 2, worst=len(ranked) - 1).items():
         row = ranked.iloc[place]
         i, targets = key.get_loc((str(row.condition), str(row.cell_type))), parse_condition(row.condition)
-        tables.append(pd.DataFrame(dict(panel=f"{name}: {'+'.join(targets)}{f' ({row.cell_type})' if several else ''}\n{label} = {row.value:.2f}", gene=ps.genes,
-                                        observed=bulk.observed[i], predicted=bulk.predicted[i], target=np.isin(ps.genes, targets))))
+        tables.append(
+            pd.DataFrame(
+                dict(
+                    panel=
+                    f"{name}: {'+'.join(targets)}{f' ({row.cell_type})' if several else ''}\n{label} = "
+                    f"{row.value:.2f}",
+                    gene=ps.genes,
+                    observed=bulk.observed[i],
+                    predicted=bulk.predicted[i],
+                    target=np.isin(ps.genes, targets))))
     return pd.concat(tables, ignore_index=True)
 
 def coverage_table(
@@ -68,7 +78,9 @@ def coverage_table(
     if ps.variance is not None: covered["single cells"] = cell_coverage(bulk, ps, levels).mean(0)
     if bulk.variance is not None: covered["mean of a perturbation"] = coverage(bulk, levels).mean(0)
     if not covered: raise ValueError(f"{ps.name}: predicts no variance, so there are no intervals to check")
-    return pd.concat([pd.DataFrame(dict(kind=kind, nominal=levels, covered=values)) for kind, values in covered.items()], ignore_index=True)
+    return pd.concat(
+        [pd.DataFrame(dict(kind=kind, nominal=levels, covered=values)) for kind, values in covered.items()],
+        ignore_index=True)
 
 # %% ../../nbs/6_evaluate/03_compare.ipynb #26e11a08
 def reading(
@@ -77,14 +89,26 @@ def reading(
 )->pd.DataFrame:            # metric, claim
     "What a table of metrics allows to be said of a method, in words."
     rows = []
-    for metric, part in table[table.method.isin([method]) | (table.metric.isin(table.metric[table.method == method]))].groupby("metric", sort=False):
+    for metric, part in table[table.method.isin([method]) |
+                              (table.metric.isin(table.metric[table.method == method]))].groupby(
+                                  "metric", sort=False):
         about, own = METRICS[metric], part[part.method == method].iloc[0]
-        if about.direction == "nominal": rows.append(dict(metric=metric, claim=f"{own['mean']:.2f} where {about.best:.2f} is honest")); continue
+        if about.direction == "nominal":
+            rows.append(dict(metric=metric, claim=f"{own['mean']:.2f} where {about.best:.2f} is honest"))
+            continue
         sign = 1 if about.direction == "higher" else -1
-        low, high = sorted((sign*own.difference_low, sign*own.difference_high)) if np.isfinite(own.difference_low) else (np.nan, np.nan)
-        verdict = "cannot be told from" if not (low > 0 or high < 0) else "better than" if low > 0 else "worse than"
+        low, high = sorted(
+            (sign*own.difference_low,
+             sign*own.difference_high)) if np.isfinite(own.difference_low) else (np.nan, np.nan)
+        verdict = "cannot be told from" if not (low > 0
+                                                or high < 0) else "better than" if low > 0 else "worse than"
         others = part[~part.method.isin([method, "ceiling", "oracle"])].dropna(subset=["mean"])
         best = others.loc[(sign*others["mean"]).idxmax()] if len(others) else None
-        rows.append(dict(metric=metric, claim=f"{own['mean']:.3f}: " + (f"{verdict} {(own.against or 'the reference').replace('_', ' ')}" if np.isfinite(low) else "no interval")
-                         + (f"; the best other method is {best.method.replace('_', ' ')} at {best['mean']:.3f}" if best is not None else "")))
+        rows.append(
+            dict(metric=metric,
+                 claim=f"{own['mean']:.3f}: " +
+                 (f"{verdict} {(own.against or 'the reference').replace('_', ' ')}"
+                  if np.isfinite(low) else "no interval") +
+                 (f"; the best other method is {best.method.replace('_', ' ')} at {best['mean']:.3f}"
+                  if best is not None else "")))
     return pd.DataFrame(rows)

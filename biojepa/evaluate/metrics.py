@@ -123,8 +123,11 @@ def _values_of(
     table = table.assign(r2=row_r2(predicted, observed), r2_top50=row_r2(take(predicted), take(observed)))
     about = ps.groups[["perturbation", "cell_type"]].set_axis(["condition", "cell_type"], axis=1)
     about = about.reset_index(drop=True).assign(n_cells=n, n_defined=defined)
-    tidy = about.join(table[list(PUBLISHED)]).melt(["condition", "cell_type", "n_cells", "n_defined"], var_name="metric")
-    return tidy.assign(method=ps.name)[["method", "metric", "condition", "cell_type", "value", "n_cells", "n_defined"]]
+    tidy = about.join(table[list(PUBLISHED)]).melt(["condition", "cell_type", "n_cells", "n_defined"],
+                                                   var_name="metric")
+    return tidy.assign(method=ps.name)[[
+        "method", "metric", "condition", "cell_type", "value", "n_cells", "n_defined"
+    ]]
 
 # %% ../../nbs/6_evaluate/01_metrics.ipynb #09a232d3
 def shift_of_last_batch(
@@ -153,7 +156,10 @@ def _protocol_of(
     cells = part["mse"]
     over = lambda m: float(np.average(part[m]["value"], weights=cells["n_cells"]))
     of_cells = {m: over(m) for m in ("mse", "r_top20_cell", "shift")}
-    r2 = {f"{m}_{f}": float(getattr(np, f"nan{f}")(part[m]["value"])) for m in ("r2", "r2_top50") for f in ("mean", "median")}
+    r2 = {
+        f"{m}_{f}": float(getattr(np, f"nan{f}")(part[m]["value"])) for m in ("r2", "r2_top50")
+        for f in ("mean", "median")
+    }
     n, defined = int(cells["n_cells"].sum()), int(cells["n_defined"].sum())
     counts = dict(n_cells=n, n_perturbations=len(cells), n_undefined=n - defined)
     return of_cells | r2 | dict(shift_last_batch=shift_of_last_batch(ps)) | counts
@@ -162,14 +168,24 @@ def _protocol_of(
 REPORT_VALUES = dict(mse=.4979, r_top20_cell=.9266, r2_mean=.9175, r2_median=.9272, r2_top50_mean=.0962,
                      r2_top50_median=.3211, shift_last_batch=.5379)
 MEANING = dict(
-    mse="squared error of one cell's Δ to one random control cell, mean over genes and cells; almost all of it is noise of single cells",
-    r_top20_cell="Pearson over the 20 genes of largest |Δ| of each cell; the control cell's noise is on both sides, so the control mean scores high",
-    r2_mean="R² of mean expression over all genes; says that abundant genes are abundant, which the control mean knows",
+    mse=
+    "squared error of one cell's Δ to one random control cell, mean over genes and cells; almost all of it is "
+    "noise of single cells",
+    r_top20_cell=
+    "Pearson over the 20 genes of largest |Δ| of each cell; the control cell's noise is on both sides, so the "
+    "control mean scores high",
+    r2_mean=
+    "R² of mean expression over all genes; says that abundant genes are abundant, which the control mean knows",
     r2_median="the same, median over perturbations",
-    r2_top50_mean="R² of mean expression over the 50 genes of largest mean |Δ|; below the control mean's value the prediction does harm",
+    r2_top50_mean=
+    "R² of mean expression over the 50 genes of largest mean |Δ|; below the control mean's value the "
+    "prediction does harm",
     r2_top50_median="the same, median over perturbations",
-    shift="mean |predicted Δ| of a cell; not an accuracy: the control mean has one too, a cell's distance to the mean",
-    shift_last_batch="the same, of the last 32 cells that fill a batch: what the release printed as the shift")
+    shift=
+    "mean |predicted Δ| of a cell; not an accuracy: the control mean has one too, a cell's distance to "
+    "the mean",
+    shift_last_batch=
+    "the same, of the last 32 cells that fill a batch: what the release printed as the shift")
 
 def _all_protocols(
     sets:Sequence[PredictionSet],
@@ -189,9 +205,14 @@ def published_table(
     "Table 1: the published protocol, always beside the two constants."
     values = _all_protocols(list(sets))
     missing = {"control_mean", "train_mean"} - values.keys()
-    if missing: raise ValueError(f"sets: {sorted(missing)} not among {list(values)}; these numbers cannot be read without both constants")
+    if missing:
+        raise ValueError(
+            f"sets: {sorted(missing)} not among {list(values)}; these numbers cannot be read without both "
+            f"constants"
+        )
     table = pd.DataFrame(dict(quantity=list(MEANING), report=[report.get(q, np.nan) for q in MEANING]))
-    for name in sorted(values, key=lambda m: m in ("control_mean", "train_mean")): table[name] = [values[name][q] for q in MEANING]
+    for name in sorted(values, key=lambda m: m in ("control_mean", "train_mean")):
+        table[name] = [values[name][q] for q in MEANING]
     return table.assign(meaning=list(MEANING.values()))
 
 # %% ../../nbs/6_evaluate/01_metrics.ipynb #b6261b27
@@ -199,7 +220,7 @@ class Metric(NamedTuple):
     "A metric and how to read it."
     name:str
     function:Callable
-    level:str               # "perturbation" (pseudobulk), "cell" (distributions of cells) or "panel" (one value for all perturbations)
+    level: str  # "perturbation" (pseudobulk), "cell" (distributions of cells) or "panel" (one value for all perturbations)
     direction:str           # "higher", "lower", or "nominal": as near to `best` as can be
     best:float
     chance:float|None       # what a prediction without information gets; None where it depends on the data
@@ -221,8 +242,11 @@ def metric(
     "Register a metric; several on one function differ by name and settings."
     def register(function):
         key = name or function.__name__
-        if key in METRICS and METRICS[key].label != label: raise ValueError(f"metric: the name {key!r} is taken; choose another")
-        METRICS[key] = Metric(key, partial(function, **settings) if settings else function, level, direction, best, chance, label, tuple(needs))
+        if key in METRICS and METRICS[key].label != label:
+            raise ValueError(f"metric: the name {key!r} is taken; choose another")
+        METRICS[key] = Metric(key,
+                              partial(function, **settings) if settings else function, level, direction,
+                              best, chance, label, tuple(needs))
         return function
     return register
 
@@ -256,7 +280,8 @@ def own_targets(
     "Which genes a condition targets."
     place = {g: i for i, g in enumerate(pb.genes)}
     mask = np.zeros(pb.observed.shape, bool)
-    for row, genes in enumerate(pb.conditions["targets"]): mask[row, [place[g] for g in genes if g in place]] = True
+    for row, genes in enumerate(pb.conditions["targets"]):
+        mask[row, [place[g] for g in genes if g in place]] = True
     return mask
 
 @metric("perturbation", "r of Δ, top 20 genes without the target", chance=0., name="r_top20_without_target", keep_target=False)
@@ -301,14 +326,21 @@ def observed_de(
     method:Literal["t-test", "wilcoxon"]="t-test",
 )->DETable:
     "Differential expression of the observed cells; conditions with a single cell are not tested."
-    if method not in ("t-test", "wilcoxon"): raise ValueError(f"method: found {method!r}; choose 't-test' or 'wilcoxon'")
+    if method not in ("t-test", "wilcoxon"):
+        raise ValueError(f"method: found {method!r}; choose 't-test' or 'wilcoxon'")
     parts, controls = [], split.controls(adata, part)
     lines = adata.obs["cell_type"].astype(str).to_numpy()[controls]
     for line, cells in ps.cells.groupby(ps.cells["cell_type"].astype(str)).indices.items():
         rows = controls[lines == line]
-        if len(rows) < 2: raise ValueError(f"obs['cell_type']: {line!r} has {len(rows)} control cells for part {part!r}; a test needs two or more")
+        if len(rows) < 2:
+            raise ValueError(
+                f"obs['cell_type']: {line!r} has {len(rows)} control cells for part {part!r}; a test needs "
+                f"two or more"
+            )
         control = sparse.csr_matrix(adata[rows, list(ps.genes)].X)
-        parts.append(_tested(ps.observed[cells], control, ps.cells["condition"].astype(str).to_numpy()[cells], line, method))
+        parts.append(
+            _tested(ps.observed[cells], control, ps.cells["condition"].astype(str).to_numpy()[cells], line,
+                    method))
     tables, *arrays = zip(*parts)
     return DETable(ps.genes, pd.concat(tables, ignore_index=True), *(np.concatenate(a) for a in arrays))
 
@@ -334,19 +366,28 @@ def _tested(
     names, counts = np.unique(condition, return_counts=True)
     groups = [f"g{i}" for i in range(len(names))]  # names of conditions may hold anything
     label = np.r_[np.searchsorted(names, condition), np.full(control.shape[0], len(names))]
-    cells = AnnData(sparse.vstack([X, control], format="csr"), obs=pd.DataFrame({"group": pd.Categorical.from_codes(label, [*groups, "ctrl"])}, index=np.arange(len(label)).astype(str)))
+    cells = AnnData(sparse.vstack([X, control], format="csr"),
+                    obs=pd.DataFrame({"group": pd.Categorical.from_codes(label, [*groups, "ctrl"])},
+                                     index=np.arange(len(label)).astype(str)))
     cells.var_names = [f"v{i}" for i in range(X.shape[1])]
     score, p = np.full((2, len(names), X.shape[1]), np.nan)
     if tested := [g for g, n in zip(groups, counts) if n > 1]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", pd.errors.PerformanceWarning)  # one per condition
-            sc.tl.rank_genes_groups(cells, "group", groups=tested, reference="ctrl", method=method, tie_correct=method == "wilcoxon")
+            sc.tl.rank_genes_groups(cells,
+                                    "group",
+                                    groups=tested,
+                                    reference="ctrl",
+                                    method=method,
+                                    tie_correct=method == "wilcoxon")
         result = cells.uns["rank_genes_groups"]
         for g in tested:
             row, order = groups.index(g), np.char.lstrip(result["names"][g].astype(str), "v").astype(int)
             score[row, order], p[row, order] = result["scores"][g], result["pvals_adj"][g]
-    error = np.sqrt([_squared_error_of_mean(X[condition == name]) for name in names] + _squared_error_of_mean(control))
-    return pd.DataFrame(dict(condition=names, cell_type=line, n_cells=counts, n_controls=control.shape[0])), score, p, error
+    error = np.sqrt([_squared_error_of_mean(X[condition == name])
+                     for name in names] + _squared_error_of_mean(control))
+    return pd.DataFrame(dict(condition=names, cell_type=line, n_cells=counts,
+                             n_controls=control.shape[0])), score, p, error
 
 # %% ../../nbs/6_evaluate/01_metrics.ipynb #4e3da5a3
 def _rows_of(
@@ -354,10 +395,18 @@ def _rows_of(
     de:DETable,
 )->np.ndarray:  # (C,) row of `de` for each row of `pb`
     "Match conditions and lines; other genes or a missing condition are errors."
-    if tuple(de.genes) != tuple(pb.genes): raise ValueError(f"de: was made for other genes ({len(de.genes)}) than the prediction's ({len(pb.genes)}), or in another order; call observed_de on this set")
+    if tuple(de.genes) != tuple(pb.genes):
+        raise ValueError(
+            f"de: was made for other genes ({len(de.genes)}) than the prediction's ({len(pb.genes)}), or in "
+            f"another order; call observed_de on this set"
+        )
     key = lambda t: pd.MultiIndex.from_arrays([t["condition"].astype(str), t["cell_type"].astype(str)])
     rows = key(de.conditions).get_indexer(key(pb.conditions))
-    if (rows < 0).any(): raise ValueError(f"de: lacks {pb.conditions['condition'].iloc[np.flatnonzero(rows < 0)[0]]}; call observed_de on this set")
+    if (rows < 0).any():
+        raise ValueError(
+            f"de: lacks {pb.conditions['condition'].iloc[np.flatnonzero(rows < 0)[0]]}; call observed_de on "
+            f"this set"
+        )
     return rows
 
 def top_share(
@@ -406,7 +455,10 @@ def _cells_of(
 )->list[np.ndarray]:    # rows of `ps.cells` of each row of `pb`
     "The cells behind each condition."
     rows = ps.cells.groupby([ps.cells["condition"].astype(str), ps.cells["cell_type"].astype(str)]).indices
-    return [rows[key] for key in zip(pb.conditions["condition"].astype(str), pb.conditions["cell_type"].astype(str))]
+    return [
+        rows[key]
+        for key in zip(pb.conditions["condition"].astype(str), pb.conditions["cell_type"].astype(str))
+    ]
 
 def _mean_distance(
     a:np.ndarray,           # (n, G)
@@ -432,7 +484,8 @@ def energy_distance(
     ps:PredictionSet,
 )->np.ndarray:      # (C,) always defined
     "Energy distance between predicted (shifted control) cells and observed cells."
-    return np.array([energy_between(ps.shifted(rows), ps.observed[rows].toarray()) for rows in _cells_of(pb, ps)])
+    return np.array(
+        [energy_between(ps.shifted(rows), ps.observed[rows].toarray()) for rows in _cells_of(pb, ps)])
 
 # %% ../../nbs/6_evaluate/01_metrics.ipynb #f01cef39
 def effect_size(
@@ -446,14 +499,16 @@ def severity_r(
     pb:Pseudobulk,
 )->float:           # NaN where all predicted effects are of one size, or with fewer than three conditions
     "Pearson across perturbations of predicted and observed effect size."
-    return float(row_pearson(effect_size(pb.predicted)[None], effect_size(pb.observed)[None])[0]) if len(pb.conditions) > 2 else np.nan
+    return float(row_pearson(effect_size(pb.predicted)[None],
+                             effect_size(pb.observed)[None])[0]) if len(pb.conditions) > 2 else np.nan
 
 @metric("panel", "severity: ρ of effect sizes", chance=0.)
 def severity_rho(
     pb:Pseudobulk,
 )->float:           # NaN where severity_r is
     "Spearman across perturbations of predicted and observed effect size."
-    return float(spearmanr(effect_size(pb.predicted), effect_size(pb.observed))[0]) if np.isfinite(severity_r(pb)) else np.nan
+    return float(spearmanr(effect_size(pb.predicted), effect_size(pb.observed))[0]) if np.isfinite(
+        severity_r(pb)) else np.nan
 
 # %% ../../nbs/6_evaluate/01_metrics.ipynb #e5aedaf4
 def _covered(
@@ -499,8 +554,13 @@ def _chosen(
     if names is None: return [m for m in METRICS.values() if set(m.needs) <= given]
     names = [names] if isinstance(names, str) else list(names)
     for name in names:
-        if name not in METRICS: raise ValueError(f"metrics: found {name!r}; choose among {', '.join(METRICS)}")
-        if lacking := set(METRICS[name].needs) - given: raise ValueError(f"metrics: {name} needs {', '.join(sorted(lacking))}; give de=observed_de(...), or a set with a predicted variance")
+        if name not in METRICS:
+            raise ValueError(f"metrics: found {name!r}; choose among {', '.join(METRICS)}")
+        if lacking := set(METRICS[name].needs) - given:
+            raise ValueError(
+                f"metrics: {name} needs {', '.join(sorted(lacking))}; give de=observed_de(...), or a set with "
+                f"a predicted variance"
+            )
     return [METRICS[name] for name in names]
 
 def evaluate(
@@ -510,10 +570,14 @@ def evaluate(
 )->pd.DataFrame:                        # method, metric, condition ("" for a metric of the panel), cell_type, value, n_cells
     "Every metric of every test condition, tidy."
     pb, tables = pseudobulk(ps, by="condition"), []
-    given = {"ps"} | ({"de"} if de is not None else set()) | ({"variance"} if pb.variance is not None else set()) | ({"cell_variance"} if ps.variance is not None else set())
+    given = {"ps"} | ({"de"} if de is not None else set()) | ({
+        "variance"
+    } if pb.variance is not None else set()) | ({"cell_variance"} if ps.variance is not None else set())
     arguments, about = dict(ps=ps, de=de), pb.conditions[["condition", "cell_type", "n_cells"]]
     for m in _chosen(metrics, given):
         value = m.function(pb, **{k: arguments[k] for k in m.needs if k in arguments})
-        rows = pd.DataFrame(dict(condition="", cell_type="", n_cells=about["n_cells"].sum(), value=[value])) if m.level == "panel" else about.assign(value=value)
+        rows = pd.DataFrame(dict(condition="", cell_type="", n_cells=about["n_cells"].sum(),
+                                 value=[value])) if m.level == "panel" else about.assign(value=value)
         tables.append(rows.assign(method=ps.name, metric=m.name))
-    return pd.concat(tables, ignore_index=True)[["method", "metric", "condition", "cell_type", "value", "n_cells"]]
+    return pd.concat(tables,
+                     ignore_index=True)[["method", "metric", "condition", "cell_type", "value", "n_cells"]]

@@ -33,7 +33,11 @@ def _finite(
 )->np.ndarray:  # (n,) float64 without NaN
     "Values that are defined; infinite ones are an error."
     values = np.asarray(values, float).ravel()
-    if np.isinf(values).any(): raise ValueError(f"{name}: found {np.isinf(values).sum()} infinite values; a metric is finite, or NaN where it is undefined")
+    if np.isinf(values).any():
+        raise ValueError(
+            f"{name}: found {np.isinf(values).sum()} infinite values; a metric is finite, or NaN where it is "
+            f"undefined"
+        )
     return values[~np.isnan(values)]
 
 def _check_draws(
@@ -103,7 +107,9 @@ def paired_bootstrap(
     "Mean of a − b with its interval and p value, over perturbations where both are defined."
     _check_draws(n, level)
     a, b = np.asarray(a, float).ravel(), np.asarray(b, float).ravel()
-    if len(a) != len(b): raise ValueError(f"a, b: found {len(a)} and {len(b)} values; give the same perturbations in the same order")
+    if len(a) != len(b):
+        raise ValueError(
+            f"a, b: found {len(a)} and {len(b)} values; give the same perturbations in the same order")
     d = _finite(a - b, "a - b")
     if not len(d): return Interval(np.nan, np.nan, np.nan, 0)
     return _interval(d, _draw_means(d, n, seed), level, paired=True)
@@ -120,12 +126,16 @@ def hierarchical_bootstrap(
 )->Interval:
     "Mean over seeds of the mean over perturbations; each draw takes seeds, and perturbations that are the same in all of them."
     _check_draws(n, level)
-    table = pd.DataFrame(dict(value=np.asarray(values, float).ravel(), seed=_same_length(seeds, values, "seeds"), unit=_same_length(perturbations, values, "perturbations")))
+    table = pd.DataFrame(
+        dict(value=np.asarray(values, float).ravel(),
+             seed=_same_length(seeds, values, "seeds"),
+             unit=_same_length(perturbations, values, "perturbations")))
     _finite(table["value"], "values")
     table = table.dropna(subset="value").pivot(index="seed", columns="unit", values="value").to_numpy()
     if not table.size: return Interval(np.nan, np.nan, np.nan, 0)
     (n_seeds, n_units), known, rng = table.shape, ~np.isnan(table), np.random.default_rng(seed)
-    units = rng.multinomial(n_units, np.full(n_units, 1/n_units), size=n)  # (n, perturbations): how often each is drawn
+    units = rng.multinomial(n_units, np.full(n_units, 1/n_units),
+                            size=n)  # (n, perturbations): how often each is drawn
     sums, counts = units @ np.where(known, table, 0).T, units @ known.T.astype(float)  # (n, seeds)
     weights = rng.multinomial(n_seeds, np.full(n_seeds, 1/n_seeds), size=n)*(counts > 0)
     some = weights.sum(1) > 0  # a draw may miss all perturbations of its seeds
@@ -138,7 +148,8 @@ def _same_length(
     name:str,   # for the error
 )->np.ndarray:
     "As many names as values."
-    if len(names := np.asarray(names).ravel()) != np.size(values): raise ValueError(f"{name}: found {len(names)} for {np.size(values)} values; give one per value")
+    if len(names := np.asarray(names).ravel()) != np.size(values):
+        raise ValueError(f"{name}: found {len(names)} for {np.size(values)} values; give one per value")
     return names
 
 # %% ../../nbs/6_evaluate/02_statistics.ipynb #72895a58
@@ -161,10 +172,16 @@ def _checked(
 )->pd.DataFrame:
     "A copy with a seed column; missing columns and repeated values are errors."
     missing = [c for c in ("method", "metric", "condition", "cell_type", "value") if c not in tidy]
-    if missing: raise ValueError(f"tidy: columns {missing} are missing, found {list(tidy.columns)}; give the rows of evaluate")
+    if missing:
+        raise ValueError(
+            f"tidy: columns {missing} are missing, found {list(tidy.columns)}; give the rows of evaluate")
     tidy = tidy.assign(seed=tidy["seed"] if "seed" in tidy else 0)
     twice = tidy[tidy.duplicated(["method", "metric", *_KEYS])]
-    if len(twice): raise ValueError(f"tidy: {twice.iloc[0].method} has two values of {twice.iloc[0].metric} for {twice.iloc[0].condition}; give several runs a 'seed' column")
+    if len(twice):
+        raise ValueError(
+            f"tidy: {twice.iloc[0].method} has two values of {twice.iloc[0].metric} for "
+            f"{twice.iloc[0].condition}; give several runs a 'seed' column"
+        )
     return tidy
 
 def _mean_interval(
@@ -173,8 +190,14 @@ def _mean_interval(
     **draws,            # n, level, seed
 )->Interval:
     "Plain or hierarchical, by the number of seeds."
-    if rows["seed"].nunique() > 1: return hierarchical_bootstrap(rows["value"], rows["seed"], rows["condition"].astype(str) + "|" + rows["cell_type"].astype(str), paired=paired, **draws)
-    return paired_bootstrap(rows["value"], np.zeros(len(rows)), **draws) if paired else bootstrap_ci(rows["value"], **draws)
+    if rows["seed"].nunique() > 1:
+        return hierarchical_bootstrap(rows["value"],
+                                      rows["seed"],
+                                      rows["condition"].astype(str) + "|" + rows["cell_type"].astype(str),
+                                      paired=paired,
+                                      **draws)
+    return paired_bootstrap(rows["value"], np.zeros(len(rows)), **draws) if paired else bootstrap_ci(
+        rows["value"], **draws)
 
 # %% ../../nbs/6_evaluate/02_statistics.ipynb #8c78e093
 def _differences(
@@ -206,8 +229,20 @@ def _row(
     top = _mean_interval(parts.get(ceiling, empty), False, **draws).estimate
     if metric.startswith("r_"): top = float(noise_ceiling(top))
     scaled = scaled_score(own.estimate, zero, top, about.direction) if about and zero is not None else np.nan
-    return dict(metric=metric, method=method, mean=own.estimate, low=own.low, high=own.high, difference=apart.estimate, difference_low=apart.low,
-                difference_high=apart.high, p=apart.p, against=against, scaled=scaled, n=own.n, n_undefined=int(rows["value"].isna().sum()), seeds=int(rows["seed"].nunique()))
+    return dict(metric=metric,
+                method=method,
+                mean=own.estimate,
+                low=own.low,
+                high=own.high,
+                difference=apart.estimate,
+                difference_low=apart.low,
+                difference_high=apart.high,
+                p=apart.p,
+                against=against,
+                scaled=scaled,
+                n=own.n,
+                n_undefined=int(rows["value"].isna().sum()),
+                seeds=int(rows["seed"].nunique()))
 
 # %% ../../nbs/6_evaluate/02_statistics.ipynb #2b8a1ed9
 def summarise(
@@ -220,10 +255,17 @@ def summarise(
 )->pd.DataFrame:                    # metric, method, mean, low, high, difference (to the reference) with interval and p, scaled, n
     "Metrics × methods with intervals, differences and scaled scores; metrics of a whole panel have no interval here (see `bootstrap_panel`)."
     tidy, rows = _checked(tidy), []
-    if reference not in set(tidy["method"]): raise ValueError(f"reference: {reference!r} is not among the methods {sorted(set(tidy['method']))}; evaluate it too, or name another")
+    if reference not in set(tidy["method"]):
+        raise ValueError(
+            f"reference: {reference!r} is not among the methods {sorted(set(tidy['method']))}; evaluate it "
+            f"too, or name another"
+        )
     for metric, part in tidy.groupby("metric", sort=False):
         parts = {m: r for m, r in part.groupby("method", sort=False)}
-        rows += [_row(method, metric, parts, reference, ceiling, dict(n=n, level=level, seed=seed)) for method in parts]
+        rows += [
+            _row(method, metric, parts, reference, ceiling, dict(n=n, level=level, seed=seed))
+            for method in parts
+        ]
     table = pd.DataFrame(rows)
     single = table["n"] == 1  # one value has no spread, so no interval
     table.loc[single, ["low", "high", "difference_low", "difference_high", "p"]] = np.nan
@@ -240,10 +282,14 @@ def bootstrap_panel(
     "A panel metric with a bootstrap interval over perturbations; draws in which it is undefined are left out."
     _check_draws(n, level)
     if metric not in METRICS or METRICS[metric].level != "panel":
-        raise ValueError(f"metric: found {metric!r}; choose one of {', '.join(m for m in METRICS if METRICS[m].level == 'panel')}")
+        raise ValueError(
+            f"metric: found {metric!r}; choose one of "
+            f"{', '.join(m for m in METRICS if METRICS[m].level == 'panel')}"
+        )
     function, size, rng = METRICS[metric].function, len(pb.conditions), np.random.default_rng(seed)
     estimate = float(function(pb))
-    draws = _finite([function(_take(pb, rng.integers(size, size=size))) for _ in range(n)] if size > 2 and np.isfinite(estimate) else [], metric)
+    draws = _finite([function(_take(pb, rng.integers(size, size=size)))
+                     for _ in range(n)] if size > 2 and np.isfinite(estimate) else [], metric)
     low, high = np.quantile(draws, [(1 - level)/2, (1 + level)/2]) if len(draws) else (np.nan, np.nan)
     return Interval(estimate, float(low), float(high), size)
 
@@ -252,5 +298,8 @@ def _take(
     rows:np.ndarray,    # (n,) rows, repeats allowed
 )->Pseudobulk:
     "Some rows of a pseudobulk."
-    return pb._replace(conditions=pb.conditions.iloc[rows].reset_index(drop=True), observed=pb.observed[rows], predicted=pb.predicted[rows],
-                       control=pb.control[rows], variance=None if pb.variance is None else pb.variance[rows])
+    return pb._replace(conditions=pb.conditions.iloc[rows].reset_index(drop=True),
+                       observed=pb.observed[rows],
+                       predicted=pb.predicted[rows],
+                       control=pb.control[rows],
+                       variance=None if pb.variance is None else pb.variance[rows])

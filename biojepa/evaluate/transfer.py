@@ -38,8 +38,11 @@ from ..predict.sets import PredictionSet
 from ..training.run import Run, load_data, run_stages
 
 # %% ../../nbs/6_evaluate/07_transfer.ipynb #20cb7e4e
-UNSEEN = dict(simulation="unseen targets", guide="unseen guides of known targets", combination="unseen combinations", cell_type="an unseen cell line",
-              custom="a split of one's own")   # kind of split -> name of the case
+UNSEEN = dict(simulation="unseen targets",
+              guide="unseen guides of known targets",
+              combination="unseen combinations",
+              cell_type="an unseen cell line",
+              custom="a split of one's own")  # kind of split -> name of the case
 SCORED = ("r_delta", "r_delta_perturbed_mean", "r_top20_without_target", "pds")    # metrics of every case
 
 @dataclass(frozen=True)
@@ -52,16 +55,28 @@ class Case:
     group:str = "unseen"                # "unseen", or "same cells" as the reference
 
     def __post_init__(self):
-        if not 0 < self.genes <= 1: raise ValueError(f"Case.genes: found {self.genes}; give a share above 0 and at most 1")
-        if self.group not in ("unseen", "same cells"): raise ValueError(f"Case.group: found {self.group!r}; choose 'unseen' or 'same cells'")
+        if not 0 < self.genes <= 1:
+            raise ValueError(f"Case.genes: found {self.genes}; give a share above 0 and at most 1")
+        if self.group not in ("unseen", "same cells"):
+            raise ValueError(f"Case.group: found {self.group!r}; choose 'unseen' or 'same cells'")
 
 # %% ../../nbs/6_evaluate/07_transfer.ipynb #78b42afc
-PLAIN = SimulationSpec(n_genes=150, n_cells=2000, n_targets=48, n_modules=8, n_batches=2, control_fraction=.15, effect_size=1.3, zero_fraction=.4)
-SCREENS = dict(custom=PLAIN, guide=PLAIN,                                                       # kind of split -> the screen it is asked on
-               combination=replace(PLAIN, n_targets=36, n_doubles=44, n_cells=2400),
-               cell_type=replace(PLAIN, n_targets=24, n_cell_types=4, n_cells=2800))
-EPOCHS = dict(laptop=dict(pretrain=1, align=40, dynamics=5, readout=1))                         # preset -> lengths that suit such screens
-SCALES = dict(smoke=.4)                                                                         # preset -> scale, where it is not 1
+PLAIN = SimulationSpec(n_genes=150,
+                       n_cells=2000,
+                       n_targets=48,
+                       n_modules=8,
+                       n_batches=2,
+                       control_fraction=.15,
+                       effect_size=1.3,
+                       zero_fraction=.4)
+SCREENS = dict(
+    custom=PLAIN,
+    guide=PLAIN,  # kind of split -> the screen it is asked on
+    combination=replace(PLAIN, n_targets=36, n_doubles=44, n_cells=2400),
+    cell_type=replace(PLAIN, n_targets=24, n_cell_types=4, n_cells=2800))
+EPOCHS = dict(laptop=dict(pretrain=1, align=40, dynamics=5,
+                          readout=1))  # preset -> lengths that suit such screens
+SCALES = dict(smoke=.4)  # preset -> scale, where it is not 1
 
 def scaled_screen(
     spec:SimulationSpec,
@@ -92,7 +107,8 @@ def simulated_cases(
 
 def _named(experiment:ExperimentConfig, name:str, screen:SimulationSpec|None)->ExperimentConfig:
     "The case, and the screen if there is one, become part of the configuration, so that each case has a folder of its own."
-    return experiment.changed(name=f"{experiment.name}: {name}" + (f", screen {object_hash(asdict(screen), 8)}" if screen else ""))
+    return experiment.changed(name=f"{experiment.name}: {name}" +
+                              (f", screen {object_hash(asdict(screen), 8)}" if screen else ""))
 
 # %% ../../nbs/6_evaluate/07_transfer.ipynb #dc9abd41
 def variants(
@@ -105,10 +121,19 @@ def variants(
     if not 0 < gene_share < 1: raise ValueError(f"gene_share: found {gene_share}; give a share between 0 and 1")
     base, n = reference.experiment, max(1, round(gene_share*n_genes))
     def other(name, genes=1., **changes):
-        return replace(reference, name=name, genes=genes, group="same cells", experiment=_named(base.changed(**changes), name, None))
-    cases = [other(f"{gene_share:.0%} of the genes, at random", gene_share), other(f"the {n} most variable genes", data=base.data.changed(n_top_genes=n))]
+        return replace(reference,
+                       name=name,
+                       genes=genes,
+                       group="same cells",
+                       experiment=_named(base.changed(**changes), name, None))
+    cases = [
+        other(f"{gene_share:.0%} of the genes, at random", gene_share),
+        other(f"the {n} most variable genes", data=base.data.changed(n_top_genes=n))
+    ]
     for d in (max(1, round(w*base.model.d_model/base.model.n_heads))*base.model.n_heads for w in widths):
-        if d != base.model.d_model: cases.append(other(f"width {d} instead of {base.model.d_model}", model=base.model.changed(d_model=d)))
+        if d != base.model.d_model:
+            cases.append(
+                other(f"width {d} instead of {base.model.d_model}", model=base.model.changed(d_model=d)))
     return cases
 
 # %% ../../nbs/6_evaluate/07_transfer.ipynb #70967959
@@ -122,12 +147,17 @@ def dataset_cases(
     reference, cases, left_out = Case(UNSEEN[experiment.data.split], experiment), [], []
     for kind in ("simulation", "guide", "combination", "cell_type"):
         if kind == experiment.data.split: continue
-        if kind == "guide" and "guide_id" not in adata.obs: left_out.append(dict(case=UNSEEN[kind], reason="obs['guide_id']: missing; name the column of guides (guide=...)")); continue
+        if kind == "guide" and "guide_id" not in adata.obs:
+            left_out.append(
+                dict(case=UNSEEN[kind],
+                     reason="obs['guide_id']: missing; name the column of guides (guide=...)"))
+            continue
         try: make_split(adata, kind, experiment.data.split_seed)
         except ValueError as error: left_out.append(dict(case=UNSEEN[kind], reason=str(error))); continue
         data = experiment.data.changed(split=kind, held_out=None)
         cases.append(Case(UNSEEN[kind], _named(experiment.changed(data=data), UNSEEN[kind], None)))
-    return [reference, *cases, *variants(reference, adata.n_vars, gene_share, widths)], pd.DataFrame(left_out, columns=["case", "reason"])
+    return [reference, *cases, *variants(reference, adata.n_vars, gene_share, widths)], pd.DataFrame(
+        left_out, columns=["case", "reason"])
 
 # %% ../../nbs/6_evaluate/07_transfer.ipynb #8149f861
 def transfer_cases(
@@ -139,9 +169,13 @@ def transfer_cases(
     **options,                      # gene_share, widths
 )->tuple[list[Case], pd.DataFrame]: # cases, the reference first; case and reason of those left out
     "The list of cases of an experiment: on small screens for the simulated default, else on its dataset."
-    if on_dataset or experiment.data.dataset != "simulated": cases, left_out = dataset_cases(experiment, load_data(experiment.data, runs=runs)[0], **options)
-    else: cases, left_out = simulated_cases(experiment, scale, experiment.seed, **options), pd.DataFrame(columns=["case", "reason"])
-    if unknown := [o for o in only if not any(c.name.startswith(o) for c in cases)]: raise ValueError(f"only: found {unknown[0]!r}; these data allow {'; '.join(c.name for c in cases)}")
+    if on_dataset or experiment.data.dataset != "simulated":
+        cases, left_out = dataset_cases(experiment, load_data(experiment.data, runs=runs)[0], **options)
+    else:
+        cases, left_out = simulated_cases(experiment, scale, experiment.seed,
+                                          **options), pd.DataFrame(columns=["case", "reason"])
+    if unknown := [o for o in only if not any(c.name.startswith(o) for c in cases)]:
+        raise ValueError(f"only: found {unknown[0]!r}; these data allow {'; '.join(c.name for c in cases)}")
     chosen = [c for i, c in enumerate(cases) if not i or not only or c.name.startswith(tuple(only))]
     dropped = [dict(case=c.name, reason="not asked for") for c in cases if c not in chosen]
     return chosen, pd.concat([left_out, pd.DataFrame(dropped, columns=["case", "reason"])], ignore_index=True)
@@ -155,9 +189,19 @@ def unseen_targets(
 )->Split:
     "Some targets for testing, some for validation, drawn at random."
     names = sorted(set(adata.obs["condition"].astype(str)) - {"ctrl"})
-    if double := [c for c in names if len(parse_condition(c)) > 1]: raise ValueError(f"obs['condition']: found the combination {double[0]!r}; draw from single perturbations, or use make_split(adata, 'simulation')")
-    names, (n_test, n_val) = np.random.default_rng(seed).permutation(names).tolist(), (max(1, round(f*len(names))) for f in (test_fraction, val_fraction))
-    return make_split(adata, "custom", seed, held_out=dict(test=names[:n_test], val=names[n_test:n_test + n_val], train=names[n_test + n_val:]))
+    if double := [c for c in names if len(parse_condition(c)) > 1]:
+        raise ValueError(
+            f"obs['condition']: found the combination {double[0]!r}; draw from single perturbations, or use "
+            f"make_split(adata, 'simulation')"
+        )
+    names, (n_test, n_val) = np.random.default_rng(seed).permutation(names).tolist(), (max(
+        1, round(f*len(names))) for f in (test_fraction, val_fraction))
+    return make_split(adata,
+                      "custom",
+                      seed,
+                      held_out=dict(test=names[:n_test],
+                                    val=names[n_test:n_test + n_val],
+                                    train=names[n_test + n_val:]))
 
 def some_genes(
     adata:AnnData,      # prepared
@@ -175,7 +219,10 @@ def with_truth_of_its_genes(
     truth = adata.uns.get("truth")
     if truth is None or list(truth["gene"]) == list(adata.var_names): return adata
     at, out = pd.Index(truth["gene"]).get_indexer(adata.var_names), adata.copy()
-    out.uns["truth"] = {**truth, "gene": truth["gene"][at], **{k: truth[k][..., at] for k in ("log_fold", "log_fold_by_cell_type")}}
+    out.uns["truth"] = {
+        **truth, "gene": truth["gene"][at],
+        **{k: truth[k][..., at] for k in ("log_fold", "log_fold_by_cell_type")}
+    }
     return out
 
 # %% ../../nbs/6_evaluate/07_transfer.ipynb #521cd37e
@@ -187,8 +234,13 @@ def case_data(
     data, threads = case.experiment.data, torch.get_num_threads()
     if case.screen is None: adata, split = load_data(data, runs=runs)
     else:
-        loaded = load_dataset(read_card("simulated").changed(simulate=asdict(case.screen), cells=None, genes=None, targets=None))
-        split = unseen_targets(loaded, data.split_seed) if data.split == "custom" else make_split(loaded, data.split, data.split_seed)
+        loaded = load_dataset(
+            read_card("simulated").changed(simulate=asdict(case.screen),
+                                           cells=None,
+                                           genes=None,
+                                           targets=None))
+        split = unseen_targets(loaded, data.split_seed) if data.split == "custom" else make_split(
+            loaded, data.split, data.split_seed)
         adata = prepare(loaded, data.expression_space, data.n_top_genes, split)
     torch.set_num_threads(threads)   # the choice of variable genes (numba) changes it
     if case.genes < 1: adata = some_genes(adata, case.genes, data.split_seed)
@@ -202,7 +254,8 @@ def seen_elsewhere(
     "The same condition's mean Δ in training, by another guide or in another line (modes are not told apart); the train mean where it is new."
     def answer(targets, delta, asked):
         rows = [[i for i, t in enumerate(targets) if t == a] for a in asked]
-        return Answer(np.stack([delta[r].mean(0) if r else delta.mean(0) for r in rows]), np.array([bool(r) for r in rows]))
+        return Answer(np.stack([delta[r].mean(0) if r else delta.mean(0) for r in rows]),
+                      np.array([bool(r) for r in rows]))
     return answer_lines(name, template, training_deltas(template, adata, split), answer)
 
 def case_methods(
@@ -212,7 +265,10 @@ def case_methods(
     "The model, the baselines of every case and the bounds, on the test cells of a run."
     graph = relations_of(run) is not None
     tested = run.adata.obs["condition"].astype(str).to_numpy()[run.split.cells(run.adata, "test")]
-    names = ["control_mean", "train_mean", *(f"{b}, {'graph' if graph else 'sequence'}" for b in ("ridge", "nearest_neighbours", "gaussian_process"))]
+    names = [
+        "control_mean", "train_mean", *(f"{b}, {'graph' if graph else 'sequence'}"
+                                        for b in ("ridge", "nearest_neighbours", "gaussian_process"))
+    ]
     if any(len(parse_condition(c)) > 1 for c in set(tested)): names.append("additive")
     names += ["ceiling", *(["oracle"] if {"truth", "true_log_fold"} & set(run.adata.uns) else [])]
     sets = all_methods(run, names, seed=run.experiment.seed, progress=progress)
@@ -228,8 +284,13 @@ def on_genes(
 )->PredictionSet:
     "The same answers, for some genes only."
     at = pd.Index(ps.genes).get_indexer(list(genes))
-    if (at < 0).any(): raise ValueError(f"genes: {int((at < 0).sum())} are not among the {len(ps.genes)} of {ps.name!r}, e.g. {list(genes)[int(np.argmin(at))]}; give some of its genes")
-    arrays = ("observed", "control", "control_mean", "delta", "cell_delta", "variance", "delta_variance", "train_delta")
+    if (at < 0).any():
+        raise ValueError(
+            f"genes: {int((at < 0).sum())} are not among the {len(ps.genes)} of {ps.name!r}, e.g. "
+            f"{list(genes)[int(np.argmin(at))]}; give some of its genes"
+        )
+    arrays = ("observed", "control", "control_mean", "delta", "cell_delta", "variance", "delta_variance",
+              "train_delta")
     held = {k: v for k in arrays if (v := getattr(ps, k)) is not None}
     cut = {k: v[..., at] if isinstance(v, np.ndarray) else v[:, at] for k, v in held.items()}
     return replace(ps, name=name or ps.name, genes=tuple(genes), **cut)
@@ -245,11 +306,19 @@ def score_case(
     metrics:Sequence[str]=SCORED,
 )->pd.DataFrame:                            # case, group, method, metric, condition, cell_type, value, n_cells
     "Scores of one case, tidy; combinations also by how many members training has seen."
-    if reference is not None and case.group == "same cells": sets = [*sets, on_genes(reference, sets[0].genes, REFERENCE)]
+    if reference is not None and case.group == "same cells":
+        sets = [*sets, on_genes(reference, sets[0].genes, REFERENCE)]
     scores = pd.concat([evaluate(s, metrics) for s in sets], ignore_index=True)
     parts = {case.name: scores}
-    combos = {k: v for k, v in split.subgroups.get("test", {}).items() if k.startswith("combo_seen") and set(v) & set(scores["condition"])}
-    if len(combos) > 1: parts |= {f"{case.name}, {k[-1]} of 2 members seen": scores[scores["condition"].isin(v)] for k, v in sorted(combos.items())}
+    combos = {
+        k: v for k, v in split.subgroups.get("test", {}).items()
+        if k.startswith("combo_seen") and set(v) & set(scores["condition"])
+    }
+    if len(combos) > 1:
+        parts |= {
+            f"{case.name}, {k[-1]} of 2 members seen": scores[scores["condition"].isin(v)]
+            for k, v in sorted(combos.items())
+        }
     return pd.concat([p.assign(case=name, group=case.group) for name, p in parts.items()], ignore_index=True)
 
 # %% ../../nbs/6_evaluate/07_transfer.ipynb #08139645
@@ -261,14 +330,27 @@ class Transfer(NamedTuple):
     @property
     def identity(self)->dict:   # case -> hashes of its configuration, data, split and features
         "What the numbers were made from."
-        return {r.case: dict(config=r.config, data=r.data, split=r.split, features=r.features) for r in self.about.itertuples()}
+        return {
+            r.case: dict(config=r.config, data=r.data, split=r.split, features=r.features)
+            for r in self.about.itertuples()
+        }
 
 def _about(case:Case, run:Run)->dict:
     "What a case was trained on."
     obs, cells = run.adata.obs, {p: run.split.cells(run.adata, p) for p in ("train", "test")}
     n = {p: obs[["condition", "cell_type"]].iloc[rows].drop_duplicates().shape[0] for p, rows in cells.items()}
-    return dict(case=case.name, group=case.group, held_out=run.split.kind, genes=run.adata.n_vars, width=run.experiment.model.d_model, parameters=n_params(run.model), training_cells=len(cells["train"]),
-                training_conditions=n["train"], test_conditions=n["test"], test_cells=len(cells["test"]), run=run.folder.name, **json.loads((run.folder/"run.json").read_text())["identity"])
+    return dict(case=case.name,
+                group=case.group,
+                held_out=run.split.kind,
+                genes=run.adata.n_vars,
+                width=run.experiment.model.d_model,
+                parameters=n_params(run.model),
+                training_cells=len(cells["train"]),
+                training_conditions=n["train"],
+                test_conditions=n["test"],
+                test_cells=len(cells["test"]),
+                run=run.folder.name,
+                **json.loads((run.folder/"run.json").read_text())["identity"])
 
 # %% ../../nbs/6_evaluate/07_transfer.ipynb #65d04d30
 def run_case(
@@ -279,7 +361,8 @@ def run_case(
     "Train a case, or read the finished run."
     adata, split = case_data(case, runs)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r"model\.\w+: \d+ in the configuration")   # a case sets its own sizes
+        warnings.filterwarnings(
+            "ignore", message=r"model\.\w+: \d+ in the configuration")  # a case sets its own sizes
         return run_stages(case.experiment, adata, split, runs, **options)
 
 def run_cases(
@@ -311,25 +394,39 @@ def _interval(values)->dict:
 
 def _difference(scores:pd.DataFrame, a:str, b:str, fill:float|None)->dict:
     "Mean of a − b over the same perturbations with its interval; `fill` stands for values of b that are all undefined."
-    wide = scores[scores["method"].isin([a, b])].pivot(index=["condition", "cell_type"], columns="method", values="value").reindex(columns=[a, b])
+    wide = scores[scores["method"].isin([a, b])].pivot(index=["condition", "cell_type"],
+                                                       columns="method",
+                                                       values="value").reindex(columns=[a, b])
     if wide[b].isna().all() and fill is not None: wide[b] = fill
     d = paired_bootstrap(wide[a], wide[b])
-    return dict(difference=d.estimate, difference_low=d.low, difference_high=d.high) if d.n > 1 else dict(difference=d.estimate, difference_low=np.nan, difference_high=np.nan)
+    return dict(difference=d.estimate, difference_low=d.low, difference_high=d.high) if d.n > 1 else dict(
+        difference=d.estimate, difference_low=np.nan, difference_high=np.nan)
 
 def _table_row(scores:pd.DataFrame, metric:str, method:str)->dict:
     "One case, one metric."
     about, values = METRICS[metric], dict(tuple(scores.groupby("method", sort=False)["value"]))
     means, sign = pd.Series({m: v.mean() for m, v in values.items()}), 1 if about.direction == "higher" else -1
     row = dict(metric=metric, **_interval(values[method]))
-    row |= {k: means.get(m, np.nan) for k, m in dict(train_mean="train_mean", exchanged=f"{method}, actions exchanged", ceiling="ceiling", oracle="oracle", reference=REFERENCE).items()}
+    row |= {
+        k: means.get(m, np.nan) for k, m in dict(train_mean="train_mean",
+                                                 exchanged=f"{method}, actions exchanged",
+                                                 ceiling="ceiling",
+                                                 oracle="oracle",
+                                                 reference=REFERENCE).items()
+    }
     row["against"] = "train_mean" if np.isfinite(row["train_mean"]) else "chance"
     if row["against"] == "chance" and about.chance is not None: row["train_mean"] = about.chance
-    if not (baselines := [m for m in values if m.split(",")[0] not in _NO_BASELINE]): raise ValueError(f"scores: no baseline beside {method}; score train_mean and others too")
+    if not (baselines := [m for m in values if m.split(",")[0] not in _NO_BASELINE]):
+        raise ValueError(f"scores: no baseline beside {method}; score train_mean and others too")
     ranked = (sign*means[baselines]).dropna()   # beyond the perturbed mean, the train mean is undefined
     best = _interval(values[ranked.idxmax()]) if len(ranked) else dict.fromkeys(("mean", "low", "high"), np.nan)
-    row |= dict(best=ranked.idxmax() if len(ranked) else "none", **{f"best_{k}": best[k] for k in ("mean", "low", "high")})
+    row |= dict(best=ranked.idxmax() if len(ranked) else "none",
+                **{f"best_{k}": best[k] for k in ("mean", "low", "high")})
     others = dict(train_mean="train_mean", best=row["best"], reference=REFERENCE)
-    return row | {f"{k}_{name}": v for name, m in others.items() if m in values for k, v in _difference(scores, method, m, about.chance).items()}
+    return row | {
+        f"{k}_{name}": v for name, m in others.items() if m in values
+        for k, v in _difference(scores, method, m, about.chance).items()
+    }
 
 # %% ../../nbs/6_evaluate/07_transfer.ipynb #bd073650
 def transfer_table(
@@ -337,18 +434,28 @@ def transfer_table(
     method:str="biojepa",
 )->pd.DataFrame:                # case, group, metric, n, mean, low, high, train_mean (or chance, see `against`), best, best_mean, …, differences with intervals
     "One row per case and metric: the model beside what it must beat."
-    if method not in set(scores["method"]): raise ValueError(f"method: {method!r} is not among {sorted(set(scores['method']))}; score it too")
+    if method not in set(scores["method"]):
+        raise ValueError(f"method: {method!r} is not among {sorted(set(scores['method']))}; score it too")
     columns = [c for c in scores if c not in ("case", "group")]
-    rows = [dict(case=case, group=group) | _table_row(part[columns], metric, method) for (case, group, metric), part in scores.groupby(["case", "group", "metric"], sort=False)]
+    rows = [
+        dict(case=case, group=group) | _table_row(part[columns], metric, method)
+        for (case, group, metric), part in scores.groupby(["case", "group", "metric"], sort=False)
+    ]
     return pd.DataFrame(rows)
 
 def wide_table(
     table:pd.DataFrame,     # of `transfer_table`
 )->pd.DataFrame:            # one row per case; for each metric the model, the train mean and the best baseline, as text
     "The table as it is printed."
-    def cell(r): return f"{r.mean:.2f} [{r.low:.2f}, {r.high:.2f}] | {r.train_mean:.2f} | {r.best_mean:.2f} {r.best.split(',')[0].replace('_', ' ')}"
-    text = pd.Series([cell(r) for r in table[["mean", "low", "high", "train_mean", "best_mean", "best"]].itertuples(index=False)], index=pd.MultiIndex.from_frame(table[["case", "n", "metric"]]))
-    return text.unstack("metric").reindex(dict.fromkeys(zip(table["case"], table["n"]))).reindex(columns=list(dict.fromkeys(table["metric"])))
+    def cell(r):
+        return f"{r.mean:.2f} [{r.low:.2f}, {r.high:.2f}] | {r.train_mean:.2f} | {r.best_mean:.2f} {r.best.split(',')[0].replace('_', ' ')}"
+    text = pd.Series([
+        cell(r)
+        for r in table[["mean", "low", "high", "train_mean", "best_mean", "best"]].itertuples(index=False)
+    ],
+                     index=pd.MultiIndex.from_frame(table[["case", "n", "metric"]]))
+    return text.unstack("metric").reindex(dict.fromkeys(zip(
+        table["case"], table["n"]))).reindex(columns=list(dict.fromkeys(table["metric"])))
 
 # %% ../../nbs/6_evaluate/07_transfer.ipynb #753fcc8c
 def _verdict(low:float, high:float, sign:int, other:str)->str:
@@ -364,8 +471,16 @@ def transfer_reading(
     "What the numbers of one metric allow to be said, case by case."
     sign, rows = 1 if METRICS[metric].direction == "higher" else -1, []
     for r in table[table["metric"] == metric].itertuples():
-        claim = [f"{r.mean:.2f}, n = {r.n}", _verdict(r.difference_low_train_mean, r.difference_high_train_mean, sign, f"{dict(train_mean='the train mean').get(r.against, r.against)} ({r.train_mean:.2f})"),
-                 _verdict(r.difference_low_best, r.difference_high_best, sign, f"the best baseline, {r.best.split(',')[0].replace('_', ' ')} ({r.best_mean:.2f})")]
-        if np.isfinite(getattr(r, "difference_reference", np.nan)): claim.append(_verdict(r.difference_low_reference, r.difference_high_reference, sign, f"the reference model on these genes ({r.reference:.2f})"))
+        claim = [
+            f"{r.mean:.2f}, n = {r.n}",
+            _verdict(r.difference_low_train_mean, r.difference_high_train_mean, sign,
+                     f"{dict(train_mean='the train mean').get(r.against, r.against)} ({r.train_mean:.2f})"),
+            _verdict(r.difference_low_best, r.difference_high_best, sign,
+                     f"the best baseline, {r.best.split(',')[0].replace('_', ' ')} ({r.best_mean:.2f})")
+        ]
+        if np.isfinite(getattr(r, "difference_reference", np.nan)):
+            claim.append(
+                _verdict(r.difference_low_reference, r.difference_high_reference, sign,
+                         f"the reference model on these genes ({r.reference:.2f})"))
         rows.append(dict(case=r.case, claim="; ".join(claim)))
     return pd.DataFrame(rows)

@@ -31,7 +31,8 @@ class Relation:
     related:sp.csr_matrix   # (N, N) bool, symmetric, nothing on the diagonal
 
     def __len__(self)->int: return len(self.items)
-    def __repr__(self)->str: return f"Relation({self.source!r}, {len(self):,} items, {self.n_pairs:,} related pairs, chance {self.chance:.3f})"
+    def __repr__(self) -> str:
+        return f"Relation({self.source!r}, {len(self):,} items, {self.n_pairs:,} related pairs, chance {self.chance:.3f})"
 
     @property
     def n_pairs(self)->int: return self.related.nnz//2
@@ -47,19 +48,28 @@ class Relation:
         "The relation among some items."
         place = {g: i for i, g in enumerate(self.items)}
         known = [(i, place[g]) for i, g in enumerate(names) if g in place]
-        return _relation(self.source, [names[i] for i, _ in known], self.related[[j for _, j in known]][:, [j for _, j in known]], np.array([i for i, _ in known], int), len(names))
+        return _relation(self.source, [names[i] for i, _ in known],
+                         self.related[[j for _, j in known]][:, [j for _, j in known]],
+                         np.array([i for i, _ in known], int), len(names))
 
 # %% ../../nbs/7_explore/02_genesets.ipynb #f76b712e
 def _relation(source:str, names:Sequence[str], related, rows:np.ndarray, asked:int|None=None)->tuple[Relation, np.ndarray]:
     "Symmetric, without the diagonal, without items that stand alone."
-    if len(set(names)) < len(names): raise ValueError(f"items: {pd.Index(names)[pd.Index(names).duplicated()][0]!r} stands twice; name each item once")
+    if len(set(names)) < len(names):
+        raise ValueError(
+            f"items: {pd.Index(names)[pd.Index(names).duplicated()][0]!r} stands twice; name each item once"
+        )
     related = sp.csr_matrix(related, dtype=bool).tolil()
     related.setdiag(False)
     related = related.tocsr()
     related.eliminate_zeros()
     related = (related + related.T).astype(bool).tocsr()
     kept = np.flatnonzero(related.getnnz(1))
-    if len(kept) < 3: raise ValueError(f"{source}: {len(kept)} of {len(names) if asked is None else asked} items are related to another; gene sets and data must use the same names, and sets need two members among them")
+    if len(kept) < 3:
+        raise ValueError(
+            f"{source}: {len(kept)} of {len(names) if asked is None else asked} items are related to another; "
+            f"gene sets and data must use the same names, and sets need two members among them"
+        )
     return Relation(source, tuple(str(names[i]) for i in kept), related[kept][:, kept]), rows[kept]
 
 def set_relation(
@@ -69,7 +79,11 @@ def set_relation(
 )->Relation:
     "Items that share a set."
     kept = {k: sorted(set(map(str, v))) for k, v in sets.items() if sizes[0] <= len(set(v)) <= sizes[1]}
-    if not kept: raise ValueError(f"{source}: none of {len(sets)} sets has {sizes[0]} to {sizes[1]} members; give other sets, or other sizes")
+    if not kept:
+        raise ValueError(
+            f"{source}: none of {len(sets)} sets has {sizes[0]} to {sizes[1]} members; give other sets, or "
+            f"other sizes"
+        )
     names = sorted({g for v in kept.values() for g in v})
     place = {g: i for i, g in enumerate(names)}
     row, column = (np.array(x) for x in zip(*((place[g], s) for s, v in enumerate(kept.values()) for g in v)))
@@ -82,7 +96,8 @@ def label_relation(
 )->Relation:
     "Items of the same label, in the order given."
     labels = pd.Series(labels)
-    return set_relation({str(k): rows.index for k, rows in labels.groupby(labels)}, source, (2, len(labels))).at([str(i) for i in labels.index])[0]
+    return set_relation({str(k): rows.index for k, rows in labels.groupby(labels)}, source,
+                        (2, len(labels))).at([str(i) for i in labels.index])[0]
 
 def edge_relation(
     table:pd.DataFrame,     # columns a and b, optional db
@@ -90,12 +105,19 @@ def edge_relation(
     source:str="edges",
 )->Relation:
     "Items that are joined by an edge."
-    if missing := [c for c in ("a", "b", *(["db"] if db else [])) if c not in table]: raise ValueError(f"{source}: columns {missing} are missing, found {list(table.columns)}; give gene pairs as columns a and b")
+    if missing := [c for c in ("a", "b", *(["db"] if db else [])) if c not in table]:
+        raise ValueError(
+            f"{source}: columns {missing} are missing, found {list(table.columns)}; give gene pairs as "
+            f"columns a and b"
+        )
     if db: table, known = table[table["db"].astype(str) == db], sorted(table["db"].astype(str).unique())
-    if not len(table): raise ValueError(f"{source}: no edges" + (f" of db {db!r}; it has {', '.join(known)}" if db else ""))
+    if not len(table):
+        raise ValueError(f"{source}: no edges" +
+                         (f" of db {db!r}; it has {', '.join(known)}" if db else ""))
     code, names = pd.factorize(pd.concat([table["a"], table["b"]]).astype(str), sort=True)
     i, j = np.split(code, 2)
-    return _relation(source, list(names), sp.csr_matrix((np.ones(len(i), bool), (i, j)), (len(names),)*2), np.arange(len(names)))[0]
+    return _relation(source, list(names), sp.csr_matrix((np.ones(len(i), bool), (i, j)), (len(names), )*2),
+                     np.arange(len(names)))[0]
 
 # %% ../../nbs/7_explore/02_genesets.ipynb #8049e049
 def read_gmt(
@@ -105,10 +127,16 @@ def read_gmt(
     path, sets = Path(path), {}
     if not path.is_file(): raise ValueError(f"{path}: no such file; give a GMT file of gene sets")
     for i, line in enumerate(path.read_text().splitlines(), 1):
-        if not line.strip(): continue
+        if not line.strip():
+            continue
         name, *rest = line.rstrip("\n").split("\t")
-        if len(rest) < 2: raise ValueError(f"{path}, line {i}: found {len(rest) + 1} columns; a GMT line is name, description, members, separated by tabs")
-        if name in sets: raise ValueError(f"{path}, line {i}: set {name!r} stands twice")
+        if len(rest) < 2:
+            raise ValueError(
+                f"{path}, line {i}: found {len(rest) + 1} columns; a GMT line is name, description, members, "
+                f"separated by tabs"
+            )
+        if name in sets:
+            raise ValueError(f"{path}, line {i}: set {name!r} stands twice")
         sets[name] = [g.strip() for g in rest[1:] if g.strip()]
     return sets
 
@@ -132,9 +160,14 @@ def gene_relation(
     "What is known about which genes work together."
     if source is not None and str(source):
         path = Path(source)
-        return set_relation(read_gmt(path), path.name, sizes) if path.suffix == ".gmt" else edge_relation(read_table(path), db or None, f"{path.name}{f', {db}' if db else ''}")
+        return set_relation(read_gmt(path), path.name, sizes) if path.suffix == ".gmt" else edge_relation(
+            read_table(path), db or None, f"{path.name}{f', {db}' if db else ''}")
     truth = adata.uns.get("truth", {})
-    if "module" not in truth: raise ValueError("source: none given, and adata.uns['truth'] holds no planted modules; give a GMT file or a table of edges (columns a, b)")
+    if "module" not in truth:
+        raise ValueError(
+            "source: none given, and adata.uns['truth'] holds no planted modules; give a GMT file or a table "
+            "of edges (columns a, b)"
+        )
     return label_relation(dict(zip(map(str, truth["gene"]), np.asarray(truth["module"]))), "planted modules")
 
 # %% ../../nbs/7_explore/02_genesets.ipynb #c439f928
@@ -144,7 +177,9 @@ def cosine(
 )->np.ndarray:          # (N, N); an item with a zero vector has similarity 0 to all
     "Cosine similarity of all pairs."
     x = np.asarray(x, np.float64)
-    if not np.isfinite(x).all(): raise ValueError(f"vectors: found {int((~np.isfinite(x)).sum())} NaN or infinite values; leave these items out")
+    if not np.isfinite(x).all():
+        raise ValueError(
+            f"vectors: found {int((~np.isfinite(x)).sum())} NaN or infinite values; leave these items out")
     scale = np.linalg.norm(x, axis=1).max(initial=0)
     if centre: x = x - x.mean(0)
     size = np.linalg.norm(x, axis=1, keepdims=True)
@@ -160,7 +195,9 @@ def nearest(
     "The k most similar other items."
     N = len(similarity)
     open_ = np.broadcast_to(np.ones(N, bool) if answer is None else answer, (N, N)) & ~np.eye(N, dtype=bool)
-    if (n := open_.sum(1).min()) < k: raise ValueError(f"k: found {k}, but an item has only {n} others to choose from; choose fewer neighbours")
+    if (n := open_.sum(1).min()) < k:
+        raise ValueError(
+            f"k: found {k}, but an item has only {n} others to choose from; choose fewer neighbours")
     s = np.where(open_, similarity, -np.inf)
     last = -np.partition(-s, k - 1, axis=1)[:, k - 1:k]
     above, tied = s > last + 1e-12, np.abs(s - last) <= 1e-12
@@ -170,7 +207,7 @@ def nearest(
 # %% ../../nbs/7_explore/02_genesets.ipynb #def1adfc
 class _Statistics(NamedTuple):
     "Sums over related pairs, enough for every statistic."
-    values:np.ndarray   # (3, N, N) neighbour weight, centred cosine, plain cosine; zero where a pair does not count
+    values: np.ndarray  # (3, N, N) neighbour weight, centred cosine, plain cosine; zero where a pair does not count
     total:np.ndarray    # (3,) their sums
     pairs:np.ndarray    # (N, N) bool, pairs that count
     n_ask:int           # items that ask
@@ -181,7 +218,10 @@ class _Statistics(NamedTuple):
         if not 0 < n < N: return np.full(5, np.nan)
         inside = self.values[:, a, b].sum(1, dtype=np.float64)
         within, between = inside/n, (self.total - inside)/(N - n)
-        return np.array([inside[0]/self.n_ask, within[1] - between[1], within[2]/between[2] if between[2] > 1e-12 else np.nan, within[1], between[1]])
+        return np.array([
+            inside[0]/self.n_ask, within[1] - between[1],
+            within[2]/between[2] if between[2] > 1e-12 else np.nan, within[1], between[1]
+        ])
 
 def relation_test(
     vectors:np.ndarray,             # (N, K) one per item, in the relation's order
@@ -194,22 +234,38 @@ def relation_test(
     seed:int=0,                     # of the permutations
 )->dict[str, float]:                # see the columns of `relation_table`
     "Share of related neighbours, and how much more similar related items are, beside a permutation null."
-    if len(vectors) != len(relation): raise ValueError(f"vectors: found {len(vectors)} for {len(relation)} items; give one per item, in the relation's order (Relation.at)")
+    if len(vectors) != len(relation):
+        raise ValueError(
+            f"vectors: found {len(vectors)} for {len(relation)} items; give one per item, in the relation's "
+            f"order (Relation.at)"
+        )
     ask, answer = (np.ones(len(relation), bool) if m is None else np.asarray(m, bool) for m in (ask, answer))
     s, (a, b) = _prepared(vectors, ask, answer, k), relation.related.nonzero()
     found, rng = s.of(a, b), np.random.default_rng(seed)
     groups = pd.factorize(pd.Series(list(zip(ask, answer, ask if strata is None else strata))))[0]
-    null = np.array([s.of(order[a], order[b]) for order in (_dealt(groups, rng) for _ in range(n_permutations))]).reshape(-1, 5)
+    null = np.array([
+        s.of(order[a], order[b]) for order in (_dealt(groups, rng) for _ in range(n_permutations))
+    ]).reshape(-1, 5)
     n_related = np.asarray(relation.related[ask][:, answer].sum(1)).ravel()
-    out = dict(k=k, n_items=int(ask.sum()), n_answer=int(answer.sum()), n_related=int(s.pairs[a, b].sum()), knn=found[0], knn_chance=s.pairs[a, b].sum()/s.pairs.sum(), knn_best=np.minimum(n_related, k).mean()/k, within=found[3], between=found[4])
-    for i, name in enumerate(("knn", "difference", "ratio")): out |= {name: found[i]} | _against(found[i], null[:, i], name)
+    out = dict(k=k,
+               n_items=int(ask.sum()),
+               n_answer=int(answer.sum()),
+               n_related=int(s.pairs[a, b].sum()),
+               knn=found[0],
+               knn_chance=s.pairs[a, b].sum()/s.pairs.sum(),
+               knn_best=np.minimum(n_related, k).mean()/k,
+               within=found[3],
+               between=found[4])
+    for i, name in enumerate(("knn", "difference", "ratio")):
+        out |= {name: found[i]} | _against(found[i], null[:, i], name)
     return out
 
 # %% ../../nbs/7_explore/02_genesets.ipynb #1803ae55
 def _prepared(vectors:np.ndarray, ask:np.ndarray, answer:np.ndarray, k:int)->_Statistics:
     "Similarities and neighbours among the pairs that count."
     centred, pairs = cosine(vectors), ask[:, None] & answer & ~np.eye(len(vectors), dtype=bool)
-    values = np.stack([nearest(centred, k, ask, answer), centred, cosine(vectors, centre=False)]).astype(np.float32)*pairs
+    values = np.stack([nearest(centred, k, ask, answer), centred,
+                       cosine(vectors, centre=False)]).astype(np.float32)*pairs
     return _Statistics(values, values.sum((1, 2), dtype=np.float64), pairs, int(ask.sum()))
 
 def _dealt(groups:np.ndarray, rng)->np.ndarray:
@@ -221,9 +277,13 @@ def _dealt(groups:np.ndarray, rng)->np.ndarray:
 def _against(value:float, null:np.ndarray, name:str)->dict[str, float]:
     "Mean and central 95 % of the null, and a one-sided p."
     null = null[np.isfinite(null)]
-    if not len(null) or not np.isfinite(value): return {f"{name}_null": np.nan, f"{name}_low": np.nan, f"{name}_high": np.nan, f"{name}_p": np.nan}
+    if not len(null) or not np.isfinite(value):
+        return {f"{name}_null": np.nan, f"{name}_low": np.nan, f"{name}_high": np.nan, f"{name}_p": np.nan}
     low, high = np.quantile(null, [.025, .975])
-    return {f"{name}_null": null.mean(), f"{name}_low": low, f"{name}_high": high, f"{name}_p": (1 + (null >= value - 1e-12).sum())/(1 + len(null))}
+    return {
+        f"{name}_null": null.mean(), f"{name}_low": low, f"{name}_high": high, f"{name}_p":
+        (1 + (null >= value - 1e-12).sum())/(1 + len(null))
+    }
 
 # %% ../../nbs/7_explore/02_genesets.ipynb #90075865
 def relation_table(
@@ -239,13 +299,25 @@ def relation_table(
     progress:bool=True,                 # show a bar
 )->pd.DataFrame:                        # one row per space: knn, difference and ratio, each with _null, _low, _high (central 95 % of the null) and _p; knn_chance, knn_best, within, between, n_items, n_answer, n_related pairs, k, note (why it was left out)
     "The two questions for each space, over the items that are related to another; too few of them are no error but a note."
-    if why := _too_few(relation, list(names), k, ask, answer): return pd.DataFrame([dict(space=name, source=relation.source, k=k, note=f"left out: {why}") for name in spaces])
+    if why := _too_few(relation, list(names), k, ask, answer):
+        return pd.DataFrame(
+            [dict(space=name, source=relation.source, k=k, note=f"left out: {why}") for name in spaces])
     inside, rows = relation.at(list(names))
     part = lambda m: None if m is None else np.asarray(m)[rows]
-    given = dict(k=k, ask=part(ask), answer=part(answer), strata=part(strata), n_permutations=n_permutations, seed=seed)
+    given = dict(k=k,
+                 ask=part(ask),
+                 answer=part(answer),
+                 strata=part(strata),
+                 n_permutations=n_permutations,
+                 seed=seed)
     for name, x in spaces.items():
-        if len(x) != len(names): raise ValueError(f"spaces[{name!r}]: found {len(x)} vectors for {len(names)} names; give one per name")
-    return pd.DataFrame([dict(space=name, source=relation.source) | relation_test(x[rows], inside, **given) | dict(note="") for name, x in tqdm(spaces.items(), desc="spaces", disable=not progress)])
+        if len(x) != len(names):
+            raise ValueError(
+                f"spaces[{name!r}]: found {len(x)} vectors for {len(names)} names; give one per name")
+    return pd.DataFrame([
+        dict(space=name, source=relation.source) | relation_test(x[rows], inside, **given) | dict(note="")
+        for name, x in tqdm(spaces.items(), desc="spaces", disable=not progress)
+    ])
 
 def _too_few(relation:Relation, names:list[str], k:int, ask, answer)->str:
     "Why a test cannot be made; empty if it can."
@@ -253,7 +325,8 @@ def _too_few(relation:Relation, names:list[str], k:int, ask, answer)->str:
     known = np.array([g in place for g in names], bool)
     at = [place[g] for g, here in zip(names, known) if here]
     related = relation.related[at][:, at]
-    kept, sides = related.getnnz(1) > 0, [np.ones(known.sum(), bool) if m is None else np.asarray(m, bool)[known] for m in (ask, answer)]
+    kept = related.getnnz(1) > 0
+    sides = [np.ones(known.sum(), bool) if m is None else np.asarray(m, bool)[known] for m in (ask, answer)]
     (n_ask, n_answer), between = ((m & kept).sum() for m in sides), related[sides[0]][:, sides[1]].nnz
     if n_answer - bool((sides[0] & sides[1]).any()) <= k or n_ask < 2 or not between:
         return f"of {len(names)} items {int(kept.sum())} are related to another, {int(n_ask)} may ask and {int(n_answer)} answer, with {between} related pairs between them; {k} neighbours need more"
@@ -268,7 +341,8 @@ def set_similarity(
     member, s = np.eye(len(names))[code], cosine(vectors)
     np.fill_diagonal(s, 0)
     pairs = member.T @ (1 - np.eye(len(code))) @ member
-    return pd.DataFrame(np.where(pairs > 0, member.T @ s @ member/np.where(pairs > 0, pairs, 1), np.nan), names, names)
+    return pd.DataFrame(np.where(pairs > 0, member.T@s@member/np.where(pairs > 0, pairs, 1), np.nan), names,
+                        names)
 
 # %% ../../nbs/7_explore/02_genesets.ipynb #b22d3ef1
 def _of_common_labels(x:np.ndarray, labels:Sequence[str|None], fewest:int)->tuple[np.ndarray, np.ndarray]:
@@ -280,7 +354,8 @@ def _of_common_labels(x:np.ndarray, labels:Sequence[str|None], fewest:int)->tupl
 def _too_few_labels(y:np.ndarray, fewest:int)->dict:
     "Why there is nothing to compare; empty if there is."
     n = len(set(y))
-    return dict(n_items=len(y), n_labels=n, note=f"left out: {n} labels have {fewest} items or more") if n < 2 else {}
+    return dict(n_items=len(y), n_labels=n,
+                note=f"left out: {n} labels have {fewest} items or more") if n < 2 else {}
 
 def released_neighbours(
     x:np.ndarray,                   # (N, K) vectors
@@ -295,8 +370,10 @@ def released_neighbours(
     others = codes[fitted.kneighbors(n_neighbors=k, return_distance=False)]     # of each point, without itself
     votes = np.stack([np.bincount(row, minlength=codes.max() + 1) for row in others])
     accuracy, without = ((guess == codes).mean() for guess in (fitted.predict(x), votes.argmax(1)))
-    return {"accuracy": accuracy, "accuracy without itself": without, "majority": np.bincount(codes).max()/len(codes),
-            "n_items": len(codes), "n_labels": votes.shape[1], "note": ""}
+    return {
+        "accuracy": accuracy, "accuracy without itself": without, "majority":
+        np.bincount(codes).max()/len(codes), "n_items": len(codes), "n_labels": votes.shape[1], "note": ""
+    }
 
 def released_ratio(
     x:np.ndarray,                   # (N, K) vectors

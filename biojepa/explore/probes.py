@@ -46,10 +46,13 @@ def probed_cells(
     seed:int=0,             # of the drawing
 )->tuple[np.ndarray, np.ndarray]:   # cells to probe; cells that representations may be learned on (training cells and their controls)
     "The cells that a probe looks at, and those that a representation may have seen."
-    if part not in ("train", "val", "test", "all"): raise ValueError(f"part: found {part!r}; choose 'train', 'val', 'test' or 'all'")
+    if part not in ("train", "val", "test", "all"):
+        raise ValueError(f"part: found {part!r}; choose 'train', 'val', 'test' or 'all'")
     rows = np.arange(adata.n_obs) if part == "all" else split.cells(adata, part)
-    if not len(rows): raise ValueError(f"part: {part!r} has no cells in this AnnData; choose another part or split")
-    return np.sort(np.random.default_rng(seed).permutation(rows)[:most]), np.union1d(split.cells(adata, "train"), split.controls(adata, "train"))
+    if not len(rows):
+        raise ValueError(f"part: {part!r} has no cells in this AnnData; choose another part or split")
+    return np.sort(np.random.default_rng(seed).permutation(rows)[:most]), np.union1d(
+        split.cells(adata, "train"), split.controls(adata, "train"))
 
 # %% ../../nbs/7_explore/01_probes.ipynb #a8bb61b5
 def mean_token(
@@ -67,7 +70,8 @@ def gene_sketch(
     "All genes' tokens of each cell, side by side and squeezed: every number goes to a random place with a random sign, so that scalar products are kept on average (Charikar et al. 2002)."
     x = tokens.genes().flatten(1)
     rng = np.random.default_rng(seed)
-    place, sign = torch.from_numpy(rng.integers(width, size=x.shape[1])).to(x.device), torch.from_numpy(rng.choice([-1., 1.], x.shape[1])).to(x)
+    place = torch.from_numpy(rng.integers(width, size=x.shape[1])).to(x.device)
+    sign = torch.from_numpy(rng.choice([-1., 1.], x.shape[1])).to(x)
     return x.new_zeros(len(x), width).index_add_(1, place, x*sign)
 
 @torch.inference_mode()
@@ -81,8 +85,13 @@ def cell_latents(
     progress:bool=True,     # show a bar
 )->np.ndarray:              # (N, D) float32
     "Latents of whole cells by the frozen teacher, mean-pooled unless another summary is given."
-    if part not in ("encoder", "teacher"): raise ValueError(f"part: found {part!r}; choose 'encoder' or 'teacher'")
-    if model.config.n_genes != adata.n_vars: raise ValueError(f"adata: found {adata.n_vars} genes, the model reads {model.config.n_genes}; give the genes it was trained on")
+    if part not in ("encoder", "teacher"):
+        raise ValueError(f"part: found {part!r}; choose 'encoder' or 'teacher'")
+    if model.config.n_genes != adata.n_vars:
+        raise ValueError(
+            f"adata: found {adata.n_vars} genes, the model reads {model.config.n_genes}; give the genes it was "
+            f"trained on"
+        )
     read, device, X = getattr(model, part), next(model.parameters()).device, row_source(adata)
     size, out = adata.obs["log_library_size"].to_numpy(np.float32), []
     for at in tqdm(range(0, len(rows), batch_size), desc="latents", disable=not progress):
@@ -101,7 +110,8 @@ def cell_components(
     seed:int=0,             # of the drawing
 )->np.ndarray:              # (N, n) float32
     "Principal components of log-normalised expression."
-    return _fitted_pca(adata, fit_rows, n, most, seed).transform(dense_rows(row_source(adata), np.asarray(rows)).numpy())
+    return _fitted_pca(adata, fit_rows, n, most,
+                       seed).transform(dense_rows(row_source(adata), np.asarray(rows)).numpy())
 
 def latent_components(
     model:BioJEPA,
@@ -117,14 +127,19 @@ def latent_components(
     some = np.sort(np.random.default_rng(seed).permutation(np.asarray(fit_rows))[:most])
     if len(some) < 3: raise ValueError(f"fit_rows: found {len(some)} cells; components need at least 3")
     x = cell_latents(model, adata, np.concatenate([some, np.asarray(rows)]), gene_sketch, progress=progress)
-    return PCA(min(n, len(some) - 1), svd_solver="randomized", random_state=seed).fit(x[:len(some)]).transform(x[len(some):])
+    return PCA(min(n,
+                   len(some) - 1), svd_solver="randomized",
+               random_state=seed).fit(x[:len(some)]).transform(x[len(some):])
 
 def _fitted_pca(adata:AnnData, fit_rows, n:int, most:int, seed:int)->PCA:
     "Components of at most `most` cells."
     fit_rows = np.asarray(fit_rows)
     if len(fit_rows) < 3: raise ValueError(f"fit_rows: found {len(fit_rows)} cells; components need at least 3")
     some = np.sort(np.random.default_rng(seed).permutation(fit_rows)[:most])
-    return PCA(min(n, len(some) - 1, adata.n_vars), svd_solver="randomized" if adata.n_vars > 500 else "auto", random_state=seed).fit(dense_rows(row_source(adata), some).numpy())
+    return PCA(min(n,
+                   len(some) - 1, adata.n_vars),
+               svd_solver="randomized" if adata.n_vars > 500 else "auto",
+               random_state=seed).fit(dense_rows(row_source(adata), some).numpy())
 
 def library_size(
     adata:AnnData,          # prepared
@@ -169,7 +184,8 @@ def fit_probe(
     x, labels, parts = np.asarray(x, np.float64), np.asarray(labels).astype(str), np.asarray(parts)
     _check_probe(x, labels, parts)
     at = {p: parts == p for p in ("train", "val", "test")}
-    best = max((_logistic(x[at["train"]], labels[at["train"]], c) for c in strengths), key=lambda fitted: fitted.score(x[at["val"]], labels[at["val"]]))
+    best = max((_logistic(x[at["train"]], labels[at["train"]], c) for c in strengths),
+               key=lambda fitted: fitted.score(x[at["val"]], labels[at["val"]]))
     guess, true = best.predict(x[at["test"]]), labels[at["test"]]
     return Probe(guess == true, float(balanced_accuracy_score(true, guess)), float(best[-1].C))
 
@@ -181,12 +197,22 @@ def _logistic(x, y, strength:float):
 
 def _check_probe(x:np.ndarray, labels:np.ndarray, parts:np.ndarray):
     "Refuse what no probe can be fitted to."
-    if x.ndim != 2 or not len(x) == len(labels) == len(parts): raise ValueError(f"x: found shape {x.shape} for {len(labels)} labels and {len(parts)} parts; give one row, label and part per cell")
-    if not np.isfinite(x).all(): raise ValueError(f"x: found {int((~np.isfinite(x)).sum())} NaN or infinite values; a representation is finite")
+    if x.ndim != 2 or not len(x) == len(labels) == len(parts):
+        raise ValueError(
+            f"x: found shape {x.shape} for {len(labels)} labels and {len(parts)} parts; give one row, label "
+            f"and part per cell"
+        )
+    if not np.isfinite(x).all():
+        raise ValueError(
+            f"x: found {int((~np.isfinite(x)).sum())} NaN or infinite values; a representation is finite")
     known = set(labels[parts == "train"])
-    if len(known) < 2: raise ValueError(f"labels: found {len(known)} among the training cells; a probe tells at least two apart")
-    if unknown := sorted(set(labels[(parts == "val") | (parts == "test")]) - known): raise ValueError(f"labels: {unknown[:5]} are in no training cell; use label_parts")
-    if not ((parts == "val").any() and (parts == "test").any()): raise ValueError("parts: no validation or no test cell; use label_parts on more cells")
+    if len(known) < 2:
+        raise ValueError(
+            f"labels: found {len(known)} among the training cells; a probe tells at least two apart")
+    if unknown := sorted(set(labels[(parts == "val") | (parts == "test")]) - known):
+        raise ValueError(f"labels: {unknown[:5]} are in no training cell; use label_parts")
+    if not ((parts == "val").any() and (parts == "test").any()):
+        raise ValueError("parts: no validation or no test cell; use label_parts on more cells")
 
 # %% ../../nbs/7_explore/01_probes.ipynb #053df843
 def probe_table(
@@ -198,33 +224,55 @@ def probe_table(
     progress:bool=True,                         # show a bar
 )->pd.DataFrame:
     "How well each representation answers each question, beside chance and the reference."
-    if reference not in representations: raise ValueError(f"reference: {reference!r} is not among {list(representations)}")
+    if reference not in representations:
+        raise ValueError(f"reference: {reference!r} is not among {list(representations)}")
     rows = []
     with tqdm(total=len(questions)*len(representations), desc="probes", disable=not progress) as bar:
         for question, labels in questions.items():
             labels = np.asarray(labels).astype(str)
             parts = label_parts(labels, seed=seed)
             if (n := len(set(labels[parts == "train"]))) < 2:
-                rows.append(dict(question=question, note=f"left out: {len(set(labels))} label(s), {n} with enough cells"))
+                rows.append(
+                    dict(question=question,
+                         note=f"left out: {len(set(labels))} label(s), {n} with enough cells"))
                 bar.update(len(representations))
                 continue
             base = fit_probe(representations[reference], labels, parts)
             for name, x in representations.items():
                 found = base if name == reference else fit_probe(x, labels, parts)
-                rows.append(dict(question=question, representation=name) | _probe_row(found, base, labels, parts) | _shuffled(x, labels, parts, n_shuffles, seed))
+                rows.append(
+                    dict(question=question, representation=name) | _probe_row(found, base, labels, parts)
+                    | _shuffled(x, labels, parts, n_shuffles, seed))
                 bar.update()
-    return pd.DataFrame(rows).reindex(columns=PROBE_COLUMNS).astype({c: "Int64" for c in PROBE_COLUMNS if c.startswith("n_")})
+    return pd.DataFrame(rows).reindex(columns=PROBE_COLUMNS).astype(
+        {c: "Int64" for c in PROBE_COLUMNS if c.startswith("n_")})
 
 # %% ../../nbs/7_explore/01_probes.ipynb #30800e4e
-PROBE_COLUMNS = ["question", "representation", "accuracy", "low", "high", "majority", "shuffled", "shuffled_high", "balanced", "balanced_chance", "difference", "difference_low",
-                 "difference_high", "n_labels", "n_dropped", "n_train", "n_test", "strength", "note"]
+PROBE_COLUMNS = [
+    "question", "representation", "accuracy", "low", "high", "majority", "shuffled", "shuffled_high",
+    "balanced", "balanced_chance", "difference", "difference_low", "difference_high", "n_labels",
+    "n_dropped", "n_train", "n_test", "strength", "note"
+]
 
 def _probe_row(found:Probe, reference:Probe, labels:np.ndarray, parts:np.ndarray)->dict:
     "Numbers of one probe; the majority is that of the training cells."
     (names, counts), test = np.unique(labels[parts == "train"], return_counts=True), labels[parts == "test"]
     own, apart = bootstrap_ci(found.correct), paired_bootstrap(found.correct, reference.correct)
-    return dict(accuracy=own.estimate, low=own.low, high=own.high, majority=(test == names[counts.argmax()]).mean(), balanced=found.balanced, balanced_chance=1/len(names), difference=apart.estimate,
-                difference_low=apart.low, difference_high=apart.high, n_labels=len(names), n_dropped=len(set(labels)) - len(names), n_train=int(counts.sum()), n_test=own.n, strength=found.strength, note="")
+    return dict(accuracy=own.estimate,
+                low=own.low,
+                high=own.high,
+                majority=(test == names[counts.argmax()]).mean(),
+                balanced=found.balanced,
+                balanced_chance=1/len(names),
+                difference=apart.estimate,
+                difference_low=apart.low,
+                difference_high=apart.high,
+                n_labels=len(names),
+                n_dropped=len(set(labels)) - len(names),
+                n_train=int(counts.sum()),
+                n_test=own.n,
+                strength=found.strength,
+                note="")
 
 def _shuffled(x:np.ndarray, labels:np.ndarray, parts:np.ndarray, n:int, seed:int)->dict:
     "Mean and largest accuracy of probes whose training and validation labels were shuffled."
@@ -233,7 +281,8 @@ def _shuffled(x:np.ndarray, labels:np.ndarray, parts:np.ndarray, n:int, seed:int
         mixed = labels.copy()
         for part in ("train", "val"): mixed[parts == part] = rng.permutation(labels[parts == part])
         values.append(fit_probe(x, mixed, parts).correct.mean())
-    return dict(shuffled=np.mean(values), shuffled_high=np.max(values)) if n else dict(shuffled=np.nan, shuffled_high=np.nan)
+    return dict(shuffled=np.mean(values), shuffled_high=np.max(values)) if n else dict(shuffled=np.nan,
+                                                                                       shuffled_high=np.nan)
 
 # %% ../../nbs/7_explore/01_probes.ipynb #59bb0381
 def gene_embeddings(
@@ -241,7 +290,8 @@ def gene_embeddings(
     part:str="encoder",     # "encoder", or "teacher" for its running average
 )->np.ndarray:              # (G, D) float32
     "The learned embedding of every gene (report §3.1)."
-    if part not in ("encoder", "teacher"): raise ValueError(f"part: found {part!r}; choose 'encoder' or 'teacher'")
+    if part not in ("encoder", "teacher"):
+        raise ValueError(f"part: found {part!r}; choose 'encoder' or 'teacher'")
     encoder = model.encoder if part == "encoder" else model.teacher.model
     return encoder.tokenizer.gene.weight.detach().float().cpu().numpy().copy()
 
@@ -272,21 +322,35 @@ def read_scores(
 )->pd.Series:                       # gene -> score
     "Scores of genes from a table; genes without a score are left out."
     table = read_table(source)
-    if missing := [c for c in (gene, score) if c not in table]: raise ValueError(f"scores: columns {missing} are missing, found {list(table.columns)[:10]}; name them with gene= and score=")
+    if missing := [c for c in (gene, score) if c not in table]:
+        raise ValueError(
+            f"scores: columns {missing} are missing, found {list(table.columns)[:10]}; name them with gene= "
+            f"and score="
+        )
     values = pd.to_numeric(table[score], errors="coerce")
-    if (words := values.isna() & table[score].notna()).any(): raise ValueError(f"scores: found {table[score][words].iloc[0]!r} in column {score!r}; give numbers")
+    if (words := values.isna() & table[score].notna()).any():
+        raise ValueError(f"scores: found {table[score][words].iloc[0]!r} in column {score!r}; give numbers")
     found = pd.Series(values.to_numpy(float), table[gene].astype(str)).dropna()
-    if np.isinf(found).any(): raise ValueError(f"scores: found infinite values in column {score!r}; give finite numbers")
-    if found.index.has_duplicates: raise ValueError(f"scores: gene {found.index[found.index.duplicated()][0]!r} stands twice; give one score per gene")
+    if np.isinf(found).any():
+        raise ValueError(f"scores: found infinite values in column {score!r}; give finite numbers")
+    if found.index.has_duplicates:
+        raise ValueError(
+            f"scores: gene {found.index[found.index.duplicated()][0]!r} stands twice; give one score per gene"
+        )
     return found
 
 def planted_scores(
     adata:AnnData,      # simulated
 )->pd.Series:           # gene -> summed |weight| of the edges that leave it, mean over lines
     "How strongly each gene regulates others in the planted network."
-    if "edges" not in adata.uns.get("truth", {}): raise ValueError("adata.uns['truth']: found no planted network; give a table of scores (read_scores), or use effect_scores")
+    if "edges" not in adata.uns.get("truth", {}):
+        raise ValueError(
+            "adata.uns['truth']: found no planted network; give a table of scores (read_scores), or use "
+            "effect_scores"
+        )
     edges = adata.uns["truth"]["edges"]
-    strength = pd.Series(np.abs(np.asarray(edges["weight"])).reshape(len(edges["source"]), -1).mean(1)).groupby(np.asarray(edges["source"]).astype(str)).sum()
+    strength = pd.Series(np.abs(np.asarray(edges["weight"])).reshape(len(
+        edges["source"]), -1).mean(1)).groupby(np.asarray(edges["source"]).astype(str)).sum()
     return strength.reindex(adata.var_names.astype(str), fill_value=0.)
 
 def effect_scores(
@@ -295,7 +359,9 @@ def effect_scores(
     "Observed effect of each single target: root mean square of its Δ over the other genes, mean over lines."
     condition = adata.obs["condition"].astype(str).to_numpy()
     single = np.flatnonzero(np.char.endswith(condition.astype(str), "+ctrl"))
-    if not len(single): raise ValueError("adata.obs['condition']: found no single target (GENE+ctrl); give a table of scores")
+    if not len(single):
+        raise ValueError(
+            "adata.obs['condition']: found no single target (GENE+ctrl); give a table of scores")
     means = group_means(adata, single, np.flatnonzero(condition == "ctrl"))
     target, delta = means.groups["condition"].str.removesuffix("+ctrl"), means.delta.copy()
     at = adata.var_names.get_indexer(target)
@@ -311,11 +377,20 @@ def gene_scores(
     negate:bool=False,                  # low scores are the interesting ones
 )->tuple[pd.Series, str]:               # score of genes that are measured, in their order; what it is
     "Scores of the genes of these data, from a table or a stand-in."
-    if source is not None: found, meaning = read_scores(source, gene, score), f"{score} ({Path(source).name})" if isinstance(source, (str, Path)) else score
-    elif "edges" in adata.uns.get("truth", {}): found, meaning = planted_scores(adata), "planted score: summed |weight| of its edges"
-    else: found, meaning = effect_scores(adata), "observed effect of perturbing it (root mean square Δ)"
+    if source is not None:
+        found, meaning = read_scores(
+            source, gene, score), f"{score} ({Path(source).name})" if isinstance(source,
+                                                                                 (str, Path)) else score
+    elif "edges" in adata.uns.get("truth", {}):
+        found, meaning = planted_scores(adata), "planted score: summed |weight| of its edges"
+    else:
+        found, meaning = effect_scores(adata), "observed effect of perturbing it (root mean square Δ)"
     known = [g for g in map(str, adata.var_names) if g in found.index]
-    if not known: raise ValueError(f"scores: none of {len(found)} genes is among the {adata.n_vars} measured ones; both must use the same names, e.g. {found.index[0]!r} and {adata.var_names[0]!r}")
+    if not known:
+        raise ValueError(
+            f"scores: none of {len(found)} genes is among the {adata.n_vars} measured ones; both must use the "
+            f"same names, e.g. {found.index[0]!r} and {adata.var_names[0]!r}"
+        )
     return (-found[known] if negate else found[known]), f"− {meaning}" if negate else meaning
 
 def gene_representations(
@@ -326,17 +401,27 @@ def gene_representations(
     seed:int=0,
 )->dict[str, np.ndarray]:   # name -> (N, K)
     "Gene embeddings and what they stand beside."
-    if model.config.n_genes != adata.n_vars: raise ValueError(f"adata: found {adata.n_vars} genes, the model reads {model.config.n_genes}; give the genes it was trained on")
-    at, fit = adata.var_names.get_indexer(list(genes)), np.union1d(split.cells(adata, "train"), split.controls(adata, "train"))
-    if (at < 0).any(): raise ValueError(f"genes: {str(np.asarray(genes)[at < 0][0])!r} is not measured; choose among adata.var_names")
+    if model.config.n_genes != adata.n_vars:
+        raise ValueError(
+            f"adata: found {adata.n_vars} genes, the model reads {model.config.n_genes}; give the genes it was "
+            f"trained on"
+        )
+    at = adata.var_names.get_indexer(list(genes))
+    fit = np.union1d(split.cells(adata, "train"), split.controls(adata, "train"))
+    if (at < 0).any():
+        raise ValueError(
+            f"genes: {str(np.asarray(genes)[at < 0][0])!r} is not measured; choose among adata.var_names")
     e, level = gene_embeddings(model)[at], expression_level(adata, fit)[at]
-    return {"gene embedding": e, "embedding and level": np.concatenate([e, level], 1), "PCA loadings": gene_loadings(adata, fit, model.config.d_model, seed=seed)[at], "expression level": level}
+    return {
+        "gene embedding": e, "embedding and level": np.concatenate([e, level], 1), "PCA loadings":
+        gene_loadings(adata, fit, model.config.d_model, seed=seed)[at], "expression level": level
+    }
 
 # %% ../../nbs/7_explore/01_probes.ipynb #db7a2a40
 class GeneProbe(NamedTuple):
     "What representations of genes tell about a score, for genes that the probe has not seen."
-    table:pd.DataFrame      # representation, measure, value, low, high (bootstrap over genes), chance, mean and central 90 % of shuffled probes, difference (to the reference) with interval, n_genes, n_positive
-    genes:pd.DataFrame      # gene, representation, score, positive, fold, predicted (score), probability (of being positive)
+    table: pd.DataFrame  # representation, measure, value, low, high (bootstrap over genes), chance, mean and central 90 % of shuffled probes, difference (to the reference) with interval, n_genes, n_positive
+    genes: pd.DataFrame  # gene, representation, score, positive, fold, predicted (score), probability (of being positive)
 
 def gene_probe(
     representations:Mapping[str, np.ndarray],   # name -> (N, K), of the same genes
@@ -352,29 +437,57 @@ def gene_probe(
     "Predict a score from representations of genes, on held-out genes, beside the reference."
     y, label = _labelled(representations, score, reference, threshold, n_folds)
     fold = np.empty(len(y), int)
-    for f, (_, held_out) in enumerate(StratifiedKFold(n_folds, shuffle=True, random_state=seed).split(label[:, None], label)): fold[held_out] = f
+    for f, (_, held_out) in enumerate(
+            StratifiedKFold(n_folds, shuffle=True, random_state=seed).split(label[:, None], label)):
+        fold[held_out] = f
     weights, rng = _fold_draws(fold, n_draws, seed), np.random.default_rng([seed, 1])
     found, table, genes = {}, [], []
     for name, x in tqdm(representations.items(), desc="gene probes", disable=not progress):
         predicted, probability = _out_of_fold(x, y, label, fold)
         found[name] = _measures(y, label, fold, predicted, probability, weights)
         null = [_null(x, *_mixed(y, label, fold, rng), fold) for _ in range(n_shuffles)]
-        genes.append(pd.DataFrame(dict(gene=score.index, representation=name, score=y, positive=label, fold=fold, predicted=predicted, probability=probability)))
-        table += [dict(representation=name, measure=m, value=v[0], shuffled=np.mean([n[m] for n in null]) if null else np.nan, **{f"shuffled_{k}": np.quantile([n[m] for n in null], q) if null else np.nan for k, q in (("low", .05), ("high", .95))}) for m, v in found[name].items()]
-    return GeneProbe(_with_intervals(pd.DataFrame(table), found, reference, len(y), int(label.sum())), pd.concat(genes, ignore_index=True))
+        genes.append(
+            pd.DataFrame(
+                dict(gene=score.index,
+                     representation=name,
+                     score=y,
+                     positive=label,
+                     fold=fold,
+                     predicted=predicted,
+                     probability=probability)))
+        table += [
+            dict(representation=name,
+                 measure=m,
+                 value=v[0],
+                 shuffled=np.mean([n[m] for n in null]) if null else np.nan,
+                 **{
+                     f"shuffled_{k}": np.quantile([n[m] for n in null], q) if null else np.nan
+                     for k, q in (("low", .05), ("high", .95))
+                 }) for m, v in found[name].items()
+        ]
+    return GeneProbe(_with_intervals(pd.DataFrame(table), found, reference, len(y), int(label.sum())),
+                     pd.concat(genes, ignore_index=True))
 
 # %% ../../nbs/7_explore/01_probes.ipynb #b313429d
 def _labelled(representations, score:pd.Series, reference:str, threshold:float|None, n_folds:int)->tuple[np.ndarray, np.ndarray]:  # (N,) scores, (N,) bool
     "Scores and labels, checked."
     y = score.to_numpy(float)
-    if reference not in representations: raise ValueError(f"reference: {reference!r} is not among {list(representations)}")
+    if reference not in representations:
+        raise ValueError(f"reference: {reference!r} is not among {list(representations)}")
     for name, x in representations.items():
-        if len(x) != len(y) or not np.isfinite(x).all(): raise ValueError(f"representations[{name!r}]: found shape {np.shape(x)} for {len(y)} scores, or values that are not finite; give one row per gene")
+        if len(x) != len(y) or not np.isfinite(x).all():
+            raise ValueError(
+                f"representations[{name!r}]: found shape {np.shape(x)} for {len(y)} scores, or values that are "
+                f"not finite; give one row per gene"
+            )
     if not np.isfinite(y).all(): raise ValueError("score: found NaN or infinite values; leave these genes out")
     if threshold is None: threshold = .5 if set(y) <= {0., 1.} else np.quantile(y, .75)
     label = y > threshold
     if min(label.sum(), (~label).sum()) < 2*n_folds:
-        raise ValueError(f"score: {int(label.sum())} of {len(y)} genes are above {threshold:.4g}; {n_folds} folds need at least {2*n_folds} genes on either side: give more genes, or another threshold")
+        raise ValueError(
+            f"score: {int(label.sum())} of {len(y)} genes are above {threshold:.4g}; {n_folds} folds need at "
+            f"least {2*n_folds} genes on either side: give more genes, or another threshold"
+        )
     return y, label
 
 def _out_of_fold(x, y:np.ndarray, label:np.ndarray, fold:np.ndarray)->tuple[np.ndarray, np.ndarray]:
@@ -382,9 +495,16 @@ def _out_of_fold(x, y:np.ndarray, label:np.ndarray, fold:np.ndarray)->tuple[np.n
     x, predicted, probability = np.asarray(x, np.float64), np.empty(len(y)), np.empty(len(y))
     for f in np.unique(fold):
         seen, held_out, inner = fold != f, fold == f, fold == (f + 1) % (fold.max() + 1)
-        predicted[held_out] = make_pipeline(StandardScaler(), RidgeCV(np.logspace(-1, 5, 13))).fit(x[seen], y[seen]).predict(x[held_out])
-        choose = {c: _auroc(_logistic(x[seen & ~inner], label[seen & ~inner], c).decision_function(x[inner]), label[inner]) for c in STRENGTHS}
-        probability[held_out] = _logistic(x[seen], label[seen], max(choose, key=choose.get)).predict_proba(x[held_out])[:, 1]
+        predicted[held_out] = make_pipeline(StandardScaler(), RidgeCV(np.logspace(-1, 5, 13))).fit(
+            x[seen], y[seen]).predict(x[held_out])
+        choose = {
+            c:
+            _auroc(
+                _logistic(x[seen & ~inner], label[seen & ~inner], c).decision_function(x[inner]),
+                label[inner]) for c in STRENGTHS
+        }
+        probability[held_out] = _logistic(x[seen], label[seen],
+                                          max(choose, key=choose.get)).predict_proba(x[held_out])[:, 1]
     return predicted, probability
 
 def _null(x, y:np.ndarray, label:np.ndarray, fold:np.ndarray)->dict[str, float]:
@@ -419,14 +539,17 @@ def _measures(y, label, fold, predicted, probability, weights:list|None)->dict[s
         out["r"].append(_weighted_pearson(predicted[at], y[at], w))
         out["rho"].append(_weighted_pearson(stats.rankdata(predicted[at]), stats.rankdata(y[at]), w))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)     # a draw in which a fold has a single class, or constant values, leaves that fold out
+        warnings.simplefilter(
+            "ignore", RuntimeWarning
+        )  # a draw in which a fold has a single class, or constant values, leaves that fold out
         return {m: np.nanmean(v, 0) for m, v in out.items()}
 
 def _weighted_auroc(s:np.ndarray, label:np.ndarray, w:np.ndarray)->np.ndarray:  # (n,)
     "AUROC under each row of weights."
     right = (s[label][:, None] > s[~label]) + .5*(s[label][:, None] == s[~label])
     pairs = w[:, label].sum(1)*w[:, ~label].sum(1)
-    return np.where(pairs > 0, ((w[:, label] @ right)*w[:, ~label]).sum(1)/np.where(pairs > 0, pairs, 1), np.nan)
+    return np.where(pairs > 0, ((w[:, label]@right)*w[:, ~label]).sum(1)/np.where(pairs > 0, pairs, 1),
+                    np.nan)
 
 def _weighted_pearson(a:np.ndarray, b:np.ndarray, w:np.ndarray)->np.ndarray:    # (n,) NaN where constant
     "Pearson's correlation under each row of weights."
@@ -440,10 +563,19 @@ def _with_intervals(table:pd.DataFrame, found:dict, reference:str, n_genes:int, 
     "Intervals of values and of differences to the reference, on the same draws."
     def row(r):
         own, other = found[r.representation][r.measure], found[reference][r.measure]
-        (low, high), (below, above) = np.nanquantile(own[1:], [.025, .975]), np.nanquantile((own - other)[1:], [.025, .975])
-        return dict(low=low, high=high, chance=.5 if r.measure == "auroc" else 0., difference=own[0] - other[0], difference_low=below, difference_high=above)
+        (low, high), (below, above) = np.nanquantile(own[1:], [.025, .975]), np.nanquantile(
+            (own - other)[1:], [.025, .975])
+        return dict(low=low,
+                    high=high,
+                    chance=.5 if r.measure == "auroc" else 0.,
+                    difference=own[0] - other[0],
+                    difference_low=below,
+                    difference_high=above)
     extra = pd.DataFrame([row(r) for r in table.itertuples()])
-    return pd.concat([table, extra], axis=1).assign(n_genes=n_genes, n_positive=n_positive)[["representation", "measure", "value", "low", "high", "chance", "shuffled", "shuffled_low", "shuffled_high", "difference", "difference_low", "difference_high", "n_genes", "n_positive"]]
+    return pd.concat([table, extra], axis=1).assign(n_genes=n_genes, n_positive=n_positive)[[
+        "representation", "measure", "value", "low", "high", "chance", "shuffled", "shuffled_low",
+        "shuffled_high", "difference", "difference_low", "difference_high", "n_genes", "n_positive"
+    ]]
 
 # %% ../../nbs/7_explore/01_probes.ipynb #b8d26c71
 def _layer_by_adam(
@@ -499,12 +631,17 @@ def released_gene_probe(
     *_, (_, layer) = _layer_by_adam(x[train], y, 1, torch.nn.functional.mse_loss, 500, 1., seed)
     guess, label = _outputs(layer, x[test])[:, 0], score[test] > threshold
     auroc = _auroc(guess, label) if 0 < label.sum() < len(label) else np.nan
-    return dict(auroc=auroc, r=stats.pearsonr(guess, score[test])[0], rho=stats.spearmanr(guess, score[test])[0],
-                n_train=len(train), n_test=len(test), n_positive=int(label.sum()))
+    return dict(auroc=auroc,
+                r=stats.pearsonr(guess, score[test])[0],
+                rho=stats.spearmanr(guess, score[test])[0],
+                n_train=len(train),
+                n_test=len(test),
+                n_positive=int(label.sum()))
 
 # %% ../../nbs/7_explore/01_probes.ipynb #daf48e93
 RELEASED_PROBES = pd.DataFrame(
-    [("batch", "released run", .080, .026, 1/48, 48), ("perturbation", "released run", .0173, .0177, 1/286, 286)],
+    [("batch", "released run", .080, .026, 1/48, 48),
+     ("perturbation", "released run", .0173, .0177, 1/286, 286)],
     columns=["question", "representation", "accuracy", "majority", "chance", "n_labels"])
 
 def released_cell_probes(

@@ -38,7 +38,7 @@ from ..predict.sets import expression_space
 # %% ../../nbs/7_explore/04_search.ipynb #51d04bd0
 class TargetState(NamedTuple):
     "Where cells should go."
-    latent:Tensor       # (K, G, D) teacher's latents of K cells in that state, or their mean (K = 1); differences to the reference if `relative`
+    latent: Tensor  # (K, G, D) teacher's latents of K cells in that state, or their mean (K = 1); differences to the reference if `relative`
     relative:bool       # whether they are differences
     n_cells:int         # cells they were made from
 
@@ -69,14 +69,21 @@ def target_state(
     model, genes = _model_and_genes(model)
     latent = state_latents(model, _ready(model, genes, cells, "target_state"), not each, batch_size)
     if reference is None: return TargetState(latent, False, cells.n_obs)
-    return TargetState(latent - state_latents(model, _ready(model, genes, reference, "reference"), True, batch_size), True, cells.n_obs)
+    return TargetState(
+        latent - state_latents(model, _ready(model, genes, reference, "reference"), True, batch_size), True,
+        cells.n_obs)
 
 def _ready(model:BioJEPA, genes, cells, what:str)->AnnData:
     "Prepared cells with the model's genes in its order."
-    if not isinstance(cells, AnnData): raise ValueError(f"{what}: found {type(cells).__name__}; give an AnnData of prepared cells")
-    if not cells.n_obs: raise ValueError(f"{what}: found no cell; is the condition spelled as in obs['condition']?")
+    if not isinstance(cells, AnnData):
+        raise ValueError(f"{what}: found {type(cells).__name__}; give an AnnData of prepared cells")
+    if not cells.n_obs:
+        raise ValueError(f"{what}: found no cell; is the condition spelled as in obs['condition']?")
     expression_space(cells)
-    if "log_library_size" not in cells.obs: raise ValueError(f"{what}.obs: no column 'log_library_size'; call prepare(adata) on all cells before choosing some")
+    if "log_library_size" not in cells.obs:
+        raise ValueError(
+            f"{what}.obs: no column 'log_library_size'; call prepare(adata) on all cells before choosing some"
+        )
     cells = align_genes(cells, cells.var_names if genes is None else genes)
     check_model(model, cells, genes)
     return cells
@@ -94,20 +101,29 @@ def wanted_states(
 )->tuple[dict[str, TargetState], pd.DataFrame]:     # condition -> state, relative to controls; about them: condition, part, n_cells, cell_type, effect
     "Effects of known perturbations, as states to be reached."
     part, line = split.part_of(adata), adata.obs["cell_type"].astype(str).to_numpy()
-    if cell_type is None: cell_type = pd.Series(line[part == "test"] if (part == "test").any() else line).mode()[0]
+    if cell_type is None:
+        cell_type = pd.Series(line[part == "test"] if (part == "test").any() else line).mode()[0]
     condition, batch = (adata.obs[c].astype(str).to_numpy() for c in ("condition", "batch"))
     rows = np.flatnonzero((line == cell_type) & (part != ""))
     control = rows[condition[rows] == "ctrl"]
-    if not len(control): raise ValueError(f"cell_type: found no control cell of {cell_type!r} that the split lets be used; choose another line")
-    about = _conditions(pd.DataFrame(dict(condition=condition, part=part)).iloc[np.setdiff1d(rows, control)], n_states, min_cells, seed)
+    if not len(control):
+        raise ValueError(
+            f"cell_type: found no control cell of {cell_type!r} that the split lets be used; choose "
+            f"another line"
+        )
+    about = _conditions(
+        pd.DataFrame(dict(condition=condition, part=part)).iloc[np.setdiff1d(rows, control)], n_states,
+        min_cells, seed)
     latents = lambda at: state_latents(model, adata[at])
     before = {b: latents(control[batch[control] == b]) for b in np.unique(batch[control])}
     whole, states = latents(control), {}
     for name in tqdm(about["condition"], desc="states", disable=not progress):
         own = rows[condition[rows] == name]
         share = pd.Series(batch[own]).value_counts(normalize=True)
-        states[name] = TargetState(latents(own) - sum(w*before.get(b, whole) for b, w in share.items()), True, len(own))
-    return states, about.assign(cell_type=cell_type, effect=[s.latent.square().mean().sqrt().item() for s in states.values()])
+        states[name] = TargetState(
+            latents(own) - sum(w*before.get(b, whole) for b, w in share.items()), True, len(own))
+    return states, about.assign(cell_type=cell_type,
+                                effect=[s.latent.square().mean().sqrt().item() for s in states.values()])
 
 def _conditions(cells:pd.DataFrame, n:int, min_cells:int, seed:int)->pd.DataFrame:  # condition, part, n_cells
     "Conditions with enough cells, held-out ones first; a condition with any training cell was trained on."
@@ -137,9 +153,11 @@ def measure_of(
     genes:Tensor|None=None,     # (g,) genes that count
 )->Measure:
     "The model's distance."
-    if space not in ("latent", "expression"): raise ValueError(f"space: found {space!r}; choose 'latent' or 'expression'")
+    if space not in ("latent", "expression"):
+        raise ValueError(f"space: found {space!r}; choose 'latent' or 'expression'")
     device = next(model.parameters()).device
-    return Measure(model.config.latent_loss, genes if genes is None else genes.to(device), None if space == "latent" else model.readout.linear.weight.detach())
+    return Measure(model.config.latent_loss, genes if genes is None else genes.to(device),
+                   None if space == "latent" else model.readout.linear.weight.detach())
 
 def state_energy(
     moved:Tensor,                   # (N, G, D) predicted latents, as differences to the cell's own
@@ -152,10 +170,15 @@ def state_energy(
     for relative in (True, False):
         chosen = [i for i, s in enumerate(states) if s.relative == relative]
         if not chosen: continue
-        end, wanted = measure.seen(moved if relative else moved + start), torch.cat([measure.seen(states[i].latent) for i in chosen])
-        apart = torch.cdist(end, wanted, p=1. if measure.kind == "l1" else 2., compute_mode="donot_use_mm_for_euclid_dist")
+        end = measure.seen(moved if relative else moved + start)
+        wanted = torch.cat([measure.seen(states[i].latent) for i in chosen])
+        apart = torch.cdist(end,
+                            wanted,
+                            p=1. if measure.kind == "l1" else 2.,
+                            compute_mode="donot_use_mm_for_euclid_dist")
         apart = (apart if measure.kind == "l1" else apart.square())/wanted.shape[1]
-        out[:, chosen] = torch.stack([p.mean(1) for p in apart.split([len(states[i].latent) for i in chosen], 1)], 1)
+        out[:, chosen] = torch.stack(
+            [p.mean(1) for p in apart.split([len(states[i].latent) for i in chosen], 1)], 1)
     return out
 
 # %% ../../nbs/7_explore/04_search.ipynb #eed1cd84
@@ -167,10 +190,19 @@ def pair_actions(
     "Every pair of some actions, as actions."
     rows = np.flatnonzero(~table.is_control) if rows is None else np.asarray(rows, np.int64)
     pairs = [(a, b) for a, b in combinations(rows, 2) if not set(table.targets[a]) & set(table.targets[b])]
-    if not pairs: raise ValueError(f"rows: {len(rows)} actions make no pair of different targets; give more of them")
+    if not pairs:
+        raise ValueError(f"rows: {len(rows)} actions make no pair of different targets; give more of them")
     first, second = (actions.take(torch.tensor([p[i] for p in pairs])) for i in (0, 1))
     joined = ActionBatch(*(None if a is None else torch.cat([a, b], 1) for a, b in zip(first, second)))
-    return joined, ActionTable(**{name: tuple(_joined(name, getattr(table, name)[a], getattr(table, name)[b], table, a, b) for a, b in pairs) for name in ActionTable.__dataclass_fields__})
+    return joined, ActionTable(
+        **{
+            name:
+            tuple(
+                _joined(name,
+                        getattr(table, name)[a],
+                        getattr(table, name)[b], table, a, b) for a, b in pairs)
+            for name in ActionTable.__dataclass_fields__
+        })
 
 def _joined(name:str, a, b, table:ActionTable, i:int, j:int):
     "One field of a pair."
@@ -193,11 +225,18 @@ def screen_identity(
     "What partial results of a screen depend on."
     def digest(*tensors):
         h = sha256()
-        for t in tensors: h.update(str(tuple(t.shape)).encode()); h.update(np.ascontiguousarray(t.detach().cpu().numpy()))
+        for t in tensors:
+            h.update(str(tuple(t.shape)).encode())
+            h.update(np.ascontiguousarray(t.detach().cpu().numpy()))
         return h.hexdigest()[:12]
     targets = object_hash([[digest(s.latent), s.relative] for s in states])
-    return dict(model=config_hash(model.config) + "-" + digest(*(t for _, t in sorted(model.state_dict().items()))), source=digest(x, log_library_size), target_state=targets, actions=digest(*(t for t in actions if t is not None)),
-                genes="all" if measure.genes is None else digest(measure.genes), space="latent" if measure.weight is None else "expression")
+    return dict(
+        model=config_hash(model.config) + "-" + digest(*(t for _, t in sorted(model.state_dict().items()))),
+        source=digest(x, log_library_size),
+        target_state=targets,
+        actions=digest(*(t for t in actions if t is not None)),
+        genes="all" if measure.genes is None else digest(measure.genes),
+        space="latent" if measure.weight is None else "expression")
 
 def _open_folder(folder:Path, identity:dict)->None:
     "Begin a folder of partial results, or check that it is of the same screen."
@@ -205,10 +244,16 @@ def _open_folder(folder:Path, identity:dict)->None:
     if not path.is_file():
         with atomic_path(path) as part: part.write_text(json.dumps(identity, indent=1))
         return
-    try: found = json.loads(path.read_text())
-    except ValueError as error: raise ValueError(f"{path}: not readable as JSON ({error}); remove {folder}, or give another folder") from error
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(
+            f"{path}: not readable as JSON ({error}); remove {folder}, or give another folder") from error
     if differ := [k for k in identity if found.get(k) != identity[k]]:
-        raise ValueError(f"{folder}: holds partial results of another screen, which differs in {', '.join(differ)}; give another folder, or remove this one")
+        raise ValueError(
+            f"{folder}: holds partial results of another screen, which differs in {', '.join(differ)}; give "
+            f"another folder, or remove this one"
+        )
 
 def _read_block(path:Path, shape:tuple)->np.ndarray|None:
     "A block of energies that is there and whole."
@@ -232,20 +277,33 @@ def screen_energies(
     progress:bool=True,
 )->np.ndarray:                      # (1 + P, C, S) float32; row 0: nothing is done
     "Energy of every action in every cell for every wanted state; finished blocks are only read."
-    device, P, C, measure = next(model.parameters()).device, len(actions.present), len(x), measure or measure_of(model)
-    if folder is not None: _open_folder(Path(folder), screen_identity(model, x, log_library_size, states, actions, measure) | dict(block=str(block)))
+    device, P, C, measure = next(model.parameters()).device, len(
+        actions.present), len(x), measure or measure_of(model)
+    if folder is not None:
+        _open_folder(
+            Path(folder),
+            screen_identity(model, x, log_library_size, states, actions, measure) | dict(block=str(block)))
     states = [s._replace(latent=s.latent.to(device)) for s in states]
-    contexts = [encode_context(model, a.to(device), b.to(device)) for a, b in zip(x.split(batch_size), log_library_size.split(batch_size))]
+    contexts = [
+        encode_context(model, a.to(device), b.to(device))
+        for a, b in zip(x.split(batch_size), log_library_size.split(batch_size))
+    ]
     at_once = -(-batch_size//min(C, batch_size))
     energy = np.empty((1 + P, C, len(states)), np.float32)
-    energy[0] = torch.cat([state_energy(torch.zeros_like(c.h), c.h, states, measure) for c in contexts]).cpu().numpy()
+    energy[0] = torch.cat([state_energy(torch.zeros_like(c.h), c.h, states, measure)
+                           for c in contexts]).cpu().numpy()
     with tqdm(total=P, desc="screen", unit="action", disable=not progress) as bar:
         for begin in range(0, P, block):
-            rows, path = torch.arange(begin, min(begin + block, P)), folder and Path(folder)/f"energy-{begin:07d}.npy"
+            rows = torch.arange(begin, min(begin + block, P))
+            path = folder and Path(folder)/f"energy-{begin:07d}.npy"
             shape = (len(rows), C, len(states))
             found = _read_block(path, shape) if path else None
             if found is None:
-                found = np.concatenate([_block_energies(model, contexts, actions.take(some).to(device), states, measure, bar) for some in rows.split(at_once)])
+                found = np.concatenate([
+                    _block_energies(model, contexts,
+                                    actions.take(some).to(device), states, measure, bar)
+                    for some in rows.split(at_once)
+                ])
                 if path:
                     with atomic_path(path) as part: np.save(part, found)
             else: bar.update(len(rows))
@@ -258,7 +316,9 @@ def _block_energies(model:BioJEPA, contexts:list[Context], actions:ActionBatch, 
     for context in contexts:
         moved = predict_many(model, context, actions, relative=True)
         start = context.h.expand(len(moved), -1, -1, -1)
-        parts.append(state_energy(moved.flatten(0, 1), start.flatten(0, 1), states, measure).unflatten(0, moved.shape[:2]))
+        parts.append(
+            state_energy(moved.flatten(0, 1), start.flatten(0, 1), states,
+                         measure).unflatten(0, moved.shape[:2]))
     bar.update(len(actions.present))
     return torch.cat(parts, 1).float().cpu().numpy()
 
@@ -269,16 +329,33 @@ def ranking(
     targets:Sequence[str],  # S names of the wanted states
 )->pd.DataFrame:            # per target and action, best first: target, rank, perturbation, condition, mode, energy, nothing, gain, error, nearer, n_cells
     "Actions in the order of their energy."
-    about, n = table.frame[["perturbation", "condition"]].assign(mode=[str(m) for m in table.mode]), energy.shape[1]
+    about = table.frame[["perturbation", "condition"]].assign(mode=[str(m) for m in table.mode])
+    n = energy.shape[1]
     nothing = energy[0].mean(0, dtype=float)
-    if not (nothing > 0).all(): raise ValueError(f"target_state: {targets[int(np.argmin(nothing > 0))]!r} is where the source cells already are; there is nothing to search for")
+    if not (nothing > 0).all():
+        raise ValueError(
+            f"target_state: {targets[int(np.argmin(nothing > 0))]!r} is where the source cells already are; "
+            f"there is nothing to search for"
+        )
     frames = []
     for s, name in enumerate(targets):
         gain = (energy[:1, :, s] - energy[1:, :, s]).astype(float)/nothing[s]
         error = gain.std(1, ddof=1)/np.sqrt(n) if n > 1 else np.full(len(gain), np.nan)
-        frame = about.assign(target=name, energy=energy[1:, :, s].mean(1, dtype=float), nothing=nothing[s], gain=gain.mean(1), error=error, nearer=(gain > 0).mean(1), n_cells=n)
-        frames.append(frame.sort_values("energy", kind="stable").assign(rank=frame["energy"].rank().sort_values(kind="stable").to_numpy()))
-    columns = ["target", "rank", "perturbation", "condition", "mode", "energy", "nothing", "gain", "error", "nearer", "n_cells"]
+        frame = about.assign(target=name,
+                             energy=energy[1:, :, s].mean(1, dtype=float),
+                             nothing=nothing[s],
+                             gain=gain.mean(1),
+                             error=error,
+                             nearer=(gain > 0).mean(1),
+                             n_cells=n)
+        frames.append(
+            frame.sort_values(
+                "energy",
+                kind="stable").assign(rank=frame["energy"].rank().sort_values(kind="stable").to_numpy()))
+    columns = [
+        "target", "rank", "perturbation", "condition", "mode", "energy", "nothing", "gain", "error",
+        "nearer", "n_cells"
+    ]
     return pd.concat(frames, ignore_index=True)[columns]
 
 # %% ../../nbs/7_explore/04_search.ipynb #7a22725d
@@ -306,20 +383,38 @@ def rank_actions(
     module, order = _model_and_genes(model)
     cells = _ready(module, order, source_cells, "source_cells")
     x, library = _source(cells, n_cells, seed)
-    options = dict(measure=measure_of(module, space, _places(cells, genes)), batch_size=batch_size, block=block, progress=progress)
+    options = dict(measure=measure_of(module, space, _places(cells, genes)),
+                   batch_size=batch_size,
+                   block=block,
+                   progress=progress)
     energy = screen_energies(module, x, library, actions, list(states.values()), folder=folder, **options)
     found = ranking(energy, table, list(states))
     if not pairs: return found
     joined, names = pair_actions(actions, table, _best_rows(found, table, pairs))
-    more = screen_energies(module, x, library, joined, list(states.values()), folder=folder and Path(folder)/"pairs", **options)
+    more = screen_energies(module,
+                           x,
+                           library,
+                           joined,
+                           list(states.values()),
+                           folder=folder and Path(folder)/"pairs",
+                           **options)
     both = {f: getattr(table, f) + getattr(names, f) for f in ActionTable.__dataclass_fields__}
     return ranking(np.concatenate([energy, more[1:]]), ActionTable(**both), list(states))
 
 def _candidates(model, actions:ActionBatch|None, table:ActionTable|None)->tuple[ActionBatch, ActionTable]:
     "The actions to rank; controls are left out, they are what doing nothing stands for."
-    actions, table = getattr(model, "actions", None) if actions is None else actions, getattr(model, "table", None) if table is None else table
-    if not isinstance(actions, ActionBatch) or not isinstance(table, ActionTable): raise ValueError("actions, table: missing; give an ActionBatch and its ActionTable (notebooks actions/vocabulary, actions/featurizers), or a finished Run as model")
-    if len(actions.present) != len(table): raise ValueError(f"actions: found {len(actions.present)} rows, the table has {len(table)}; make both from the same conditions")
+    actions, table = getattr(model, "actions", None) if actions is None else actions, getattr(
+        model, "table", None) if table is None else table
+    if not isinstance(actions, ActionBatch) or not isinstance(table, ActionTable):
+        raise ValueError(
+            "actions, table: missing; give an ActionBatch and its ActionTable (notebooks actions/vocabulary, "
+            "actions/featurizers), or a finished Run as model"
+        )
+    if len(actions.present) != len(table):
+        raise ValueError(
+            f"actions: found {len(actions.present)} rows, the table has {len(table)}; make both from the same "
+            f"conditions"
+        )
     rows = np.flatnonzero(~table.is_control)
     if not len(rows): raise ValueError("table: found only controls; give at least one action")
     return actions.take(torch.from_numpy(rows)), table.select(rows)
@@ -328,19 +423,29 @@ def _states(model, given, reference, each:bool, batch_size:int)->dict[str, Targe
     "Wanted states by name."
     given = given if isinstance(given, Mapping) else {"target": given}
     if not given: raise ValueError("target_state: found an empty dict; give at least one state")
-    return {str(k): s if isinstance(s, TargetState) else target_state(model, s, reference, each, batch_size) for k, s in given.items()}
+    return {
+        str(k): s if isinstance(s, TargetState) else target_state(model, s, reference, each, batch_size)
+        for k, s in given.items()
+    }
 
 def _source(cells:AnnData, n:int|None, seed:int)->tuple[Tensor, Tensor]:
     "Expression and library size of some cells."
-    if n is not None and n < 1: raise ValueError(f"n_cells: found {n}; give a positive number of source cells, or None for all")
+    if n is not None and n < 1:
+        raise ValueError(f"n_cells: found {n}; give a positive number of source cells, or None for all")
     rows = np.sort(np.random.default_rng(seed).permutation(cells.n_obs)[:n])
-    return dense_rows(row_source(cells), rows), torch.from_numpy(cells.obs["log_library_size"].to_numpy(np.float32)[rows])
+    return dense_rows(row_source(cells),
+                      rows), torch.from_numpy(cells.obs["log_library_size"].to_numpy(np.float32)[rows])
 
 def _places(cells:AnnData, genes:Sequence[str]|None)->Tensor|None:  # (g,)
     "Where genes stand."
     if genes is None: return None
     at = cells.var_names.get_indexer(list(genes))
-    if not len(at) or (at < 0).any(): raise ValueError(f"genes: found {len(at)}, of which {', '.join(str(g) for g, i in zip(genes, at) if i < 0) or 'none'} unknown to the model; give names of adata.var_names")
+    if not len(at) or (at < 0).any():
+        raise ValueError(
+            f"genes: found {len(at)}, of which "
+            f"{', '.join(str(g) for g, i in zip(genes, at) if i < 0) or 'none'} unknown to the model; give "
+            f"names of adata.var_names"
+        )
     return torch.from_numpy(np.unique(at))
 
 def _best_rows(found:pd.DataFrame, table:ActionTable, n:int)->np.ndarray:
@@ -356,25 +461,37 @@ def recovered(
     method:str="biojepa",
 )->pd.DataFrame:                            # one row per target, as `rank_candidates` gives them
     "Place of the action that made each wanted state."
-    if by not in ("condition", "perturbation"): raise ValueError(f"by: found {by!r}; choose 'condition' or 'perturbation'")
+    if by not in ("condition", "perturbation"):
+        raise ValueError(f"by: found {by!r}; choose 'condition' or 'perturbation'")
     best = found.groupby(["target", by], observed=True)["energy"].min().reset_index()
     if among is not None: best = best[best[by].isin(set(among))]
     rows = []
     for target, part in best.groupby("target", sort=True):
         own = part.loc[part[by] == target, "energy"]
-        if not len(own): raise ValueError(f"found: {target!r} is a wanted state but no candidate of that {by}; name states by the {by} that made them")
+        if not len(own):
+            raise ValueError(
+                f"found: {target!r} is a wanted state but no candidate of that {by}; name states by the {by} "
+                f"that made them"
+            )
         tied = (part["energy"] == own.iloc[0]).sum() - 1
-        rows.append(dict(label=target, better=int((part["energy"] < own.iloc[0]).sum()), tied=int(tied), n_candidates=len(part), nearest=part.loc[part["energy"].idxmin(), by]))
+        rows.append(
+            dict(label=target,
+                 better=int((part["energy"] < own.iloc[0]).sum()),
+                 tied=int(tied),
+                 n_candidates=len(part),
+                 nearest=part.loc[part["energy"].idxmin(), by]))
     n_cells = found.drop_duplicates("target").set_index("target")["n_cells"]
     table = pd.DataFrame(rows).assign(method=method, cell_type="all")
-    return table.assign(condition=table.label, n_cells=n_cells.loc[table.label].to_numpy(), rank=1 + table.better + table.tied/2)
+    return table.assign(condition=table.label,
+                        n_cells=n_cells.loc[table.label].to_numpy(),
+                        rank=1 + table.better + table.tied/2)
 
 # %% ../../nbs/7_explore/04_search.ipynb #e4f9bafd
 class OptimisedAction(NamedTuple):
     "An action found by gradient."
     latent:Tensor           # (A, d_action) its tokens
-    history:pd.DataFrame    # step, energy, gain, distance (root mean square, in standard deviations of the real latents, from their mean)
-    nearest:pd.DataFrame    # real actions, nearest in direction first: perturbation, condition, cosine, distance, energy, gain (of the latent alone); the last row is the found one
+    history: pd.DataFrame  # step, energy, gain, distance (root mean square, in standard deviations of the real latents, from their mean)
+    nearest: pd.DataFrame  # real actions, nearest in direction first: perturbation, condition, cosine, distance, energy, gain (of the latent alone); the last row is the found one
 
 def optimise_action(
     model,                              # as in `rank_actions`
@@ -399,19 +516,35 @@ def optimise_action(
     module, order = _model_and_genes(model)
     x, library = _source(_ready(module, order, source_cells, "source_cells"), n_cells, seed)
     device = next(module.parameters()).device
-    context, state, x = encode_context(module, x.to(device), library.to(device)), state._replace(latent=state.latent.to(device)), x.to(device)
+    context, state, x = encode_context(
+        module, x.to(device),
+        library.to(device)), state._replace(latent=state.latent.to(device)), x.to(device)
     with torch.no_grad(): real = module.composer(actions.to(device))
     whole = actions.present.all(1).to(device)
-    if whole.sum() < 3: raise ValueError(f"actions: only {int(whole.sum())} have all {real.shape[1]} tokens; the search needs at least 3 to know how actions are spread")
+    if whole.sum() < 3:
+        raise ValueError(
+            f"actions: only {int(whole.sum())} have all {real.shape[1]} tokens; the search needs at least 3 to "
+            f"know how actions are spread"
+        )
     centre, spread = real[whole].mean(0), real[whole].std(0).clamp(min=1e-6)
     u = torch.zeros_like(centre) if start is None else (real[_row_of(table, start)] - centre)/spread
     measure = measure_of(module, space)
     u, history = _descend(module, context, state, measure, u, centre, spread, steps, lr, pull, progress)
     cosine, apart = _likeness(module, real, centre + spread*u, whole)
     near = np.argsort(np.where(whole.cpu(), -cosine, np.inf), kind="stable")[:n_nearest]
-    with torch.no_grad(): energies = [_latent_energy(module, context, state, measure, a).item() for a in (*real[near], centre + spread*u)]
-    names = [*table.frame.iloc[near][["perturbation", "condition"]].to_dict("records"), dict(perturbation="(found by gradient)", condition="")]
-    nearest = pd.DataFrame(names).assign(cosine=[*cosine[near], 1.], distance=[*apart[near], 0.], energy=energies, gain=1 - np.array(energies)/history.nothing.iloc[0])
+    with torch.no_grad():
+        energies = [
+            _latent_energy(module, context, state, measure, a).item()
+            for a in (*real[near], centre + spread*u)
+        ]
+    names = [
+        *table.frame.iloc[near][["perturbation", "condition"]].to_dict("records"),
+        dict(perturbation="(found by gradient)", condition="")
+    ]
+    nearest = pd.DataFrame(names).assign(cosine=[*cosine[near], 1.],
+                                         distance=[*apart[near], 0.],
+                                         energy=energies,
+                                         gain=1 - np.array(energies)/history.nothing.iloc[0])
     return OptimisedAction((centre + spread*u).cpu(), history, nearest)
 
 # %% ../../nbs/7_explore/04_search.ipynb #2d80ff7f
@@ -422,14 +555,20 @@ def _likeness(
     whole:Tensor,       # (P,) bool, actions with all tokens
 )->tuple[np.ndarray, np.ndarray]:   # (P,) cosine and root mean square distance, between adapted latents, standardised over real ones
     "How much real actions are like a latent, to the ears of the predictor."
-    with torch.no_grad(): heard, own = model.predictor.adapter(real).flatten(1), model.predictor.adapter(found).flatten()
+    with torch.no_grad():
+        heard, own = model.predictor.adapter(real).flatten(1), model.predictor.adapter(found).flatten()
     centre, spread = heard[whole].mean(0), heard[whole].std(0).clamp(min=1e-6)
     heard, own = (heard - centre)/spread, (own - centre)/spread
-    return torch.cosine_similarity(heard, own[None]).cpu().numpy(), (heard - own).square().mean(1).sqrt().cpu().numpy()
+    return torch.cosine_similarity(
+        heard, own[None]).cpu().numpy(), (heard - own).square().mean(1).sqrt().cpu().numpy()
 
 def _row_of(table:ActionTable, name:str)->int:
     "The row of a perturbation."
-    if name not in table.perturbation: raise ValueError(f"start: {name!r} is not among the {len(table)} actions; give the name of a perturbation of the table")
+    if name not in table.perturbation:
+        raise ValueError(
+            f"start: {name!r} is not among the {len(table)} actions; give the name of a perturbation of "
+            f"the table"
+        )
     return table.perturbation.index(name)
 
 def _latent_energy(
@@ -458,7 +597,12 @@ def _descend(
         energy = _latent_energy(model, context, state, measure, centre + spread*u)
         far = u.square().mean()
         loss = energy/nothing + pull*far
-        rows.append(dict(step=step, energy=energy.item(), gain=1 - energy.item()/nothing, distance=far.sqrt().item(), nothing=nothing))
+        rows.append(
+            dict(step=step,
+                 energy=energy.item(),
+                 gain=1 - energy.item()/nothing,
+                 distance=far.sqrt().item(),
+                 nothing=nothing))
         if loss.item() < best[0]: best = loss.item(), u.detach().clone()
         (u.grad,) = torch.autograd.grad(loss, [u])
         optimiser.step()

@@ -27,9 +27,13 @@ def check_mask(
 )->Tensor:          # the same
     "Refuse masks that leave nothing to predict, or nothing to predict from."
     hidden = mask.sum(1)
-    if not hidden.any(): raise ValueError("mask: no genes are masked, so there is nothing to predict; raise mask_ratio")
+    if not hidden.any():
+        raise ValueError("mask: no genes are masked, so there is nothing to predict; raise mask_ratio")
     if (full := hidden == mask.shape[1]).any():
-        raise ValueError(f"mask: all genes are masked in {int(full.sum())} of {len(mask)} cells, so there is no context; lower mask_ratio")
+        raise ValueError(
+            f"mask: all genes are masked in {int(full.sum())} of {len(mask)} cells, so there is no context; "
+            f"lower mask_ratio"
+        )
     return mask
 
 # %% ../../nbs/3_model/10_biojepa.ipynb #e1082867
@@ -85,12 +89,17 @@ class BioJEPA(nn.Module):
         self.encoder = CellEncoder(c, checkpoint_activations)
         self.teacher = EMATeacher(self.encoder, c.ema_momentum)
         self.masked_predictor = MaskedPredictor(c, checkpoint_activations)
-        self.composer = ActionComposer(c.d_protein, c.d_chemical, c.d_dna, c.d_action, c.d_mode, c.n_modes, c.initial_values)
+        self.composer = ActionComposer(c.d_protein, c.d_chemical, c.d_dna, c.d_action, c.d_mode, c.n_modes,
+                                       c.initial_values)
         self.predictor = ActionPredictor(c, checkpoint_activations)
         if c.predicts == "change":
             for p in self.predictor.mean.parameters(): nn.init.zeros_(p)
         self.readout = LinearReadout(c.d_model, c.n_genes, c.readout)
-        if c.intervenes: self.register_buffer("intervention", torch.tensor([1., 0.]).repeat(c.n_modes, 1))  # of a targeted gene's value, by mode: factor and summand
+        if c.intervenes:
+            self.register_buffer(
+                "intervention",
+                torch.tensor([1., 0.]).repeat(c.n_modes,
+                                              1))  # of a targeted gene's value, by mode: factor and summand
 
     def hide(self,
         x:Tensor,                             # (B, G)
@@ -98,7 +107,8 @@ class BioJEPA(nn.Module):
     )->Tensor:                                # (B, G) bool
         "Draw the genes to hide, as the configuration says; a device that shares a batch draws for all and takes its rows."
         (rank, n), (n_cells, n_genes) = devices(), x.shape
-        return random_gene_mask(n*n_cells, n_genes, self.config.mask_ratio, self.config.mask_kind, generator, x.device)[rank::n]
+        return random_gene_mask(n*n_cells, n_genes, self.config.mask_ratio, self.config.mask_kind,
+                                generator, x.device)[rank::n]
 
     def pretrain_loss(self,
         cells:CellBatch,                      # B cells, no labels
@@ -113,7 +123,8 @@ class BioJEPA(nn.Module):
         h = self.teacher(cells.x, cells.log_library_size, None, collapse)
         invariance = hidden_distance(z_hat, h, mask, c.latent_loss)
         own, teacher = self._spread(z), self._spread(h)
-        return PretrainLoss(c.vicreg_weights[0]*invariance + self._regularisation(own, teacher), invariance, *own, *teacher)
+        return PretrainLoss(c.vicreg_weights[0]*invariance + self._regularisation(own, teacher), invariance,
+                            *own, *teacher)
 
     def dynamics_loss(self,
         pairs:PairBatch,                      # B control and perturbed cells
@@ -179,14 +190,20 @@ class BioJEPA(nn.Module):
         collapse:bool=True,         # compute equal tokens once
     )->TokenSet:                    # the teacher's latents
         "What a predicted change is added to: latents of the control cells, with `intervenes` after the intervention itself."
-        return self.teacher(self.intervened(x_ctrl, actions) if self.config.intervenes else x_ctrl, log_library_size, None, collapse)
+        return self.teacher(
+            self.intervened(x_ctrl, actions) if self.config.intervenes else x_ctrl, log_library_size, None,
+            collapse)
 
     def intervened(self,
         x_ctrl:Tensor,          # (B, G) control cells
         actions:ActionBatch,    # B actions that know their genes
     )->Tensor:                  # (B, G)
         "Cells in which only the targeted genes have changed, by the `intervention` of the action's mode; a gene that is not expressed can only be raised."
-        if actions.genes is None: raise ValueError("actions.genes: missing, but model.intervenes is on; make the actions with action_batch(table, banks, genes=adata.var_names)")
+        if actions.genes is None:
+            raise ValueError(
+                "actions.genes: missing, but model.intervenes is on; make the actions with action_batch(table, "
+                "banks, genes=adata.var_names)"
+            )
         row, k = (actions.genes >= 0).nonzero(as_tuple=True)
         mode = actions.mode.gather(1, actions.present.long().argmax(1, keepdim=True))[row, 0]
         (factor, summand), at = self.intervention[mode].to(x_ctrl.dtype).unbind(1), (row, actions.genes[row, k])
@@ -209,6 +226,8 @@ class BioJEPA(nn.Module):
         **options,      # passed to torch.compile
     )->"BioJEPA":       # itself
         "Compile every transformer block in place; the number of tokens may change from batch to batch."
-        for stack in (self.encoder.stack, self.teacher.model.stack, self.masked_predictor.stack, self.predictor):
-            for block in stack.blocks: block.compile(**{"dynamic": True, **options})
+        for stack in (self.encoder.stack, self.teacher.model.stack, self.masked_predictor.stack,
+                      self.predictor):
+            for block in stack.blocks:
+                block.compile(**{"dynamic": True, **options})
         return self

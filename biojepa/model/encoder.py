@@ -76,8 +76,8 @@ class CellEncoder(nn.Module):
     ):
         super().__init__()
         c = config
-        self.tokenizer = GeneTokenizer(c.n_genes, c.d_model, c.value_embedding, c.mask_keeps_gene, c.library_norm,
-                                       c.initial_values)
+        self.tokenizer = GeneTokenizer(c.n_genes, c.d_model, c.value_embedding, c.mask_keeps_gene,
+                                       c.library_norm, c.initial_values)
         self.stack = EncoderStack(c.d_model, c.n_heads, c.n_encoder_layers, c.mlp_ratio, checkpoint_activations)
 
     def forward(self,

@@ -17,7 +17,8 @@ from .attention import init_weights_
 
 # %% ../../nbs/3_model/02_kernels.ipynb #e918feb9
 _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
-_FUSED = {torch.float32} | ({torch.bfloat16} if _ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported() else set())
+_FUSED = {torch.float32
+          } | ({torch.bfloat16} if _ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported() else set())
 
 def _linear(
     x:Tensor,                   # (..., K)
@@ -26,7 +27,8 @@ def _linear(
     gelu:bool=False,            # apply a GELU (tanh form)
 )->Tensor:                      # (..., D)
     "x Wᵀ + b in one pass where oneDNN can; no gradient is recorded."
-    if _ONEDNN and x.device.type == "cpu" and x.dtype in _FUSED and not torch.compiler.is_compiling():  # torch.compile fuses by itself
+    if _ONEDNN and x.device.type == "cpu" and x.dtype in _FUSED and not torch.compiler.is_compiling(
+    ):  # torch.compile fuses by itself
         return _ONEDNN(x, weight, bias, "gelu" if gelu else "none", [], "tanh" if gelu else "")
     y = F.linear(x, weight, bias)
     return F.gelu(y, approximate="tanh") if gelu else y
@@ -39,14 +41,16 @@ def _linear_gradients(
 )->tuple[Tensor|None, Tensor|None, Tensor|None]:  # (..., K), (D, K), (D,)
     "Gradients of a linear map."
     rows = g.flatten(0, -2)
-    return (_linear(g, weight.t()) if needed[0] else None, rows.t() @ x.flatten(0, -2) if needed[1] else None, rows.sum(0) if needed[2] else None)
+    return (_linear(g, weight.t()) if needed[0] else None, rows.t()@x.flatten(0, -2) if needed[1] else None,
+            rows.sum(0) if needed[2] else None)
 
 def _autocast(
     *tensors:Tensor,    # on one device
 )->tuple[Tensor, ...]:
     "What autocast would do to the inputs of a matrix product."
     device = tensors[0].device.type
-    return tuple(t.to(torch.get_autocast_dtype(device)) for t in tensors) if torch.is_autocast_enabled(device) else tensors
+    return tuple(t.to(torch.get_autocast_dtype(device))
+                 for t in tensors) if torch.is_autocast_enabled(device) else tensors
 
 # %% ../../nbs/3_model/02_kernels.ipynb #41de2d46
 class _LinearFunction(torch.autograd.Function):
@@ -69,7 +73,8 @@ class Linear(nn.Linear):
     )->Tensor:              # (..., D)
         "x Wᵀ + b."
         x, weight, bias = _autocast(x, self.weight, self.bias)
-        return _LinearFunction.apply(x, weight, bias) if torch.is_grad_enabled() else _linear(x, weight, bias, gelu)
+        return _LinearFunction.apply(x, weight, bias) if torch.is_grad_enabled() else _linear(
+            x, weight, bias, gelu)
 
 # %% ../../nbs/3_model/02_kernels.ipynb #1f853f5b
 def flop_counter()->FlopCounterMode:  # a context; `get_total_flops` afterwards
@@ -102,11 +107,12 @@ class _LinearAttentionCore(torch.autograd.Function):
     def forward(ctx, x, projection, bias, weight, n_heads, first):
         D = x.shape[-1]
         d = D//n_heads
-        q, k, v = (_linear(t, p, b) for t, p, b in zip((x[:, first:], x, x), projection.split(D), bias.split(D)))
+        q, k, v = (_linear(t, p, b)
+                   for t, p, b in zip((x[:, first:], x, x), projection.split(D), bias.split(D)))
         q, k = _phi_(q), _phi_(k)
         if weight is not None: k *= weight[..., None].to(k.dtype)
         total = k.sum(1, dtype=torch.promote_types(k.dtype, torch.float32)).to(k.dtype)            # s: (B, D)
-        state = [_head(k, h, d).mT @ _head(v, h, d) for h in range(n_heads)]                        # S: (B, d, d) each
+        state = [_head(k, h, d).mT@_head(v, h, d) for h in range(n_heads)]  # S: (B, d, d) each
         n = torch.cat([_head(q, h, d) @ _head(total, h, d)[..., None] for h in range(n_heads)], -1)  # (B, Q, H)
         n.clamp_(min=torch.finfo(torch.float32).tiny)
         y = torch.empty_like(q)
@@ -123,7 +129,7 @@ class _LinearAttentionCore(torch.autograd.Function):
         out = torch.empty(*k.shape[:-1], 3*D, dtype=k.dtype, device=k.device)
         if ctx.first: out[:, :ctx.first, :D] = 0
         g = (g.unflatten(-1, (H, d))/n[..., None])
-        down = -(g*y.unflatten(-1, (H, d))).sum(-1)                                                 # n̄: (B, Q, H)
+        down = -(g*y.unflatten(-1, (H, d))).sum(-1)  # n̄: (B, Q, H)
         g = g.flatten(-2)
         for h in range(H):
             q_h, g_h, down_h = _head(q, h, d), _head(g, h, d), down[..., h, None]
@@ -146,7 +152,8 @@ class LinearAttention(nn.Module):
     ):
         super().__init__()
         if d_model % n_heads:
-            raise ValueError(f"n_heads: found {n_heads}, which does not divide d_model {d_model}; choose a divisor")
+            raise ValueError(
+                f"n_heads: found {n_heads}, which does not divide d_model {d_model}; choose a divisor")
         self.n_heads = n_heads
         self.qkv, self.out = Linear(d_model, 3*d_model), Linear(d_model, d_model)
         init_weights_(self)
@@ -157,7 +164,9 @@ class LinearAttention(nn.Module):
         first:int=0,                # tokens before this one are heard but do not ask: nothing is computed for them
     )->Tensor:                      # (B, T - first, D)
         "Each token attends to all tokens of its cell; a token of multiplicity m counts m times."
-        return self.out(_LinearAttentionCore.apply(*_autocast(x, self.qkv.weight, self.qkv.bias), weight, self.n_heads, first))
+        return self.out(
+            _LinearAttentionCore.apply(*_autocast(x, self.qkv.weight, self.qkv.bias), weight, self.n_heads,
+                                       first))
 
 # %% ../../nbs/3_model/02_kernels.ipynb #392615fc
 class MLP(nn.Sequential):
@@ -166,7 +175,8 @@ class MLP(nn.Sequential):
         d_model:int,    # D, width of a token
         ratio:int=4,    # hidden width over d_model
     ):
-        super().__init__(Linear(d_model, ratio*d_model), nn.GELU(approximate="tanh"), Linear(ratio*d_model, d_model))
+        super().__init__(Linear(d_model, ratio*d_model), nn.GELU(approximate="tanh"),
+                         Linear(ratio*d_model, d_model))
         init_weights_(self)
 
     def forward(self,

@@ -27,7 +27,8 @@ class MaskedPredictor(nn.Module):
     ):
         super().__init__()
         c = config
-        self.stack = EncoderStack(c.d_model, c.n_heads, c.n_masked_predictor_layers, c.mlp_ratio, checkpoint_activations)
+        self.stack = EncoderStack(c.d_model, c.n_heads, c.n_masked_predictor_layers, c.mlp_ratio,
+                                  checkpoint_activations)
         self.head = init_weights_(Linear(c.d_model, c.d_model))
 
     def forward(self,
@@ -106,9 +107,11 @@ class ActionPredictor(nn.Module):
         super().__init__()
         c, d = config, config.d_model
         self.logvar_range, self.checkpoint_activations = (c.logvar_min, c.logvar_max), checkpoint_activations
-        self.adapter = init_weights_(nn.Sequential(Linear(c.d_action, d), nn.LayerNorm(d), nn.GELU(), Linear(d, d)))
+        self.adapter = init_weights_(
+            nn.Sequential(Linear(c.d_action, d), nn.LayerNorm(d), nn.GELU(), Linear(d, d)))
         self.query = init_weights_(nn.Embedding(c.n_genes, d))
-        self.blocks = nn.ModuleList(PredictorBlock(d, c.n_heads, c.mlp_ratio) for _ in range(c.n_predictor_layers))
+        self.blocks = nn.ModuleList(
+            PredictorBlock(d, c.n_heads, c.mlp_ratio) for _ in range(c.n_predictor_layers))
         self.norm = nn.LayerNorm(d)
         self.mean, self.logvar = init_weights_(Linear(d, d)), init_weights_(Linear(d, d))
 

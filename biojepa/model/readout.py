@@ -37,7 +37,10 @@ def _decode(
             return tokens if index is None else tokens.gather(1, index)
         if index is None: return torch.einsum("bgd,gd->bg", z, weight)
         cells = zip(z, index)
-        return torch.stack([checkpoint(_per_gene_dot, z_b, weight, i, use_reentrant=False, preserve_rng_state=False) for z_b, i in cells])
+        return torch.stack([
+            checkpoint(_per_gene_dot, z_b, weight, i, use_reentrant=False, preserve_rng_state=False)
+            for z_b, i in cells
+        ])
 
 # %% ../../nbs/3_model/08_readout.ipynb #546de3b9
 class LinearReadout(nn.Module):
@@ -48,7 +51,8 @@ class LinearReadout(nn.Module):
         kind:Literal["shared", "per_gene"]="shared",    # one map for all genes as released, or one for each
     ):
         super().__init__()
-        if kind not in ("shared", "per_gene"): raise ValueError(f"kind: found {kind!r}; choose 'shared' or 'per_gene'")
+        if kind not in ("shared", "per_gene"):
+            raise ValueError(f"kind: found {kind!r}; choose 'shared' or 'per_gene'")
         self.n_genes, self.kind = n_genes, kind
         self.linear = init_weights_(nn.Linear(d_model, 1 if kind == "shared" else n_genes))
 
@@ -75,7 +79,10 @@ class LinearReadout(nn.Module):
     )->Tensor:          # (B, G) predicted expression, never negative
         "Control plus change, clipped at zero."
         if x_ctrl.shape != delta.shape:
-            raise ValueError(f"x_ctrl: found shape {tuple(x_ctrl.shape)}, delta has {tuple(delta.shape)}; give the same cells and genes")
+            raise ValueError(
+                f"x_ctrl: found shape {tuple(x_ctrl.shape)}, delta has {tuple(delta.shape)}; give the same "
+                f"cells and genes"
+            )
         return (x_ctrl + delta).clamp(min=0)
 
     def variance(self,
@@ -92,11 +99,17 @@ class LinearReadout(nn.Module):
     ):
         "Refuse latents that do not fit."
         width, found = self.linear.in_features, tuple(z.shape)
-        if z.ndim != 3 or z.shape[-1] != width: raise ValueError(f"z: found shape {found}; the readout reads (cells, tokens, {width})")
+        if z.ndim != 3 or z.shape[-1] != width:
+            raise ValueError(f"z: found shape {found}; the readout reads (cells, tokens, {width})")
         if index is None and z.shape[1] != self.n_genes:
-            raise ValueError(f"z: found {z.shape[1]} tokens for {self.n_genes} genes; give `index`, each gene's token")
+            raise ValueError(
+                f"z: found {z.shape[1]} tokens for {self.n_genes} genes; give `index`, each gene's token")
         if index is None: return
         if index.shape != (len(z), self.n_genes) or index.dtype != torch.long:
-            raise ValueError(f"index: found {index.dtype} of shape {tuple(index.shape)}; give int64 of shape {(len(z), self.n_genes)}")
+            raise ValueError(
+                f"index: found {index.dtype} of shape {tuple(index.shape)}; give int64 of shape "
+                f"{(len(z), self.n_genes)}"
+            )
         low, high = index.min().item(), index.max().item()
-        if low < 0 or high >= z.shape[1]: raise ValueError(f"index: found {low} to {high}; tokens go from 0 to {z.shape[1] - 1}")
+        if low < 0 or high >= z.shape[1]:
+            raise ValueError(f"index: found {low} to {high}; tokens go from 0 to {z.shape[1] - 1}")

@@ -139,7 +139,8 @@ def read_released(
 )->dict[str, Tensor]:       # by released name
     "Tensors of a released file; what is neither a tensor nor a plain container is refused, and not run."
     path = Path(path)
-    if not path.is_file(): raise ValueError(f"{path}: no such file; give a checkpoint that the published code saved")
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; give a checkpoint that the published code saved")
     try: content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a foreign file can break torch's reader in any way
         raise ValueError(f"{path}: {_why(error)}; give a checkpoint of tensors and plain containers") from error
@@ -207,7 +208,9 @@ def check_tensors(
     sizes:dict[str, int],       # of the named sizes
 ):
     "Refuse a file unless its tensors are those of the layout, one to one."
-    shape_of = {name: [sizes.get(size, size) for size in piece.shape] for piece in layout for name in piece.released}
+    shape_of = {
+        name: [sizes.get(size, size) for size in piece.shape] for piece in layout for name in piece.released
+    }
     shown = lambda shape: f"({', '.join(map(str, shape))})"
     missing = [f"{name}: missing, expected shape {shown(shape)}"
                for name, shape in shape_of.items() if name not in tensors]
@@ -216,8 +219,9 @@ def check_tensors(
                  for name, shape in shape_of.items() if name in tensors and list(tensors[name].shape) != shape]
     if n := len(missing) + len(foreign) + len(misshapen):
         first = [problem for kind in (missing, foreign, misshapen) for problem in kind[:3]]
-        raise ValueError(f"{path}: does not fit the released layout (v0.4) in {n} place{'s'*(n > 1)}: "
-                         f"{'; '.join(first)}{'; …' if n > len(first) else ''}; give a checkpoint of that version")
+        raise ValueError(
+            f"{path}: does not fit the released layout (v0.4) in {n} place{'s'*(n > 1)}: "
+            f"{'; '.join(first)}{'; …' if n > len(first) else ''}; give a checkpoint of that version")
 
 # %% ../../nbs/3_model/12_released.ipynb #00bf5ca0
 def convert_released(
@@ -284,8 +288,10 @@ def _decoder(
     "The decoder's two tensors; zeros, with a warning, where there is no file."
     layout = pieces(DECODER)
     if path is None:
-        warnings.warn("decoder: none given, so the readout is zero: latents are the released ones, but every predicted "
-                      "change of expression is 0; give its file, or train the readout (notebook training/readout)", stacklevel=3)
+        warnings.warn(
+            "decoder: none given, so the readout is zero: latents are the released ones, but every predicted "
+            "change of expression is 0; give its file, or train the readout (notebook training/readout)",
+            stacklevel=3)
         return {p.released[0]: torch.zeros([sizes[size] for size in p.shape]) for p in layout}
     tensors = read_released(path)
     check_tensors(path, tensors, layout, sizes)

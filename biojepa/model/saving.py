@@ -27,10 +27,16 @@ def save_pretrained(
     "Write a model with its genes and action vocabulary."
     folder, genes = Path(folder), [str(g) for g in genes]
     if len(genes) != model.config.n_genes or len(set(genes)) != len(genes):
-        raise ValueError(f"genes: found {len(genes)} names, {len(set(genes))} of them different; the model has {model.config.n_genes} genes")
+        raise ValueError(
+            f"genes: found {len(genes)} names, {len(set(genes))} of them different; the model has "
+            f"{model.config.n_genes} genes"
+        )
     with atomic_path(folder/"model.safetensors") as part:
         save_file({k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}, part)
-    config = dict(format=1, hash=config_hash(model.config), weights=file_hash(folder/"model.safetensors"), model=model.config.model_dump(mode="json"))
+    config = dict(format=1,
+                  hash=config_hash(model.config),
+                  weights=file_hash(folder/"model.safetensors"),
+                  model=model.config.model_dump(mode="json"))
     for name, content in dict(genes=genes, actions=[str(a) for a in actions], config=config).items():
         with atomic_path(folder/f"{name}.json") as part: part.write_text(json.dumps(content, indent=1))
     return folder
@@ -47,9 +53,15 @@ def _read_json(
     path:Path,  # file to read
 ):
     "A JSON file, or an error with its name."
-    if not path.is_file(): raise ValueError(f"{path}: missing; a saved model is a folder with config.json, model.safetensors, genes.json and actions.json")
-    try: return json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as e: raise ValueError(f"{path}: not readable as JSON ({e}); save the model again") from e
+    if not path.is_file():
+        raise ValueError(
+            f"{path}: missing; a saved model is a folder with config.json, model.safetensors, genes.json and "
+            f"actions.json"
+        )
+    try:
+        return json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise ValueError(f"{path}: not readable as JSON ({e}); save the model again") from e
 
 # %% ../../nbs/3_model/11_saving.ipynb #df3c862c
 def _read_weights(
@@ -60,12 +72,22 @@ def _read_weights(
     "Fill a model from a safetensors file whose hash is known."
     if not path.is_file(): raise ValueError(f"{path}: missing; save the model again")
     if (found := file_hash(path)) != expected:
-        raise ValueError(f"{path}: damaged, its SHA-256 is {found[:12]}… and config.json says {expected[:12]}…; copy or save the folder again")
-    try: state = load_file(path)
-    except SafetensorError as e: raise ValueError(f"{path}: not a safetensors file ({e}); save the model again") from e
+        raise ValueError(
+            f"{path}: damaged, its SHA-256 is {found[:12]}… and config.json says {expected[:12]}…; copy or "
+            f"save the folder again"
+        )
+    try:
+        state = load_file(path)
+    except SafetensorError as e:
+        raise ValueError(f"{path}: not a safetensors file ({e}); save the model again") from e
     own = model.state_dict()
-    wrong = sorted({k for k in own.keys() ^ state.keys()} | {k for k in own.keys() & state.keys() if own[k].shape != state[k].shape})
-    if wrong: raise ValueError(f"{path}: {len(wrong)} tensors do not fit config.json, the first is {wrong[0]!r}; save the model again")
+    wrong = sorted({k for k in own.keys() ^ state.keys()}
+                   | {k for k in own.keys() & state.keys() if own[k].shape != state[k].shape})
+    if wrong:
+        raise ValueError(
+            f"{path}: {len(wrong)} tensors do not fit config.json, the first is {wrong[0]!r}; save the "
+            f"model again"
+        )
     model.load_state_dict(state)
 
 # %% ../../nbs/3_model/11_saving.ipynb #82bb4dc4
@@ -83,9 +105,12 @@ def from_pretrained(
     found = ModelConfig(**saved["model"])
     if config is not None and config != found:
         different = {k: (v, getattr(config, k)) for k, v in found if getattr(config, k) != v}
-        raise ValueError(f"{folder/'config.json'}: differs from the given configuration (saved, given): {different}")
+        raise ValueError(
+            f"{folder/'config.json'}: differs from the given configuration (saved, given): {different}")
     names = _read_json(folder/"genes.json")
-    if len(names) != found.n_genes: raise ValueError(f"{folder/'genes.json'}: found {len(names)} genes, config.json says {found.n_genes}")
+    if len(names) != found.n_genes:
+        raise ValueError(
+            f"{folder/'genes.json'}: found {len(names)} genes, config.json says {found.n_genes}")
     if genes is not None: check_genes(names, [str(g) for g in genes], folder)
     model = BioJEPA(found)
     _read_weights(folder/"model.safetensors", saved["weights"], model)
@@ -101,4 +126,7 @@ def check_genes(
     if saved == given: return
     missing, extra = [g for g in saved if g not in set(given)], [g for g in given if g not in set(saved)]
     what = f"missing {missing[:5]}, not in the model {extra[:5]}" if missing or extra else "the same genes in another order"
-    raise ValueError(f"{folder/'genes.json'}: the model's {len(saved)} genes are not the {len(given)} given ones: {what}; use align_genes (notebook data/batches)")
+    raise ValueError(
+        f"{folder/'genes.json'}: the model's {len(saved)} genes are not the {len(given)} given ones: {what}; "
+        f"use align_genes (notebook data/batches)"
+    )

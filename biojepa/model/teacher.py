@@ -24,8 +24,9 @@ def _matched(
                          "update with the module the teacher was made from")
     for (name, xi), (_, theta) in zip(teacher, student):
         if xi.shape != theta.shape:
-            raise ValueError(f"student: {name} has shape {tuple(theta.shape)}, the teacher's has {tuple(xi.shape)}; "
-                             "update with the module the teacher was made from")
+            raise ValueError(
+                f"student: {name} has shape {tuple(theta.shape)}, the teacher's has {tuple(xi.shape)}; "
+                "update with the module the teacher was made from")
     return [xi for _, xi in teacher], [theta.detach() for _, theta in student]
 
 # %% ../../nbs/3_model/05_teacher.ipynb #0b04f02a
@@ -34,7 +35,8 @@ def _check_momentum(
 )->float:            # the same number
     "An error unless `momentum` is between 0 and 1."
     if not 0 <= momentum <= 1:
-        raise ValueError(f"momentum: found {momentum}; give a number from 0 (copy the student) to 1 (stand still)")
+        raise ValueError(
+            f"momentum: found {momentum}; give a number from 0 (copy the student) to 1 (stand still)")
     return float(momentum)
 
 # %% ../../nbs/3_model/05_teacher.ipynb #6c3594a4
@@ -67,7 +69,8 @@ class EMATeacher(nn.Module):
         m = self.momentum if momentum is None else _check_momentum(momentum)
         xi, theta = _matched([*self.model.named_parameters()], [*student.named_parameters()], "parameters")
         if xi: torch._foreach_lerp_(xi, [t.to(x) for x, t in zip(xi, theta)], 1 - m)
-        for b, s in zip(*_matched([*self.model.named_buffers()], [*student.named_buffers()], "buffers")): b.copy_(s)
+        for b, s in zip(*_matched([*self.model.named_buffers()], [*student.named_buffers()], "buffers")):
+            b.copy_(s)
         return self
 
     def momentum_at(self,

@@ -24,7 +24,8 @@ def random_gene_mask(
 )->Tensor:                                # (B, G) bool, True where a gene is hidden
     "Choose the genes to hide in each cell, at random (report §3.2.3)."
     if not 0 <= ratio <= 1: raise ValueError(f"ratio: found {ratio}; give a share of genes from 0 to 1")
-    if kind not in ("bernoulli", "exact"): raise ValueError(f"kind: found {kind!r}; choose 'bernoulli' or 'exact'")
+    if kind not in ("bernoulli", "exact"):
+        raise ValueError(f"kind: found {kind!r}; choose 'bernoulli' or 'exact'")
     score = torch.rand(n_cells, n_genes, generator=generator, device=device)
     if kind == "bernoulli": return score < ratio
     return score.argsort(-1).argsort(-1) < round(ratio*n_genes)
@@ -113,7 +114,8 @@ class GeneTokenizer(nn.Module):
         check_cells(x, log_library_size, mask, self.gene.num_embeddings)
         masked = torch.zeros_like(x, dtype=torch.bool) if mask is None else mask
         centre, scale = self.library_norm
-        library = self.library((log_library_size[:, None].to(self.library.weight.dtype) - centre)/scale)[:, None]
+        library = self.library(
+            (log_library_size[:, None].to(self.library.weight.dtype) - centre)/scale)[:, None]
         own = torch.ones_like(masked)
         if collapse and self.value_embedding == "scale": own &= (x != 0) | masked
         if collapse and not self.mask_keeps_gene: own &= ~masked
@@ -146,10 +148,18 @@ def check_cells(
     if x.ndim != 2 or x.shape[1] != n_genes:
         raise ValueError(f"x: found shape {tuple(x.shape)}; the model reads (cells, {n_genes} genes)")
     if log_library_size.shape != x.shape[:1]:
-        raise ValueError(f"log_library_size: found shape {tuple(log_library_size.shape)}; give one value for each of {len(x)} cells")
+        raise ValueError(
+            f"log_library_size: found shape {tuple(log_library_size.shape)}; give one value for each of "
+            f"{len(x)} cells"
+        )
     if mask is not None and (mask.shape != x.shape or mask.dtype != torch.bool):
-        raise ValueError(f"mask: found {mask.dtype} of shape {tuple(mask.shape)}; give booleans of shape {tuple(x.shape)}")
+        raise ValueError(
+            f"mask: found {mask.dtype} of shape {tuple(mask.shape)}; give booleans of shape {tuple(x.shape)}"
+        )
     for name, value in dict(x=x, log_library_size=log_library_size).items():
         if not torch.isfinite(value).all():
             cell = (~torch.isfinite(value)).nonzero()[0].tolist()
-            raise ValueError(f"{name}: found {value[tuple(cell)].item()} at {cell}; replace NaN and infinite values before the model")
+            raise ValueError(
+                f"{name}: found {value[tuple(cell)].item()} at {cell}; replace NaN and infinite values before "
+                f"the model"
+            )

@@ -31,22 +31,52 @@ BOXES = {  # name -> (x, y, width, height, text, kind)
     "readout":   (8.25, 0.50, 1.35, .60, "LinearReadout\n$\\Delta\\hat x$", "model"),
 }
 ARROWS = [  # from, to, label
-    ("cell", "mask", ""), ("mask", "encoder", ""), ("encoder", "masked", "$z$"), ("cell", "teacher", ""), ("ctrl", "encoder2", ""),
-    ("guide", "bank", ""), ("bank", "composer", ""), ("encoder2", "predictor", "$z_c$"), ("composer", "predictor", "$a$"), ("pert", "teacher2", ""),
+    ("cell", "mask", ""),
+    ("mask", "encoder", ""),
+    ("encoder", "masked", "$z$"),
+    ("cell", "teacher", ""),
+    ("ctrl", "encoder2", ""),
+    ("guide", "bank", ""),
+    ("bank", "composer", ""),
+    ("encoder2", "predictor", "$z_c$"),
+    ("composer", "predictor", "$a$"),
+    ("pert", "teacher2", ""),
 ]
 
 # %% ../../nbs/8_plots/02_architecture.ipynb #41264bf8
 def _box(ax, x, y, w, h, text, kind):
     "One labelled box."
     face = dict(data="#f2f2f2", model="#cfe3f3", frozen="#e4e4f4")[kind]
-    ax.add_patch(FancyBboxPatch((x, y), w, h, boxstyle="round,pad=0.02,rounding_size=0.08", fc=face, ec="0.3", lw=.8, ls="-" if kind != "frozen" else (0, (3, 2))))
+    ax.add_patch(
+        FancyBboxPatch((x, y),
+                       w,
+                       h,
+                       boxstyle="round,pad=0.02,rounding_size=0.08",
+                       fc=face,
+                       ec="0.3",
+                       lw=.8,
+                       ls="-" if kind != "frozen" else (0, (3, 2))))
     ax.text(x + w/2, y + h/2, text, ha="center", va="center", fontsize=7.5)
 
 # %% ../../nbs/8_plots/02_architecture.ipynb #0660e14f
 def _arrow(ax, start, end, label="", style="-", curve=0.):
     "An arrow between two points, its label above the middle."
-    ax.annotate("", end, start, arrowprops=dict(arrowstyle="-|>", lw=.9, color="0.25", ls=style, shrinkA=2, shrinkB=2, connectionstyle=f"arc3,rad={curve}"))
-    if label: ax.text((start[0] + end[0])/2, (start[1] + end[1])/2 + .07, label, ha="center", va="bottom", fontsize=8)
+    ax.annotate("",
+                end,
+                start,
+                arrowprops=dict(arrowstyle="-|>",
+                                lw=.9,
+                                color="0.25",
+                                ls=style,
+                                shrinkA=2,
+                                shrinkB=2,
+                                connectionstyle=f"arc3,rad={curve}"))
+    if label:
+        ax.text((start[0] + end[0])/2, (start[1] + end[1])/2 + .07,
+                label,
+                ha="center",
+                va="bottom",
+                fontsize=8)
 
 # %% ../../nbs/8_plots/02_architecture.ipynb #995a735a
 def draw_architecture()->Figure:
@@ -57,14 +87,25 @@ def draw_architecture()->Figure:
         fig, ax = plt.subplots(figsize=(7.4, 3.9))
         for name, box in BOXES.items(): _box(ax, *box)
         for a, b, label in ARROWS: _arrow(ax, right(a), left(b), label)
-        _arrow(ax, (4.17, 4.03), (4.17, 3.67), style="--"); ax.text(4.25, 3.85, r"$\xi \leftarrow m\xi + (1-m)\theta$", fontsize=7, va="center")
-        _arrow(ax, right("masked"), (8.2, 4.35), r"$\hat z$"); _arrow(ax, right("teacher"), (8.2, 4.15), "", curve=.12); ax.text(6.3, 3.52, "$h$", fontsize=8)
-        ax.text(8.25, 4.25, "VICReg\n$\\|\\hat z - h\\|_1$ at hidden genes", fontsize=7.5, style="italic", va="center")
-        _arrow(ax, right("predictor"), (8.2, 1.75), r"$\mu,\ \log\sigma^2$"); _arrow(ax, (8.92, 2.55), (8.92, 2.0)); ax.text(9.0, 2.3, "$h_p$", fontsize=8, va="center")
+        _arrow(ax, (4.17, 4.03), (4.17, 3.67), style="--")
+        ax.text(4.25, 3.85, r"$\xi \leftarrow m\xi + (1-m)\theta$", fontsize=7, va="center")
+        _arrow(ax, right("masked"), (8.2, 4.35), r"$\hat z$")
+        _arrow(ax, right("teacher"), (8.2, 4.15), "", curve=.12)
+        ax.text(6.3, 3.52, "$h$", fontsize=8)
+        ax.text(8.25,
+                4.25,
+                "VICReg\n$\\|\\hat z - h\\|_1$ at hidden genes",
+                fontsize=7.5,
+                style="italic",
+                va="center")
+        _arrow(ax, right("predictor"), (8.2, 1.75), r"$\mu,\ \log\sigma^2$")
+        _arrow(ax, (8.92, 2.55), (8.92, 2.0))
+        ax.text(9.0, 2.3, "$h_p$", fontsize=8, va="center")
         ax.text(8.25, 1.75, "25 NLL + VICReg", fontsize=7.5, style="italic", va="center")
         _arrow(ax, (7.22, 1.35), left("readout"), "")
         ax.text(3.35, .32, "aligned by InfoNCE (protein – guide)", fontsize=7.5, style="italic")
-        for y, text in ((4.88, "Pretraining (§5.1)"), (2.42, "Dynamics (§5.3)")): ax.text(0, y, text, fontsize=9, weight="bold")
+        for y, text in ((4.88, "Pretraining (§5.1)"), (2.42, "Dynamics (§5.3)")):
+            ax.text(0, y, text, fontsize=9, weight="bold")
         ax.axhline(2.75, xmin=.01, xmax=.50, color="0.8", lw=.8)
         ax.set(xlim=(-.1, 10.3), ylim=(.2, 5.15)); ax.axis("off")
     plt.close(fig)
@@ -74,4 +115,5 @@ def draw_architecture()->Figure:
 def architecture_table()->pd.DataFrame:  # one row per arrow
     "Figure 1 as a table: what feeds what."
     name = {k: v[4].split("\n")[0].replace("$", "") for k, v in BOXES.items()}
-    return pd.DataFrame([dict(source=name[a], sink=name[b], carries=label.strip("$")) for a, b, label in ARROWS])
+    return pd.DataFrame(
+        [dict(source=name[a], sink=name[b], carries=label.strip("$")) for a, b, label in ARROWS])

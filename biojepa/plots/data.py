@@ -17,15 +17,25 @@ from .style import PALETTE, STYLE, require_columns
 # %% ../../nbs/8_plots/03_data.ipynb #404f9aee
 def _plain_log(axis):
     "Write a logarithmic axis in plain numbers, at 1, 2 and 5."
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5))); axis.set_major_formatter("{x:,.0f}"); axis.set_minor_formatter("")
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:,.0f}")
+    axis.set_minor_formatter("")
 
 # %% ../../nbs/8_plots/03_data.ipynb #118dbabc
 def _depth_by_batch(ax, cells):
     "Library sizes, one box per batch."
     order = sorted(cells.batch.astype(str).unique(), key=lambda b: (len(b), b))
     table = cells.assign(batch=cells.batch.astype(str))
-    sns.boxplot(table, x="batch", y="library_size", order=order, ax=ax, color="0.85", fliersize=.5, linewidth=.7)
-    ax.set(xlabel="batch (gem group)", ylabel="library size (counts per cell)", yscale="log", title="Depth"); _plain_log(ax.yaxis)
+    sns.boxplot(table,
+                x="batch",
+                y="library_size",
+                order=order,
+                ax=ax,
+                color="0.85",
+                fliersize=.5,
+                linewidth=.7)
+    ax.set(xlabel="batch (gem group)", ylabel="library size (counts per cell)", yscale="log", title="Depth")
+    _plain_log(ax.yaxis)
     if len(order) > 12: ax.set_xticks(range(0, len(order), 6), order[::6])
 
 # %% ../../nbs/8_plots/03_data.ipynb #6fe1c95f
@@ -33,14 +43,26 @@ def _cells_per_perturbation(ax, perturbations):
     "Cells of each perturbation, sorted, coloured by part of the split."
     table = perturbations.sort_values("n_cells", ascending=False).reset_index(drop=True)
     for part, rows in table.groupby("part", observed=True):
-        ax.vlines(rows.index, 0, rows.n_cells, color=PALETTE.get(part, "0.7"), lw=max(.4, 100/len(table)), label=f"{part} ({len(rows)})")
-    ax.set(xlabel="condition, by number of cells", ylabel="cells", title="Cells per condition", ylim=(0, None)); ax.legend()
+        ax.vlines(rows.index,
+                  0,
+                  rows.n_cells,
+                  color=PALETTE.get(part, "0.7"),
+                  lw=max(.4, 100/len(table)),
+                  label=f"{part} ({len(rows)})")
+    ax.set(xlabel="condition, by number of cells",
+           ylabel="cells",
+           title="Cells per condition",
+           ylim=(0, None))
+    ax.legend()
 
 # %% ../../nbs/8_plots/03_data.ipynb #fba649b8
 def _sparsity(ax, genes):
     "Share of cells that express a gene against its mean expression."
     ax.plot(genes["mean"], 100*genes.expressed, ".", ms=2, alpha=.6, color=PALETTE["train"], rasterized=True)
-    ax.set(xlabel="mean expression (log1p CP10K)", ylabel="cells expressing it (%)", title="Genes", ylim=(-3, 103))
+    ax.set(xlabel="mean expression (log1p CP10K)",
+           ylabel="cells expressing it (%)",
+           title="Genes",
+           ylim=(-3, 103))
 
 # %% ../../nbs/8_plots/03_data.ipynb #42fde099
 def _effects(ax, perturbations):
@@ -49,7 +71,12 @@ def _effects(ax, perturbations):
         ax.plot(rows.n_cells, rows.effect, ".", ms=4, color=PALETTE.get(part, "0.7"), label=part)
     noise = perturbations.sort_values("n_cells")
     ax.plot(noise.n_cells, noise.noise, color="k", lw=1, label="noise alone")
-    ax.set(xlabel="cells", ylabel="effect (root mean square Δ, log1p CP10K)", title="Effect sizes", xscale="log", ylim=(0, None)); _plain_log(ax.xaxis)
+    ax.set(xlabel="cells",
+           ylabel="effect (root mean square Δ, log1p CP10K)",
+           title="Effect sizes",
+           xscale="log",
+           ylim=(0, None))
+    _plain_log(ax.xaxis)
     ax.legend(loc="lower left", ncols=2)
 
 # %% ../../nbs/8_plots/03_data.ipynb #7923a67e

@@ -29,7 +29,11 @@ def line_styles(
     found, grey = {}, 0
     for m in dict.fromkeys(methods):
         own = m in _OWN
-        found[m] = dict(color=_OWN.get(m, str(.30 + .12*(grey % 4))), ls="-" if own else _STYLES[grey % 8][:-1], marker="o" if own else _STYLES[grey % 8][-1], lw=1.6 if m == "biojepa" else 1.1, ms=3.2)
+        found[m] = dict(color=_OWN.get(m, str(.30 + .12*(grey % 4))),
+                        ls="-" if own else _STYLES[grey % 8][:-1],
+                        marker="o" if own else _STYLES[grey % 8][-1],
+                        lw=1.6 if m == "biojepa" else 1.1,
+                        ms=3.2)
         grey += not own
     return found
 
@@ -45,7 +49,9 @@ def _outside(fig, ax):
 
 def _plain_ticks(axis):
     "A logarithmic axis in plain numbers, at 1, 2 and 5."
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5))); axis.set_major_formatter("{x:g}"); axis.set_minor_formatter("")
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("")
 
 # %% ../../nbs/8_plots/06_questions.ipynb #4a0869be
 def plot_gene_level(
@@ -60,9 +66,13 @@ def plot_gene_level(
     require_columns(rankings, ["method", "quantity", "k", "mean", "low", "high", "chance"])
     styles = line_styles(directions.method)
     with plt.rc_context(STYLE):
-        fig, axes = plt.subplots(1, 1 + len(quantities), figsize=(2.5*(1 + len(quantities)), 3.1), squeeze=False)
+        fig, axes = plt.subplots(1,
+                                 1 + len(quantities),
+                                 figsize=(2.5*(1 + len(quantities)), 3.1),
+                                 squeeze=False)
         _directions(axes[0, 0], directions, styles, threshold)
-        for ax, (quantity, label) in zip(axes[0, 1:], quantities.items()): _ranking(ax, rankings[rankings.quantity == quantity], styles, label)
+        for ax, (quantity, label) in zip(axes[0, 1:], quantities.items()):
+            _ranking(ax, rankings[rankings.quantity == quantity], styles, label)
         _outside(fig, axes[0, 0]); fig.suptitle(title)
     plt.close(fig)
     return fig
@@ -73,21 +83,43 @@ def _directions(ax, table, styles, threshold):
     for method, style in styles.items():
         rows = table[table.method == method].sort_values("from")
         x = np.searchsorted(edges, rows["from"])
-        ax.errorbar(x, rows["mean"], [rows["mean"] - rows.low, rows.high - rows["mean"]], capsize=0, elinewidth=.7, label=_label(method), **style)
+        ax.errorbar(x,
+                    rows["mean"], [rows["mean"] - rows.low, rows.high - rows["mean"]],
+                    capsize=0,
+                    elinewidth=.7,
+                    label=_label(method),
+                    **style)
         ax.plot(x, rows.chance, ls=(0, (1, 2)), lw=.8, color=style["color"])
     names = [f"{a:.2g}–{b:.2g}" for a, b in zip(edges, edges[1:])] + [f"> {edges[-1]:.2g}"]
     ax.axvline(np.searchsorted(edges, threshold - 1e-12) - .5, color="0.6", lw=.7, ls="--")
     ax.set_xticks(range(len(edges)), names, rotation=40, ha="right")
-    ax.set(xlabel="observed |Δ| (log1p CP10K)", ylabel="genes with the right direction (share)", ylim=(0, 1.02), title="Up, down or unchanged")
+    ax.set(xlabel="observed |Δ| (log1p CP10K)",
+           ylabel="genes with the right direction (share)",
+           ylim=(0, 1.02),
+           title="Up, down or unchanged")
 
 def _ranking(ax, table, styles, label):
     "A score against the length of the list."
     for method, style in styles.items():
         rows = table[table.method == method].sort_values("k")
-        ax.errorbar(rows.k, rows["mean"], [rows["mean"] - rows.low, rows.high - rows["mean"]], capsize=0, elinewidth=.7, **style)
+        ax.errorbar(rows.k,
+                    rows["mean"], [rows["mean"] - rows.low, rows.high - rows["mean"]],
+                    capsize=0,
+                    elinewidth=.7,
+                    **style)
     chance = table.groupby("k").chance.mean()
-    ax.plot(chance.index, chance, ls=(0, (1, 2)), lw=1, color="k"); ax.annotate("chance", (chance.index[-1], chance.iloc[-1]), (0, -10), textcoords="offset points", fontsize=7, ha="right")
-    ax.set(xscale="log", xlabel="genes in the list, k", ylabel=label, ylim=(0, 1.02), title="Genes that change most" if label.startswith("overlap") else "Order of genes"); ax.set_xticks(chance.index, chance.index); ax.minorticks_off()
+    ax.plot(chance.index, chance, ls=(0, (1, 2)), lw=1, color="k")
+    ax.annotate("chance", (chance.index[-1], chance.iloc[-1]), (0, -10),
+                textcoords="offset points",
+                fontsize=7,
+                ha="right")
+    ax.set(xscale="log",
+           xlabel="genes in the list, k",
+           ylabel=label,
+           ylim=(0, 1.02),
+           title="Genes that change most" if label.startswith("overlap") else "Order of genes")
+    ax.set_xticks(chance.index, chance.index)
+    ax.minorticks_off()
 
 # %% ../../nbs/8_plots/06_questions.ipynb #ce803edc
 def plot_retrieval(
@@ -102,9 +134,13 @@ def plot_retrieval(
     methods = list(dict.fromkeys(table.method))
     styles = line_styles(methods)
     with plt.rc_context(STYLE):
-        fig, axes = plt.subplots(1, 1 + len(metrics), figsize=(3.1 + 1.9*len(metrics), .24*len(methods) + 2.3), gridspec_kw=dict(width_ratios=[1.7] + [1]*len(metrics)))
+        fig, axes = plt.subplots(1,
+                                 1 + len(metrics),
+                                 figsize=(3.1 + 1.9*len(metrics), .24*len(methods) + 2.3),
+                                 gridspec_kw=dict(width_ratios=[1.7] + [1]*len(metrics)))
         _recall(axes[0], curves, styles)
-        for ax, (metric, label) in zip(axes[1:], metrics.items()): _scores(ax, table[table.metric == metric], methods, styles, label)
+        for ax, (metric, label) in zip(axes[1:], metrics.items()):
+            _scores(ax, table[table.metric == metric], methods, styles, label)
         axes[1].set_yticks(range(len(methods)), [_label(m) for m in methods])
         _outside(fig, axes[0]); fig.suptitle(title)
     plt.close(fig)
@@ -117,7 +153,11 @@ def _recall(ax, curves, styles):
         ax.plot(rows.k, rows.value, **style | dict(marker=None), label=_label(method), drawstyle="steps-post")
     first = curves[curves.method == next(iter(styles))]
     ax.plot(first.k, first.chance, color="k", ls=(0, (1, 2)), lw=1, label="chance")
-    ax.set(xscale="log", xlabel="actions in the list, k", ylabel="responses whose action is in the list", ylim=(0, 1.02), title="Recall")
+    ax.set(xscale="log",
+           xlabel="actions in the list, k",
+           ylabel="responses whose action is in the list",
+           ylim=(0, 1.02),
+           title="Recall")
     ticks = [k for k in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000) if k <= first.k.max()]
     ax.set_xticks(ticks, ticks); ax.minorticks_off()
 
@@ -126,9 +166,12 @@ def _scores(ax, table, methods, styles, label):
     table = table.set_index("method")
     for y, method in enumerate(methods):
         row = table.loc[method]
-        ax.fill_betweenx([y - .38, y + .38], row.chance_low, row.chance_high, color="0.88", lw=0); ax.plot([row.chance]*2, [y - .38, y + .38], color="k", lw=.8, ls=(0, (1, 2)))
-        ax.plot([row.low, row.high], [y, y], color=styles[method]["color"], lw=1.3); ax.plot(row["mean"], y, styles[method]["marker"], ms=4.5, color=styles[method]["color"])
-    ax.set(ylim=(len(methods) - .5, -.5), xlabel=label, xlim=(-.02, 1.02)); ax.set_yticks(range(len(methods)), [""]*len(methods))
+        ax.fill_betweenx([y - .38, y + .38], row.chance_low, row.chance_high, color="0.88", lw=0)
+        ax.plot([row.chance]*2, [y - .38, y + .38], color="k", lw=.8, ls=(0, (1, 2)))
+        ax.plot([row.low, row.high], [y, y], color=styles[method]["color"], lw=1.3)
+        ax.plot(row["mean"], y, styles[method]["marker"], ms=4.5, color=styles[method]["color"])
+    ax.set(ylim=(len(methods) - .5, -.5), xlabel=label, xlim=(-.02, 1.02))
+    ax.set_yticks(range(len(methods)), [""]*len(methods))
 
 # %% ../../nbs/8_plots/06_questions.ipynb #082fa9fd
 LEVEL_LABELS = {"cell": "single cells", "perturbation": "means of perturbations"}
@@ -147,9 +190,12 @@ def plot_uncertainty(
     with plt.rc_context(STYLE):
         fig, axes = plt.subplots(len(levels), 3, figsize=(7.4, 2.45*len(levels) + .2), squeeze=False)
         for row, level in zip(axes, levels):
-            _coverage(row[0], coverage[coverage.level == level]); _error_by_variance(row[1], errors[errors.level == level]); _risk(row[2], risks[risks.level == level])
+            _coverage(row[0], coverage[coverage.level == level])
+            _error_by_variance(row[1], errors[errors.level == level])
+            _risk(row[2], risks[risks.level == level])
             row[0].set_ylabel(f"{LEVEL_LABELS[level]}\nshare of values inside")
-        for ax, name in zip(axes[0], ("Intervals", "Error and variance", "Keeping the surest")): ax.set_title(name)
+        for ax, name in zip(axes[0], ("Intervals", "Error and variance", "Keeping the surest")):
+            ax.set_title(name)
         fig.suptitle(title)
     plt.close(fig)
     return fig
@@ -157,27 +203,56 @@ def plot_uncertainty(
 def _coverage(ax, table):
     "Covered share against nominal level, one line per recalibration."
     ax.plot([0, 1], [0, 1], color="0.6", lw=.8, ls="--")
-    for style, color, ((method, state), rows) in zip(("-o", "--s", ":^", "-.v", "--D", ":P"), sns.color_palette("colorblind", 6), table.groupby(["method", "recalibration"], sort=False)):
+    for style, color, ((method, state), rows) in zip(("-o", "--s", ":^", "-.v", "--D", ":P"),
+                                                     sns.color_palette("colorblind", 6),
+                                                     table.groupby(["method", "recalibration"],
+                                                                   sort=False)):
         several = table.method.nunique() > 1
-        ax.plot(rows.nominal, rows.covered, style, ms=2.3, lw=1, color=color, label=f"{_label(method)}, {state}" if several else state)
-    ax.set(xlabel="nominal level of the interval", xlim=(0, 1), ylim=(0, 1.02)); ax.legend(fontsize=6, loc="upper left")
+        ax.plot(rows.nominal,
+                rows.covered,
+                style,
+                ms=2.3,
+                lw=1,
+                color=color,
+                label=f"{_label(method)}, {state}" if several else state)
+    ax.set(xlabel="nominal level of the interval", xlim=(0, 1), ylim=(0, 1.02))
+    ax.legend(fontsize=6, loc="upper left")
 
 def _error_by_variance(ax, table):
     "Points, and the diagonal on which variance is honest."
     few = len(table) < 500
-    ax.plot(table.variance, table.error, ".", ms=5 if few else 2, alpha=.7 if few else .25, mew=0, color=COLORS["biojepa"], rasterized=True)
+    ax.plot(table.variance,
+            table.error,
+            ".",
+            ms=5 if few else 2,
+            alpha=.7 if few else .25,
+            mew=0,
+            color=COLORS["biojepa"],
+            rasterized=True)
     ends = np.array([table[["variance", "error"]].min().min(), table[["variance", "error"]].max().max()])
-    for column, axis, scale, limits in (("variance", ax.xaxis, ax.set_xscale, ax.set_xlim), ("error", ax.yaxis, ax.set_yscale, ax.set_ylim)):
+    for column, axis, scale, limits in (("variance", ax.xaxis, ax.set_xscale, ax.set_xlim),
+                                        ("error", ax.yaxis, ax.set_yscale, ax.set_ylim)):
         low, high = table[column].min(), table[column].max()
-        if low > 0 and high > 8*low: scale("log"); _plain_ticks(axis); limits(low/1.1, high*1.1)
-        else: limits(low - .1*(high - low) - 1e-12, high + .1*(high - low) + 1e-12)
-    ax.plot(line := np.geomspace(*ends.clip(1e-12), 200), line, color="0.6", lw=.8, ls="--", label="equal"); ax.legend(fontsize=6, loc="upper left")
+        if low > 0 and high > 8*low:
+            scale("log")
+            _plain_ticks(axis)
+            limits(low/1.1, high*1.1)
+        else:
+            limits(low - .1*(high - low) - 1e-12, high + .1*(high - low) + 1e-12)
+    ax.plot(line := np.geomspace(*ends.clip(1e-12), 200), line, color="0.6", lw=.8, ls="--", label="equal")
+    ax.legend(fontsize=6, loc="upper left")
     ax.set(xlabel="predicted variance, mean over genes", ylabel="squared error, mean over genes")
 
 def _risk(ax, table):
     "Mean error of what is kept, by predicted variance, true error and chance."
-    for order, label, style in (("variance", "by predicted variance", dict(color=COLORS["biojepa"], lw=1.5)), ("error", "by true error (best)", dict(color=COLORS["ceiling"], lw=1.1, ls="--"))):
+    for order, label, style in (("variance", "by predicted variance", dict(
+            color=COLORS["biojepa"],
+            lw=1.5)), ("error", "by true error (best)", dict(color=COLORS["ceiling"], lw=1.1, ls="--"))):
         rows = table[table.order == order]
         ax.plot(rows.kept, rows.risk, label=label, **style)
     ax.axhline(table.risk[table.kept == 1].mean(), color="k", lw=1, ls=(0, (1, 2)), label="chance")
-    ax.set(xlabel="share of predictions kept", ylabel="their mean squared error", xlim=(0, 1), ylim=(0, 1.55*table.risk.max())); ax.legend(fontsize=6, loc="upper left", ncols=1)
+    ax.set(xlabel="share of predictions kept",
+           ylabel="their mean squared error",
+           xlim=(0, 1),
+           ylim=(0, 1.55*table.risk.max()))
+    ax.legend(fontsize=6, loc="upper left", ncols=1)

@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 from .style import STYLE, require_columns
 
 # %% ../../nbs/8_plots/05_scores.ipynb #16e63f0e
-COLORS = {"biojepa": "#0173b2", "gears": "#de8f05", "ceiling": "#029e73", "oracle": "#029e73"}  # all others grey
+COLORS = {"biojepa": "#0173b2", "gears": "#de8f05", "ceiling": "#029e73", "oracle":
+          "#029e73"}  # all others grey
 
 def method_color(
     method:str,     # name of a PredictionSet; "biojepa, seed 1" is drawn like "biojepa"
@@ -26,7 +27,8 @@ def method_color(
 
 def method_label(method:str)->str:
     "Its name, as written in a figure."
-    return {"biojepa": "BioJEPA-AC", "gears": "GEARS", "gaussian_process": "GP"}.get(method, method.replace("_", " "))
+    return {"biojepa": "BioJEPA-AC", "gears": "GEARS", "gaussian_process":
+            "GP"}.get(method, method.replace("_", " "))
 
 # %% ../../nbs/8_plots/05_scores.ipynb #2e5fe648
 def plot_metric_strips(
@@ -42,12 +44,17 @@ def plot_metric_strips(
     methods = list(dict.fromkeys(scores.method))
     n_rows = -(-len(metrics)//2)
     with plt.rc_context(STYLE):
-        fig, axes = plt.subplots(n_rows, min(2, len(metrics)), figsize=(7.2, (.17*len(methods) + .75)*n_rows + .3), sharey=True, squeeze=False)
+        fig, axes = plt.subplots(n_rows,
+                                 min(2, len(metrics)),
+                                 figsize=(7.2, (.17*len(methods) + .75)*n_rows + .3),
+                                 sharey=True,
+                                 squeeze=False)
         for ax, (metric, label) in zip(axes.ravel(), metrics.items()):
             _strips(ax, scores[scores.metric == metric], summary[summary.metric == metric], methods)
             if metric in chance: ax.axvline(chance[metric], color="k", lw=.7, ls="--")
             ax.set(xlabel=label)
-        axes[0, 0].set_yticks(range(len(methods)), [method_label(m) for m in methods]); axes[0, 0].set_ylim(len(methods) - .5, -.5)
+        axes[0, 0].set_yticks(range(len(methods)), [method_label(m) for m in methods])
+        axes[0, 0].set_ylim(len(methods) - .5, -.5)
         for ax in axes.ravel()[len(metrics):]: ax.axis("off")
         fig.suptitle(title)
     plt.close(fig)
@@ -57,9 +64,17 @@ def _strips(ax, scores, summary, methods):
     "One panel."
     for y, method in enumerate(methods):
         values, color = scores.value[scores.method == method].dropna().to_numpy(), method_color(method)
-        ax.plot(values, y + np.random.default_rng(y).uniform(-.28, .28, len(values)), ".", ms=3.5, alpha=.6, mew=0, color=color, rasterized=True)
+        ax.plot(values,
+                y + np.random.default_rng(y).uniform(-.28, .28, len(values)),
+                ".",
+                ms=3.5,
+                alpha=.6,
+                mew=0,
+                color=color,
+                rasterized=True)
         for row in summary[summary.method == method].itertuples():
-            ax.plot([row.low, row.high], [y, y], color="k", lw=1.2); ax.plot(row.mean, y, "D", ms=3.5, mfc=color, mec="k", mew=.7)
+            ax.plot([row.low, row.high], [y, y], color="k", lw=1.2)
+            ax.plot(row.mean, y, "D", ms=3.5, mfc=color, mec="k", mew=.7)
 
 # %% ../../nbs/8_plots/05_scores.ipynb #03146fc3
 def plot_predicted_against_observed(
@@ -74,9 +89,20 @@ def plot_predicted_against_observed(
         for ax, panel in zip(axes[0], panels):
             rows = genes[genes.panel == panel]
             _identity(ax, rows)
-            ax.plot(rows.observed, rows.predicted, ".", ms=3, mew=0, alpha=.5, color=COLORS["biojepa"], rasterized=True)
+            ax.plot(rows.observed,
+                    rows.predicted,
+                    ".",
+                    ms=3,
+                    mew=0,
+                    alpha=.5,
+                    color=COLORS["biojepa"],
+                    rasterized=True)
             for t in rows[rows.target].itertuples():
-                ax.plot(t.observed, t.predicted, "o", ms=5, mfc="none", mec="#d55e00"); ax.annotate(t.gene, (t.observed, t.predicted), (4, 4), textcoords="offset points", fontsize=6.5, color="#d55e00")
+                ax.plot(t.observed, t.predicted, "o", ms=5, mfc="none", mec="#d55e00")
+                ax.annotate(t.gene, (t.observed, t.predicted), (4, 4),
+                            textcoords="offset points",
+                            fontsize=6.5,
+                            color="#d55e00")
             ax.set(title=panel, xlabel="observed Δ (log1p CP10K)")
         axes[0, 0].set_ylabel("predicted Δ (log1p CP10K)")
         fig.suptitle(title)
@@ -85,9 +111,15 @@ def plot_predicted_against_observed(
 
 def _identity(ax, rows):
     "The diagonal and the axes through zero; each axis as wide as its own values need."
-    ends = np.array([min(rows.observed.min(), rows.predicted.min()), max(rows.observed.max(), rows.predicted.max())])
-    ax.axline((0, 0), slope=1, color="0.6", lw=.7, ls="--"); ax.axhline(0, color="0.85", lw=.6, zorder=0); ax.axvline(0, color="0.85", lw=.6, zorder=0)
-    ax.set(xlim=1.1*np.array([min(ends[0], -1e-3), max(ends[1], 1e-3)]), ylim=1.1*np.array([min(rows.predicted.min(), -1e-3), max(rows.predicted.max(), 1e-3)]))
+    ends = np.array(
+        [min(rows.observed.min(), rows.predicted.min()),
+         max(rows.observed.max(), rows.predicted.max())])
+    ax.axline((0, 0), slope=1, color="0.6", lw=.7, ls="--")
+    ax.axhline(0, color="0.85", lw=.6, zorder=0)
+    ax.axvline(0, color="0.85", lw=.6, zorder=0)
+    ax.set(xlim=1.1*np.array([min(ends[0], -1e-3), max(ends[1], 1e-3)]),
+           ylim=1.1*np.array([min(rows.predicted.min(), -1e-3),
+                              max(rows.predicted.max(), 1e-3)]))
 
 # %% ../../nbs/8_plots/05_scores.ipynb #8300aa98
 def plot_by_effect(
@@ -100,12 +132,23 @@ def plot_by_effect(
     require_columns(scores, ["method", "effect", "value"])
     with plt.rc_context(STYLE):
         fig, ax = plt.subplots(figsize=(3.5, 2.8))
-        for style, (method, rows) in zip(["-o", "--s", ":^", "-.v", "-d"], scores.groupby("method", sort=False)):
+        for style, (method, rows) in zip(["-o", "--s", ":^", "-.v", "-d"],
+                                         scores.groupby("method", sort=False)):
             color = method_color(method) if method.split(",")[0] in COLORS else "0.35"
-            ax.plot(rows.effect, rows.value, style[-1], ms=2.5, alpha=.35, mew=0, color=color, rasterized=True)
-            bins = rows.groupby(pd.qcut(rows.effect, min(n_bins, max(1, len(rows)//3)), duplicates="drop"), observed=True)[["effect", "value"]].mean()
+            ax.plot(rows.effect,
+                    rows.value,
+                    style[-1],
+                    ms=2.5,
+                    alpha=.35,
+                    mew=0,
+                    color=color,
+                    rasterized=True)
+            bins = rows.groupby(pd.qcut(rows.effect, min(n_bins, max(1,
+                                                                     len(rows) // 3)), duplicates="drop"),
+                                observed=True)[["effect", "value"]].mean()
             ax.plot(bins.effect, bins.value, style, ms=4, lw=1.2, color=color, label=method_label(method))
-        ax.set(xlabel="observed effect (root mean square Δ, log1p CP10K)", ylabel=label, title=title); ax.legend()
+        ax.set(xlabel="observed effect (root mean square Δ, log1p CP10K)", ylabel=label, title=title)
+        ax.legend()
     plt.close(fig)
     return fig
 
@@ -119,8 +162,14 @@ def plot_calibration(
     with plt.rc_context(STYLE):
         fig, ax = plt.subplots(figsize=(3.2, 3))
         ax.plot([0, 1], [0, 1], color="0.6", lw=.8, ls="--", label="honest")
-        for style, color, (kind, rows) in zip(["-o", "-s", "-^", "-v"], sns.color_palette("colorblind"), coverage.groupby("kind", sort=False)):
+        for style, color, (kind, rows) in zip(["-o", "-s", "-^", "-v"], sns.color_palette("colorblind"),
+                                              coverage.groupby("kind", sort=False)):
             ax.plot(rows.nominal, rows.covered, style, ms=3, lw=1.2, color=color, label=kind)
-        ax.set(xlabel="nominal level of the interval", ylabel="share of observed values inside", xlim=(0, 1), ylim=(0, 1.02), title=title); ax.legend()
+        ax.set(xlabel="nominal level of the interval",
+               ylabel="share of observed values inside",
+               xlim=(0, 1),
+               ylim=(0, 1.02),
+               title=title)
+        ax.legend()
     plt.close(fig)
     return fig

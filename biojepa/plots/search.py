@@ -17,7 +17,11 @@ from matplotlib.ticker import LogFormatter
 from .style import STYLE, require_columns
 
 # %% ../../nbs/8_plots/08_search.ipynb #714265c3
-GROUPS = {"single": dict(marker="o", color="#0173b2", label="one action"), "pair": dict(marker="^", color="#de8f05", label="pair of actions")}
+GROUPS = {
+    "single": dict(marker="o", color="#0173b2", label="one action"), "pair": dict(marker="^",
+                                                                                  color="#de8f05",
+                                                                                  label="pair of actions")
+}
 
 def plot_screen(
     found:pd.DataFrame,             # of `rank_actions`, for one wanted state: perturbation, condition, gain, error
@@ -27,18 +31,41 @@ def plot_screen(
 )->Figure:
     "Gain against its agreement over source cells, one mark per action; the best are named."
     require_columns(found, ["perturbation", "condition", "gain", "error"])
-    if "target" in found and found.target.nunique() > 1: raise ValueError(f"found: {found.target.nunique()} wanted states; draw one at a time, as found[found.target == name]")
+    if "target" in found and found.target.nunique() > 1:
+        raise ValueError(
+            f"found: {found.target.nunique()} wanted states; draw one at a time, as found[found.target == name]"
+        )
     table = found.sort_values("gain", ascending=False).reset_index(drop=True)
-    table = table.assign(gain=100*table.gain, agreement=table.gain.abs()/table.error, kind=np.where(table.perturbation.str.contains(" & ", regex=False), "pair", "single"))
+    table = table.assign(gain=100*table.gain,
+                         agreement=table.gain.abs()/table.error,
+                         kind=np.where(table.perturbation.str.contains(" & ", regex=False), "pair",
+                                       "single"))
     with plt.rc_context(STYLE):
         fig, (ax, names) = plt.subplots(1, 2, figsize=(6, 3.2), gridspec_kw=dict(width_ratios=[1.7, 1]))
         for kind, style in GROUPS.items():
             rows = table[table.kind == kind]
-            if len(rows): ax.scatter(rows.gain, rows.agreement, s=13, alpha=.65, lw=0, rasterized=len(rows) > 500, **style)
+            if len(rows):
+                ax.scatter(rows.gain,
+                           rows.agreement,
+                           s=13,
+                           alpha=.65,
+                           lw=0,
+                           rasterized=len(rows) > 500,
+                           **style)
         own = table[table.condition.isin(truth)]
-        if len(own): ax.scatter(own.gain, own.agreement, s=55, facecolor="none", edgecolor="#d55e00", lw=1.2, label=f"made the state ({', '.join(dict.fromkeys(own.condition))})")
+        if len(own):
+            ax.scatter(own.gain,
+                       own.agreement,
+                       s=55,
+                       facecolor="none",
+                       edgecolor="#d55e00",
+                       lw=1.2,
+                       label=f"made the state ({', '.join(dict.fromkeys(own.condition))})")
         ax.axvline(0, color="0.6", lw=.7, ls="--")
-        ax.margins(x=.1); ax.set(xlabel="gain: share of the way that is taken off (%)", ylabel="|gain| / its standard error over source cells", yscale="log")
+        ax.margins(x=.1)
+        ax.set(xlabel="gain: share of the way that is taken off (%)",
+               ylabel="|gain| / its standard error over source cells",
+               yscale="log")
         ax.yaxis.set_major_formatter("{x:g}"); ax.yaxis.set_minor_formatter(LogFormatter())
         _name(ax, names, table.head(n_named), set(truth))
         fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3)
@@ -51,11 +78,31 @@ def _name(ax, names, table, truth):
     ax.autoscale_view()
     at = ax.transAxes.inverted().transform(ax.transData.transform(table[["gain", "agreement"]].to_numpy(float)))
     height = _apart(at[:, 1])
-    names.axis("off"); names.text(0, 1, "nearest to the wanted state", transform=names.transAxes, fontsize=7.5, weight="bold", va="top")
+    names.axis("off")
+    names.text(0,
+               1,
+               "nearest to the wanted state",
+               transform=names.transAxes,
+               fontsize=7.5,
+               weight="bold",
+               va="top")
     for i, row in enumerate(table.itertuples(), 1):
-        if np.isfinite(at[i - 1]).all(): ax.annotate(str(i), at[i - 1], (1.03, height[i - 1]), xycoords="axes fraction", textcoords="axes fraction", fontsize=6.5, va="center", arrowprops=dict(arrowstyle="-", lw=.4, color="0.6", shrinkA=1, shrinkB=2))
+        if np.isfinite(at[i - 1]).all():
+            ax.annotate(str(i),
+                        at[i - 1], (1.03, height[i - 1]),
+                        xycoords="axes fraction",
+                        textcoords="axes fraction",
+                        fontsize=6.5,
+                        va="center",
+                        arrowprops=dict(arrowstyle="-", lw=.4, color="0.6", shrinkA=1, shrinkB=2))
         text = _shortened(row.perturbation)
-        names.text(0, 1 - .085*(i + .3), f"{i}  {text}  {row.gain:+.0f} %", transform=names.transAxes, fontsize=7, va="top", color="#d55e00" if row.condition in truth else "k")
+        names.text(0,
+                   1 - .085*(i + .3),
+                   f"{i}  {text}  {row.gain:+.0f} %",
+                   transform=names.transAxes,
+                   fontsize=7,
+                   va="top",
+                   color="#d55e00" if row.condition in truth else "k")
 
 def _apart(y:np.ndarray, gap:float=.055)->np.ndarray:    # in the same order
     "Heights of labels near their marks, none nearer to another than the gap."
@@ -81,18 +128,35 @@ def plot_recovery(
     "Recall by length of the list, and two recalls with their intervals."
     require_columns(curves, ["method", "k", "value", "chance"])
     require_columns(scores, ["method", "metric", "mean", "low", "high", "chance_low", "chance_high"])
-    methods, metrics = list(dict.fromkeys(scores.method)), [m for m in dict.fromkeys(scores.metric) if m.startswith("recall@")][:2]
+    methods = list(dict.fromkeys(scores.method))
+    metrics = [m for m in dict.fromkeys(scores.metric) if m.startswith("recall@")][:2]
     color = {m: GROUPS["single"]["color"] if m.startswith("energy") else "0.45" for m in methods}
     with plt.rc_context(STYLE):
-        fig, axes = plt.subplots(1, 1 + len(metrics), figsize=(8, .2*len(methods) + 2), gridspec_kw=dict(width_ratios=[1.7] + [1]*len(metrics)))
+        fig, axes = plt.subplots(1,
+                                 1 + len(metrics),
+                                 figsize=(8, .2*len(methods) + 2),
+                                 gridspec_kw=dict(width_ratios=[1.7] + [1]*len(metrics)))
         for m, dash in zip(methods, DASHES*9):
             rows = curves[curves.method == m]
             axes[0].plot(rows.k, rows.value, color=color[m], ls=dash, lw=1.3, drawstyle="steps-post")
-        axes[0].plot(rows.k, rows.chance, color="k", lw=.7); axes[0].annotate("chance", (rows.k.iloc[len(rows)//2], rows.chance.iloc[len(rows)//2]), (8, -12), textcoords="offset points", fontsize=7)
+        axes[0].plot(rows.k, rows.chance, color="k", lw=.7)
+        axes[0].annotate("chance", (rows.k.iloc[len(rows) // 2], rows.chance.iloc[len(rows) // 2]),
+                         (8, -12),
+                         textcoords="offset points",
+                         fontsize=7)
         ticks = [k for k in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000) if k <= curves.k.max()]
-        axes[0].set(xscale="log", xlabel="actions in the list, k", ylabel="share of states found", ylim=(-.02, 1.02)); axes[0].set_xticks(ticks, ticks); axes[0].minorticks_off()
-        for ax, metric in zip(axes[1:], metrics): _recalls(ax, scores[scores.metric == metric].set_index("method"), methods, color)
-        for ax, metric in zip(axes[1:], metrics): ax.set_xlabel(metric.replace("@", " among the first ") if metric != "recall@1" else "recall, the first action")
+        axes[0].set(xscale="log",
+                    xlabel="actions in the list, k",
+                    ylabel="share of states found",
+                    ylim=(-.02, 1.02))
+        axes[0].set_xticks(ticks, ticks)
+        axes[0].minorticks_off()
+        for ax, metric in zip(axes[1:], metrics):
+            _recalls(ax, scores[scores.metric == metric].set_index("method"), methods, color)
+        for ax, metric in zip(axes[1:], metrics):
+            ax.set_xlabel(
+                metric.replace("@", " among the first ") if metric !=
+                "recall@1" else "recall, the first action")
         axes[1].set_yticks(range(len(methods)), methods)
         fig.suptitle(title)
     plt.close(fig)
@@ -103,8 +167,11 @@ def _recalls(ax, scores, methods, color):
     for y, (m, dash) in enumerate(zip(methods, DASHES*9)):
         row = scores.loc[m]
         ax.fill_betweenx([y - .4, y + .4], row.chance_low, row.chance_high, color="0.9", lw=0)
-        ax.plot([row.low, row.high], [y, y], color=color[m], ls=dash, lw=1.4); ax.plot(row["mean"], y, "o", ms=4, color=color[m])
-    ax.set(ylim=(len(methods) - .5, -.5), xlim=(-.03, 1.03)); ax.set_xticks([0, .5, 1], ["0", "0.5", "1"]); ax.set_yticks(range(len(methods)), [""]*len(methods))
+        ax.plot([row.low, row.high], [y, y], color=color[m], ls=dash, lw=1.4)
+        ax.plot(row["mean"], y, "o", ms=4, color=color[m])
+    ax.set(ylim=(len(methods) - .5, -.5), xlim=(-.03, 1.03))
+    ax.set_xticks([0, .5, 1], ["0", "0.5", "1"])
+    ax.set_yticks(range(len(methods)), [""]*len(methods))
 
 # %% ../../nbs/8_plots/08_search.ipynb #a5c536f6
 def plot_search(
@@ -120,12 +187,22 @@ def plot_search(
     with plt.rc_context(STYLE):
         fig, (way, bars) = plt.subplots(1, 2, figsize=(6, 2.7))
         way.plot(history.step, 100*history.gain, color=GROUPS["single"]["color"], lw=1.3, label="search")
-        way.axhline(100*real.gain.max(), color="0.35", lw=.9, ls="--", label="best of the nearest real actions"); way.axhline(0, color="0.8", lw=.6, zorder=0)
+        way.axhline(100*real.gain.max(),
+                    color="0.35",
+                    lw=.9,
+                    ls="--",
+                    label="best of the nearest real actions")
+        way.axhline(0, color="0.8", lw=.6, zorder=0)
         way.set(xlabel="step", ylabel="gain (%)", title="The way"); way.legend(loc="lower right")
         own = real.condition.isin(truth)
         bars.barh(np.arange(len(real)), real.cosine, color=np.where(own, "#d55e00", "0.7"), height=.7)
-        bars.set_yticks(np.arange(len(real)), [_shortened(p) + (" ◂ made the state" if o else "") for p, o in zip(real.perturbation, own)])
-        bars.set(xlabel="cosine to the action found", title="Nearest real actions", xlim=(min(0, real.cosine.min()), 1)); bars.invert_yaxis()
+        bars.set_yticks(
+            np.arange(len(real)),
+            [_shortened(p) + (" ◂ made the state" if o else "") for p, o in zip(real.perturbation, own)])
+        bars.set(xlabel="cosine to the action found",
+                 title="Nearest real actions",
+                 xlim=(min(0, real.cosine.min()), 1))
+        bars.invert_yaxis()
         fig.suptitle(title)
     plt.close(fig)
     return fig

@@ -35,17 +35,25 @@ def _row_of_values(
 ):
     "One panel: a value per row, its interval, and what chance gives."
     for y, r in enumerate(rows.itertuples()):
-        if np.isfinite(r.null_low) and np.isfinite(r.null_high): ax.barh(y, r.null_high - r.null_low, left=r.null_low, height=.62, color="0.86", lw=0, zorder=0)
-        if np.isfinite(r.low) and np.isfinite(r.high): ax.plot([r.low, r.high], [y, y], color="k", lw=1, zorder=2)
+        if np.isfinite(r.null_low) and np.isfinite(r.null_high):
+            ax.barh(y, r.null_high - r.null_low, left=r.null_low, height=.62, color="0.86", lw=0, zorder=0)
+        if np.isfinite(r.low) and np.isfinite(r.high):
+            ax.plot([r.low, r.high], [y, y], color="k", lw=1, zorder=2)
         if np.isfinite(r.best): ax.plot([r.best, r.best], [y - .31, y + .31], color="0.45", lw=1, zorder=1)
         ax.plot(r.value, y, ms=5, mec="k", mew=.5, ls="", zorder=3, **space_style(r.name_))
     if np.isfinite(chance): ax.axvline(chance, color="k", lw=.7, ls="--", zorder=1)
     ax.use_sticky_edges = False
-    ax.set(xlabel=label, ylim=(len(rows) - .5, -.5)); ax.set_yticks(range(len(rows)), rows["name_"]); ax.margins(x=.08)
+    ax.set(xlabel=label, ylim=(len(rows) - .5, -.5))
+    ax.set_yticks(range(len(rows)), rows["name_"])
+    ax.margins(x=.08)
 
 def _rows(table:pd.DataFrame, name:str, **columns)->pd.DataFrame:
     "The columns that a panel draws; those that are not given are NaN."
-    return pd.DataFrame({c: table[columns[c]].to_numpy(float) if c in columns else np.full(len(table), np.nan) for c in ("value", "low", "high", "null_low", "null_high", "best")}).assign(name_=table[name].to_numpy())
+    return pd.DataFrame({
+        c:
+        table[columns[c]].to_numpy(float) if c in columns else np.full(len(table), np.nan)
+        for c in ("value", "low", "high", "null_low", "null_high", "best")
+    }).assign(name_=table[name].to_numpy())
 
 # %% ../../nbs/8_plots/07_spaces.ipynb #29f922ad
 def plot_probes(
@@ -53,16 +61,36 @@ def plot_probes(
     title:str="",
 )->Figure:
     "Accuracy of each representation with its interval, one panel per question; dashed: the most frequent label; grey: up to the best of the shuffled probes."
-    require_columns(table, ["question", "representation", "accuracy", "low", "high", "majority", "shuffled_high", "n_labels", "n_test"])
+    require_columns(table, [
+        "question", "representation", "accuracy", "low", "high", "majority", "shuffled_high", "n_labels",
+        "n_test"
+    ])
     asked = table[table["accuracy"].notna()]
     questions = list(dict.fromkeys(asked["question"]))
     if not questions: raise ValueError("table: no question was answered; its column 'note' says why")
     with plt.rc_context(STYLE):
-        fig, axes = plt.subplots(1, len(questions), figsize=(1.3 + 2.2*len(questions), .9 + .27*asked["representation"].nunique()), sharey=True, squeeze=False)
+        fig, axes = plt.subplots(
+            1,
+            len(questions),
+            figsize=(1.3 + 2.2*len(questions), .9 + .27*asked["representation"].nunique()),
+            sharey=True,
+            squeeze=False)
         for ax, question in zip(axes[0], questions):
             part = asked[asked["question"] == question]
-            _row_of_values(ax, _rows(part.assign(zero=0.), "representation", value="accuracy", low="low", high="high", null_low="zero", null_high="shuffled_high"), part["majority"].iloc[0], "accuracy (share of test cells)")
-            ax.set(title=f"Which {question}?\n{part['n_labels'].iloc[0]} labels, {part['n_test'].iloc[0]} test cells", xlim=(0, min(1.02, 1.15*part[["high", "shuffled_high", "majority"]].max(axis=None))))
+            _row_of_values(
+                ax,
+                _rows(part.assign(zero=0.),
+                      "representation",
+                      value="accuracy",
+                      low="low",
+                      high="high",
+                      null_low="zero",
+                      null_high="shuffled_high"), part["majority"].iloc[0],
+                "accuracy (share of test cells)")
+            ax.set(
+                title=
+                f"Which {question}?\n{part['n_labels'].iloc[0]} labels, {part['n_test'].iloc[0]} test cells",
+                xlim=(0, min(1.02, 1.15*part[["high", "shuffled_high", "majority"]].max(axis=None))))
         fig.suptitle(title)
     plt.close(fig)
     return fig
@@ -75,15 +103,37 @@ def plot_relations(
     "Share of related neighbours and excess similarity of each space, a row of panels per question; grey: the central 95 % of the permutation null; dashed: chance; the tick: the best value that set sizes allow."
     if "note" in table and ("knn" not in table or table["knn"].isna().all()):
         raise ValueError(f"table: no question was answered ({'; '.join(sorted(set(table['note'].dropna())))})")
-    require_columns(table, ["space", "k", "knn", "knn_low", "knn_high", "knn_chance", "knn_best", "difference", "difference_low", "difference_high"])
+    require_columns(table, [
+        "space", "k", "knn", "knn_low", "knn_high", "knn_chance", "knn_best", "difference",
+        "difference_low", "difference_high"
+    ])
     table = (table if "question" in table else table.assign(question=""))[table["knn"].notna()]
     parts = [(q, part) for q, part in table.groupby("question", sort=False)]
     with plt.rc_context(STYLE):
-        fig, axes = plt.subplots(len(parts), 2, figsize=(6.8, .35 + sum(.75 + .2*len(part) for _, part in parts)), sharey="row", squeeze=False, height_ratios=[1.6 + len(part) for _, part in parts])
+        fig, axes = plt.subplots(len(parts),
+                                 2,
+                                 figsize=(6.8, .35 + sum(.75 + .2*len(part) for _, part in parts)),
+                                 sharey="row",
+                                 squeeze=False,
+                                 height_ratios=[1.6 + len(part) for _, part in parts])
         for (left, right), (question, part) in zip(axes, parts):
-            _row_of_values(left, _rows(part, "space", value="knn", null_low="knn_low", null_high="knn_high", best="knn_best"), part["knn_chance"].iloc[0], f"related among the {int(part['k'].iloc[0])} nearest (share)" if part["k"].iloc[0] > 1 else "nearest is related (share)")
-            _row_of_values(right, _rows(part, "space", value="difference", null_low="difference_low", null_high="difference_high"), 0., "similarity, related − unrelated (cosine)")
-            left.set_xlim(0, None); left.set_title(f"{question} (n = {int(part['n_items'].iloc[0])})" if "n_items" in part else question, loc="left")
+            _row_of_values(
+                left,
+                _rows(part, "space", value="knn", null_low="knn_low", null_high="knn_high",
+                      best="knn_best"), part["knn_chance"].iloc[0],
+                f"related among the {int(part['k'].iloc[0])} nearest (share)"
+                if part["k"].iloc[0] > 1 else "nearest is related (share)")
+            _row_of_values(
+                right,
+                _rows(part,
+                      "space",
+                      value="difference",
+                      null_low="difference_low",
+                      null_high="difference_high"), 0., "similarity, related − unrelated (cosine)")
+            left.set_xlim(0, None)
+            left.set_title(
+                f"{question} (n = {int(part['n_items'].iloc[0])})" if "n_items" in part else question,
+                loc="left")
         fig.suptitle(title)
     plt.close(fig)
     return fig
@@ -96,8 +146,10 @@ def relation_reading(
     "How far each space is from chance to the best value, and whether the null allows it."
     require_columns(table, ["question", "space", "knn", "knn_chance", "knn_best", "knn_p", "note"])
     scaled = (table["knn"] - table["knn_chance"])/(table["knn_best"] - table["knn_chance"])
-    words = np.select([table["knn"].isna(), table["knn_p"] < level], [table["note"], "more than chance"], "not told from chance")
-    return table[["question", "space", "knn", "knn_chance", "knn_p"]].assign(scaled=scaled, reading=words).round(3)
+    words = np.select([table["knn"].isna(), table["knn_p"] < level], [table["note"], "more than chance"],
+                      "not told from chance")
+    return table[["question", "space", "knn", "knn_chance", "knn_p"]].assign(scaled=scaled,
+                                                                             reading=words).round(3)
 
 # %% ../../nbs/8_plots/07_spaces.ipynb #32470452
 def plot_set_similarity(
@@ -111,8 +163,12 @@ def plot_set_similarity(
         for ax, (name, s) in zip(axes[0], matrices.items()):
             image = ax.imshow(s.to_numpy(), cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
             step = max(1, -(-len(s)//6))
-            ax.set(title=name, xlabel="set"); ax.set_xticks(range(0, len(s), step), s.columns[::step]); ax.set_yticks(range(0, len(s), step), s.index[::step])
-        axes[0, 0].set_ylabel("set"); fig.colorbar(image, ax=axes, shrink=.8, label="mean cosine, centred"); fig.suptitle(title)
+            ax.set(title=name, xlabel="set")
+            ax.set_xticks(range(0, len(s), step), s.columns[::step])
+            ax.set_yticks(range(0, len(s), step), s.index[::step])
+        axes[0, 0].set_ylabel("set")
+        fig.colorbar(image, ax=axes, shrink=.8, label="mean cosine, centred")
+        fig.suptitle(title)
     plt.close(fig)
     return fig
 
@@ -125,16 +181,42 @@ def plot_gene_probe(
     title:str="",
 )->Figure:
     "AUROC and correlation of each representation on held-out genes, and the predictions of one of them; grey: central 90 % of shuffled probes; dashed: chance."
-    require_columns(table, ["representation", "measure", "value", "low", "high", "chance", "shuffled_low", "shuffled_high"])
+    require_columns(
+        table,
+        ["representation", "measure", "value", "low", "high", "chance", "shuffled_low", "shuffled_high"])
     require_columns(genes, ["representation", "score", "predicted", "positive"])
-    if show not in set(genes["representation"]): raise ValueError(f"show: {show!r} is not among {sorted(set(genes['representation']))}")
+    if show not in set(genes["representation"]):
+        raise ValueError(f"show: {show!r} is not among {sorted(set(genes['representation']))}")
     with plt.rc_context(STYLE):
-        fig, axes = plt.subplots(1, 3, figsize=(7.4, max(2.3, .95 + .27*table["representation"].nunique())), width_ratios=[1, 1, 1.1])
-        for ax, measure, label in zip(axes, ("auroc", "r"), ("AUROC, held-out genes", "Pearson r, held-out genes")):
+        fig, axes = plt.subplots(1,
+                                 3,
+                                 figsize=(7.4, max(2.3, .95 + .27*table["representation"].nunique())),
+                                 width_ratios=[1, 1, 1.1])
+        for ax, measure, label in zip(axes, ("auroc", "r"),
+                                      ("AUROC, held-out genes", "Pearson r, held-out genes")):
             part = table[table["measure"] == measure]
-            _row_of_values(ax, _rows(part, "representation", value="value", low="low", high="high", null_low="shuffled_low", null_high="shuffled_high"), part["chance"].iloc[0], label)
+            _row_of_values(
+                ax,
+                _rows(part,
+                      "representation",
+                      value="value",
+                      low="low",
+                      high="high",
+                      null_low="shuffled_low",
+                      null_high="shuffled_high"), part["chance"].iloc[0], label)
         axes[1].set_yticklabels([]); part = genes[genes["representation"] == show]
-        for positive, rows in part.groupby("positive"): axes[2].plot(rows["score"], rows["predicted"], "^" if positive else "o", ms=2.6, mew=0, alpha=.55, color="#de8f05" if positive else "0.45", label="positive" if positive else "negative", rasterized=True)
-        axes[2].set(xlabel=fill(score, 40), ylabel=f"predicted by the {show}"); axes[2].legend(); fig.suptitle(title)
+        for positive, rows in part.groupby("positive"):
+            axes[2].plot(rows["score"],
+                         rows["predicted"],
+                         "^" if positive else "o",
+                         ms=2.6,
+                         mew=0,
+                         alpha=.55,
+                         color="#de8f05" if positive else "0.45",
+                         label="positive" if positive else "negative",
+                         rasterized=True)
+        axes[2].set(xlabel=fill(score, 40), ylabel=f"predicted by the {show}")
+        axes[2].legend()
+        fig.suptitle(title)
     plt.close(fig)
     return fig

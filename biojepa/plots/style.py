@@ -10,11 +10,17 @@ import pandas as pd
 import seaborn as sns
 
 # %% ../../nbs/8_plots/01_style.ipynb #21543933
-STYLE = {**sns.axes_style("ticks"), "figure.dpi": 110, "savefig.dpi": 200, "font.size": 8, "axes.titlesize": 9, "axes.labelsize": 8,
-         "legend.fontsize": 7, "xtick.labelsize": 7, "ytick.labelsize": 7, "axes.spines.top": False, "axes.spines.right": False,
-         "legend.frameon": False, "figure.constrained_layout.use": True}
-PALETTE = dict(zip(["control", "train", "val", "test"], ["0.45", *sns.color_palette("colorblind", 4).as_hex()[:1],
-                                                         *sns.color_palette("colorblind", 4).as_hex()[1:3]]))
+STYLE = {
+    **sns.axes_style("ticks"), "figure.dpi": 110, "savefig.dpi": 200, "font.size": 8, "axes.titlesize": 9,
+    "axes.labelsize": 8, "legend.fontsize": 7, "xtick.labelsize": 7, "ytick.labelsize": 7,
+    "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
+    "figure.constrained_layout.use": True
+}
+PALETTE = dict(
+    zip(["control", "train", "val", "test"], [
+        "0.45", *sns.color_palette("colorblind", 4).as_hex()[:1],
+        *sns.color_palette("colorblind", 4).as_hex()[1:3]
+    ]))
 
 # %% ../../nbs/8_plots/01_style.ipynb #43ccbed9
 def require_columns(

@@ -27,7 +27,13 @@ def _curves(ax, rows, columns):
     for color, (column, label) in zip(sns.color_palette("colorblind"), columns):
         if column not in rows or not len(points := rows[["step", column]].dropna()): continue
         few = column.startswith(("val", "rank")) and len(points) <= 20
-        ax.plot(points.step, points[column], color=color, lw=1, marker="o" if few else None, ms=2.5, label=label)
+        ax.plot(points.step,
+                points[column],
+                color=color,
+                lw=1,
+                marker="o" if few else None,
+                ms=2.5,
+                label=label)
     ax.legend()
 
 def _log_if_wide(ax):
@@ -48,7 +54,9 @@ def plot_training(
         for (top, bottom), stage in zip(axes.T, stages):
             above, below, label = WATCHED[stage]
             _curves(top, log[log.stage == stage], above); _curves(bottom, log[log.stage == stage], below)
-            top.set(title=stage, ylabel="loss"); bottom.set(xlabel="step", ylabel=label, ylim=(0, 1.7*bottom.dataLim.ymax)); _log_if_wide(top)
+            top.set(title=stage, ylabel="loss")
+            bottom.set(xlabel="step", ylabel=label, ylim=(0, 1.7*bottom.dataLim.ymax))
+            _log_if_wide(top)
         fig.suptitle(title)
     plt.close(fig)
     return fig

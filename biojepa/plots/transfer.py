@@ -15,20 +15,39 @@ from .scores import COLORS, method_color, method_label
 from .style import STYLE, require_columns
 
 # %% ../../nbs/8_plots/09_transfer.ipynb #bbed890f
-_MARKS = dict(model=("D", method_color("biojepa"), "BioJEPA-AC"), best=("^", "#5a5a5a", "best baseline, named at the right"), train_mean=("s", "#b0b0b0", "train mean"),
-              reference=("D", "none", "first row's model, same genes"), oracle=("|", COLORS["oracle"], "planted truth"), ceiling=("|", "#7f5f00", "half of the cells"))
+_MARKS = dict(model=("D", method_color("biojepa"), "BioJEPA-AC"),
+              best=("^", "#5a5a5a", "best baseline, named at the right"),
+              train_mean=("s", "#b0b0b0", "train mean"),
+              reference=("D", "none", "first row's model, same genes"),
+              oracle=("|", COLORS["oracle"], "planted truth"),
+              ceiling=("|", "#7f5f00", "half of the cells"))
 
 def _row(ax, y:float, r)->None:
     "One case in one panel."
-    for key, up, low, high, value in (("model", -.16, r.low, r.high, r.mean), ("best", .16, r.best_low, r.best_high, r.best_mean)):
+    for key, up, low, high, value in (("model", -.16, r.low, r.high, r.mean), ("best", .16, r.best_low,
+                                                                               r.best_high, r.best_mean)):
         marker, color, _ = _MARKS[key]
         ax.plot([low, high], [y + up]*2, color=color, lw=1.1, zorder=2)
         ax.plot(value, y + up, marker, ms=4.5, mfc=color, mec="k", mew=.5, zorder=3)
-    ax.plot(r.train_mean, y + .16, _MARKS["train_mean"][0], ms=3.5, mfc=_MARKS["train_mean"][1], mec="k", mew=.5, zorder=2.5)
+    ax.plot(r.train_mean,
+            y + .16,
+            _MARKS["train_mean"][0],
+            ms=3.5,
+            mfc=_MARKS["train_mean"][1],
+            mec="k",
+            mew=.5,
+            zorder=2.5)
     for key in ("oracle", "ceiling"):
-        if np.isfinite(v := getattr(r, key)): ax.plot(v, y, _MARKS[key][0], ms=11, mew=1.6, color=_MARKS[key][1], zorder=1)
-    if np.isfinite(r.reference): ax.plot(r.reference, y - .16, "D", ms=6.5, mfc="none", mec=_MARKS["model"][1], mew=.9, zorder=2.8)
-    ax.annotate(method_label(r.best.split(",")[0]), (1.01, y), xycoords=("axes fraction", "data"), fontsize=5.5, color="0.3", va="center", annotation_clip=False)
+        if np.isfinite(v := getattr(r, key)):
+            ax.plot(v, y, _MARKS[key][0], ms=11, mew=1.6, color=_MARKS[key][1], zorder=1)
+    if np.isfinite(r.reference):
+        ax.plot(r.reference, y - .16, "D", ms=6.5, mfc="none", mec=_MARKS["model"][1], mew=.9, zorder=2.8)
+    ax.annotate(method_label(r.best.split(",")[0]), (1.01, y),
+                xycoords=("axes fraction", "data"),
+                fontsize=5.5,
+                color="0.3",
+                va="center",
+                annotation_clip=False)
 
 # %% ../../nbs/8_plots/09_transfer.ipynb #f0d45144
 def _panel(ax, rows:pd.DataFrame, cases:list[str], label:str, chance:float|None)->None:
@@ -41,8 +60,17 @@ def _panel(ax, rows:pd.DataFrame, cases:list[str], label:str, chance:float|None)
 def _legend(fig, ax, table:pd.DataFrame)->None:
     "Only the marks that are there."
     there = [k for k in _MARKS if k in ("model", "best", "train_mean") or table[k].notna().any()]
-    handles = [ax.plot([], [], _MARKS[k][0], ms=6.5 if k == "reference" else 4.5, mfc=_MARKS[k][1], mec=_MARKS["model"][1] if k == "reference" else _MARKS[k][1] if _MARKS[k][0] == "|" else "k", mew=.9 if k == "reference" else 1.6 if _MARKS[k][0] == "|" else .5,
-                       ls="", label=_MARKS[k][2])[0] for k in there]
+    handles = [
+        ax.plot(
+            [], [],
+            _MARKS[k][0],
+            ms=6.5 if k == "reference" else 4.5,
+            mfc=_MARKS[k][1],
+            mec=_MARKS["model"][1] if k == "reference" else _MARKS[k][1] if _MARKS[k][0] == "|" else "k",
+            mew=.9 if k == "reference" else 1.6 if _MARKS[k][0] == "|" else .5,
+            ls="",
+            label=_MARKS[k][2])[0] for k in there
+    ]
     fig.legend(handles=handles, loc="outside lower center", ncols=3)
 
 # %% ../../nbs/8_plots/09_transfer.ipynb #db21f2df
@@ -53,13 +81,21 @@ def plot_transfer(
     title:str="",
 )->Figure:
     "One row per case, one panel per metric."
-    require_columns(table, ["case", "group", "metric", "n", "mean", "low", "high", "train_mean", "best", "best_mean", "best_low", "best_high", "reference", "ceiling", "oracle"])
+    require_columns(table, [
+        "case", "group", "metric", "n", "mean", "low", "high", "train_mean", "best", "best_mean",
+        "best_low", "best_high", "reference", "ceiling", "oracle"
+    ])
     table = table[table["metric"].isin(metrics)]
     cases, n_columns = list(dict.fromkeys(table["case"])), min(2, len(metrics))
     n, n_rows = table.groupby("case")["n"].max(), -(-len(metrics)//n_columns)
     with plt.rc_context(STYLE):
-        fig, axes = plt.subplots(n_rows, n_columns, figsize=(2.2 + 2.9*n_columns, (.27*len(cases) + .6)*n_rows + .7), sharey=True, squeeze=False)
-        for ax, (metric, label) in zip(axes.ravel(), metrics.items()): _panel(ax, table[table["metric"] == metric], cases, label, chance.get(metric))
+        fig, axes = plt.subplots(n_rows,
+                                 n_columns,
+                                 figsize=(2.2 + 2.9*n_columns, (.27*len(cases) + .6)*n_rows + .7),
+                                 sharey=True,
+                                 squeeze=False)
+        for ax, (metric, label) in zip(axes.ravel(), metrics.items()):
+            _panel(ax, table[table["metric"] == metric], cases, label, chance.get(metric))
         for ax in axes.ravel()[len(metrics):]: ax.axis("off")
         axes[0, 0].set_yticks(range(len(cases)), [f"{c} (n = {n[c]})" for c in cases])
         _legend(fig, axes[0, 0], table); fig.suptitle(title)

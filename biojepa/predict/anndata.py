@@ -41,29 +41,45 @@ def predict(
     progress:bool=True,
 )->AnnData:                                         # X predicted expression; layers predicted, delta, sd, control
     "Predicted expression of control cells under perturbations that may never have been made (report §6)."
-    if level not in ("perturbation", "cell"): raise ValueError(f"level: found {level!r}; choose 'perturbation' or 'cell'")
+    if level not in ("perturbation", "cell"):
+        raise ValueError(f"level: found {level!r}; choose 'perturbation' or 'cell'")
     if features is None: features = _own_features(model, perturbations)
     model, genes = _model_and_genes(model)
     adata = align_genes(validate(adata, "prepared"), adata.var_names if genes is None else genes)
     check_model(model, adata, genes)
-    table = perturbations if isinstance(perturbations, ActionTable) else ActionTable.from_conditions(list(perturbations) if not isinstance(perturbations, str) else perturbations, _mode_of(adata) if mode is None else mode)
+    table = perturbations if isinstance(perturbations, ActionTable) else ActionTable.from_conditions(
+        list(perturbations) if not isinstance(perturbations, str) else perturbations,
+        _mode_of(adata) if mode is None else mode)
     if not len(table): raise ValueError("perturbations: found none; give labels such as 'KLF1' or 'KLF1+GATA1'")
     banks = [features] if isinstance(features, FeatureBank) else list(features)
     _check_widths(model, banks)
     controls = _draw_controls(adata, n_cells, seed)
     cells, action = np.tile(controls, len(table)), np.repeat(np.arange(len(table)), len(controls))
     rows, code = _output_rows(adata, table, cells, action, level)
-    pieces = changes(model, adata, cells, action, _described(table, banks, adata.var_names), batch_size, progress)
+    pieces = changes(model, adata, cells, action, _described(table, banks, adata.var_names), batch_size,
+                     progress)
     layers = _layers(row_source(adata), cells, code, len(rows), pieces)
-    return _as_anndata(adata, rows, layers, level, dict(model=config_hash(model.config), n_cells=len(controls), seed=seed, mode=sorted({str(m) for m in table.mode}), features=[dict(b.provenance) for b in banks]))
+    return _as_anndata(
+        adata, rows, layers, level,
+        dict(model=config_hash(model.config),
+             n_cells=len(controls),
+             seed=seed,
+             mode=sorted({str(m) for m in table.mode}),
+             features=[dict(b.provenance) for b in banks]))
 
 # %% ../../nbs/5_predict/05_anndata.ipynb #9756ebe8
 def _own_features(model, perturbations)->list[FeatureBank]:
     "The features a run was trained with; labels name no guides, so only a table of actions gets the guides' features."
-    if isinstance(model, (str, Path)): found = [FeatureBank.load(path) for path in sorted(Path(model).glob("features_*.safetensors"))]
-    else: found = list(getattr(model, "features", ()))
+    if isinstance(model, (str, Path)):
+        found = [FeatureBank.load(path) for path in sorted(Path(model).glob("features_*.safetensors"))]
+    else:
+        found = list(getattr(model, "features", ()))
     banks = [b for b in found if b.modality is not Modality.DNA or isinstance(perturbations, ActionTable)]
-    if not banks: raise ValueError(f"features: none given, and {model if isinstance(model, (str, Path)) else type(model).__name__} holds none that fit labels; give the FeatureBank of your targets (notebook actions/featurizers)")
+    if not banks:
+        raise ValueError(
+            f"features: none given, and {model if isinstance(model, (str, Path)) else type(model).__name__} "
+            f"holds none that fit labels; give the FeatureBank of your targets (notebook actions/featurizers)"
+        )
     return banks
 
 def _model_and_genes(given)->tuple[BioJEPA, list[str]|None]:
@@ -71,8 +87,12 @@ def _model_and_genes(given)->tuple[BioJEPA, list[str]|None]:
     if isinstance(given, (str, Path)): given = from_pretrained(given)
     if isinstance(given, BioJEPA): return given, None
     if isinstance(given, Pretrained): return given.model, given.genes
-    if isinstance(getattr(given, "model", None), BioJEPA) and hasattr(given, "adata"): return given.model, list(given.adata.var_names)
-    raise ValueError(f"model: found {type(given).__name__}; give a folder of save_pretrained, a Pretrained, a Run or a BioJEPA")
+    if isinstance(getattr(given, "model", None), BioJEPA) and hasattr(given, "adata"):
+        return given.model, list(given.adata.var_names)
+    raise ValueError(
+        f"model: found {type(given).__name__}; give a folder of save_pretrained, a Pretrained, a Run or "
+        f"a BioJEPA"
+    )
 
 def _mode_of(adata:AnnData)->Mode:
     "The one mode of the perturbed cells; unknown if there is none or more than one."
@@ -84,17 +104,26 @@ def _check_widths(model:BioJEPA, banks:Sequence[FeatureBank])->None:
     "Features are as wide as the model's projections."
     for b in banks:
         if b.width != (wanted := getattr(model.config, f"d_{b.modality}")):
-            raise ValueError(f"features: {b!r} has {b.width} columns, the model reads {wanted} for {b.modality}; make them with the featurizer the model was trained with")
+            raise ValueError(
+                f"features: {b!r} has {b.width} columns, the model reads {wanted} for {b.modality}; make them "
+                f"with the featurizer the model was trained with"
+            )
 
 def _described(table:ActionTable, banks:Sequence[FeatureBank], genes:Sequence[str])->ActionBatch:
     "Action tokens of every row; targets without a feature are named."
-    try: return action_batch(table, banks, genes=genes)
+    try:
+        return action_batch(table, banks, genes=genes)
     except MissingFeatureError as error:
-        raise MissingFeatureError(f"{str(error).partition(';')[0]}; the model can only be asked about targets with features: add theirs to `features`, made as in training, or leave these perturbations out") from error
+        raise MissingFeatureError(
+            f"{str(error).partition(';')[0]}; the model can only be asked about targets with features: add "
+            f"theirs to `features`, made as in training, or leave these perturbations out"
+        ) from error
 
 def _draw_controls(adata:AnnData, n_cells:int|None, seed:int)->np.ndarray:  # sorted rows
     "Some control cells of each line."
-    if n_cells is not None and (not isinstance(n_cells, (int, np.integer)) or n_cells < 1): raise ValueError(f"n_cells: found {n_cells!r}; give a positive number of control cells, or None for all")
+    if n_cells is not None and (not isinstance(n_cells, (int, np.integer)) or n_cells < 1):
+        raise ValueError(
+            f"n_cells: found {n_cells!r}; give a positive number of control cells, or None for all")
     rows = np.flatnonzero(adata.obs["condition"].astype(str) == "ctrl")
     line, rng = adata.obs["cell_type"].astype(str).to_numpy()[rows], np.random.default_rng(seed)
     return np.sort(np.concatenate([rng.permutation(rows[line == l])[:n_cells] for l in np.unique(line)]))
@@ -109,14 +138,22 @@ def _output_rows(
 )->tuple[pd.DataFrame, np.ndarray]:     # obs of the output, (N,) row of the output for each pair
     "One row per perturbation and line, or per pair."
     frame = table.frame.iloc[action][["perturbation", "condition", "mode"]].reset_index(drop=True)
-    frame = frame.assign(mode=[str(m) for m in frame["mode"]], cell_type=adata.obs["cell_type"].astype(str).to_numpy()[cells])
+    frame = frame.assign(mode=[str(m) for m in frame["mode"]],
+                         cell_type=adata.obs["cell_type"].astype(str).to_numpy()[cells])
     if level == "cell":
-        frame = frame.assign(batch=adata.obs["batch"].astype(str).to_numpy()[cells], control=adata.obs_names.to_numpy()[cells], log_library_size=adata.obs["log_library_size"].to_numpy()[cells])
-        return frame.set_index(frame["perturbation"] + ", " + frame["control"].astype(str)).rename_axis(None), np.arange(len(cells))
+        frame = frame.assign(batch=adata.obs["batch"].astype(str).to_numpy()[cells],
+                             control=adata.obs_names.to_numpy()[cells],
+                             log_library_size=adata.obs["log_library_size"].to_numpy()[cells])
+        return frame.set_index(frame["perturbation"] + ", " +
+                               frame["control"].astype(str)).rename_axis(None), np.arange(len(cells))
     grouped = frame.assign(action=action).groupby(["action", "cell_type"], sort=True)
-    rows = grouped.first().reset_index("cell_type").reset_index(drop=True).assign(n_cells=grouped.size().to_numpy())
-    names = rows["perturbation"] if rows["cell_type"].nunique() == 1 else rows["perturbation"] + ", " + rows["cell_type"]
-    return rows.set_index(names).rename_axis(None)[["perturbation", "condition", "cell_type", "mode", "n_cells"]], grouped.ngroup().to_numpy()
+    rows = grouped.first().reset_index("cell_type").reset_index(drop=True).assign(
+        n_cells=grouped.size().to_numpy())
+    names = rows["perturbation"] if rows["cell_type"].nunique(
+    ) == 1 else rows["perturbation"] + ", " + rows["cell_type"]
+    return rows.set_index(names).rename_axis(None)[[
+        "perturbation", "condition", "cell_type", "mode", "n_cells"
+    ]], grouped.ngroup().to_numpy()
 
 def _layers(
     source,             # (cells × G) expression
@@ -130,13 +167,25 @@ def _layers(
     share = (1/np.bincount(code, minlength=n)).astype(np.float32)
     for at, delta, variance in pieces:
         row, control = code[at], sparse_rows(source, cells[at]).toarray()
-        for k, value in dict(predicted=np.clip(control + delta, 0, None), delta=delta, sd=variance, control=control).items(): add_rows_(layers[k], row, value*share[row, None])
+        for k, value in dict(predicted=np.clip(control + delta, 0, None),
+                             delta=delta,
+                             sd=variance,
+                             control=control).items():
+            add_rows_(layers[k], row, value*share[row, None])
     np.sqrt(layers["sd"], out=layers["sd"])
     return layers
 
 # %% ../../nbs/5_predict/05_anndata.ipynb #63c56958
-_MEANING = dict(predicted="expression under the perturbation: control + delta, never negative, then averaged over the control cells of the row",
-                delta="predicted change before it is clipped", control="expression of the control cells", sd="predicted standard deviation of one cell's expression (root mean square over the control cells of the row), not of the mean")
+_MEANING = dict(
+    predicted=
+    "expression under the perturbation: control + delta, never negative, then averaged over the control cells "
+    "of the row",
+    delta="predicted change before it is clipped",
+    control="expression of the control cells",
+    sd=
+    "predicted standard deviation of one cell's expression (root mean square over the control cells of the "
+    "row), not of the mean"
+)
 
 def _as_anndata(
     adata:AnnData,          # the cells that were read
@@ -147,7 +196,22 @@ def _as_anndata(
 )->AnnData:
     "Predictions with a note of what they are."
     space = expression_space(adata)
-    values = {"log1p": "log1p of counts per 10,000", "log1p_twice": "log1p of log1p of counts per 10,000, as released"}[space]
-    about = dict(schema_version=1, source="biojepa.predict", expression_space=space, values=f"predicted {values}; not counts, not changes", level=level, layers=dict(_MEANING),
-                 provenance=json.dumps(provenance | dict(data=str(adata.uns["biojepa"].get("source", "unknown")), biojepa=version("biojepa"))))
-    return AnnData(layers["predicted"], obs=rows, var=adata.var[["gene_name"]].copy(), layers=layers, uns=dict(biojepa=about))
+    values = {
+        "log1p": "log1p of counts per 10,000", "log1p_twice":
+        "log1p of log1p of counts per 10,000, as released"
+    }[space]
+    about = dict(
+        schema_version=1,
+        source="biojepa.predict",
+        expression_space=space,
+        values=f"predicted {values}; not counts, not changes",
+        level=level,
+        layers=dict(_MEANING),
+        provenance=json.dumps(
+            provenance
+            | dict(data=str(adata.uns["biojepa"].get("source", "unknown")), biojepa=version("biojepa"))))
+    return AnnData(layers["predicted"],
+                   obs=rows,
+                   var=adata.var[["gene_name"]].copy(),
+                   layers=layers,
+                   uns=dict(biojepa=about))

@@ -41,7 +41,8 @@ def encode_context(
     log_library_size:Tensor,    # (C,)
 )->Context:
     "Encode some cells, once."
-    return Context(x, log_library_size, model.encoder(x, log_library_size), model.teacher(x, log_library_size).genes())
+    return Context(x, log_library_size, model.encoder(x, log_library_size),
+                   model.teacher(x, log_library_size).genes())
 
 # %% ../../nbs/5_predict/04_many.ipynb #c7603769
 class Heard(NamedTuple):
@@ -62,7 +63,8 @@ def hear(
 )->Heard:
     "Everything a block's cross-attention needs to know of the actions."
     H, D = cross.n_heads, action.shape[-1]
-    own = torch.eye(H, device=action.device, dtype=action.dtype).repeat_interleave(D//H, 0)  # (D, H) whose column it is
+    own = torch.eye(H, device=action.device,
+                    dtype=action.dtype).repeat_interleave(D // H, 0)  # (D, H) whose column it is
     key = _phi_(cross.k(action))*present[..., None]
     v = cross.v(action).unflatten(-1, (H, -1))
     value = torch.einsum("pahd,ihd->pahi", v, cross.out.weight.view(D, H, -1)).flatten(1, 2)
@@ -95,7 +97,8 @@ def project(
 )->tuple[Tensor|None, Tensor, Tensor]:  # φ(q), φ(k), v: (B, T, D) each
     "Queries, keys and values of a block's self-attention."
     qkv, x, D = block.attention.qkv, block.norm_attention(x), x.shape[-1]
-    q, k, v = (_linear(x, w, b) if asks or i else None for i, (w, b) in enumerate(zip(qkv.weight.split(D), qkv.bias.split(D))))
+    q, k, v = (_linear(x, w, b) if asks or i else None
+               for i, (w, b) in enumerate(zip(qkv.weight.split(D), qkv.bias.split(D))))
     return _phi_(q) if asks else None, _phi_(k), v
 
 def summed(
@@ -117,7 +120,8 @@ def attend_(
 )->Tensor:                      # x
     "Add to each token what it attends to."
     D, H = x.shape[-1], layer.n_heads
-    own = torch.eye(H, device=x.device, dtype=x.dtype).repeat_interleave(D//H, 0)   # (D, H) which head a column belongs to
+    own = torch.eye(H, device=x.device,
+                    dtype=x.dtype).repeat_interleave(D // H, 0)  # (D, H) which head a column belongs to
     norm = torch.bmm(q, total[..., None]*own).clamp_(min=torch.finfo(torch.float32).tiny)
     q = (q.unflatten(-1, (H, -1))/norm[..., None]).flatten(-2)
     return x.baddbmm_(q, (state*(own @ own.T)) @ layer.out.weight.T).add_(layer.out.bias)
@@ -128,7 +132,8 @@ def transform_(
     rows:int=2048,              # tokens at once: their wide layer then fits a processor's cache
 )->Tensor:                      # x
     "Add the MLP's answer."
-    for part in x.view(-1, x.shape[-1]).split(rows if x.device.type == "cpu" else x.numel()): part += block.mlp(block.norm_mlp(part))
+    for part in x.view(-1, x.shape[-1]).split(rows if x.device.type == "cpu" else x.numel()):
+        part += block.mlp(block.norm_mlp(part))
     return x
 
 # %% ../../nbs/5_predict/04_many.ipynb #bc670794
@@ -140,7 +145,8 @@ def predict_pairs(
     present:Tensor,     # (P, A) bool
 )->Tensor:              # (P·C, G, D) predicted means, action by action
     "What the action predictor says about every action in every cell."
-    action, query, P, last = predictor.adapter(action), predictor.query.weight, len(action), len(predictor.blocks) - 1
+    action, query, P, last = predictor.adapter(action), predictor.query.weight, len(action), len(
+        predictor.blocks) - 1
     pair = torch.arange(P, device=action.device).repeat_interleave(len(z.x))
     ask = asks if action.shape[1] > 1 else (lambda cross, x: None)
     first = ask(predictor.blocks[0].cross, z.x)  # of each cell, before it has heard of any action
@@ -178,8 +184,12 @@ def own_changes_(
     done = model.intervened(x, actions.take(torch.arange(P, device=x.device).repeat_interleave(C)))
     rows = (done != x).any(1).nonzero()[:, 0]
     if not len(rows): return moved
-    cells, which = torch.unique(torch.cat([context.log_library_size[rows % C, None], done[rows]], 1), dim=0, return_inverse=True)
-    moved.flatten(0, 1).index_add_(0, rows, model.teacher(cells[:, 1:], cells[:, 0]).genes()[which].sub_(context.h[rows % C]))
+    cells, which = torch.unique(torch.cat([context.log_library_size[rows % C, None], done[rows]], 1),
+                                dim=0,
+                                return_inverse=True)
+    moved.flatten(0, 1).index_add_(
+        0, rows,
+        model.teacher(cells[:, 1:], cells[:, 0]).genes()[which].sub_(context.h[rows % C]))
     return moved
 
 @torch.inference_mode()
@@ -190,7 +200,8 @@ def predict_many(
     relative:bool=False,    # minus the teacher's latents of the cell: how far each gene's latent moves
 )->Tensor:                  # (P, C, G, D)
     "Predicted latents of every action in every cell."
-    mean = predict_pairs(model.predictor, context.z, model.composer(actions), actions.present).unflatten(0, (len(actions.present), -1))
+    mean = predict_pairs(model.predictor, context.z, model.composer(actions),
+                         actions.present).unflatten(0, (len(actions.present), -1))
     if model.config.intervenes: own_changes_(mean, model, context, actions)
     if (model.config.predicts == "change") == relative: return mean
     return mean - context.h if relative else mean + context.h
@@ -205,7 +216,10 @@ def predict_naively(
 )->Tensor:                      # (P, C, G, D)
     "The form to compare with: every action encodes the cells again, token by token."
     rows = torch.arange(len(actions.present), device=x.device)
-    return torch.stack([model.predict_latent(x, log_library_size, actions.take(r.expand(len(x))), collapse=False).mean for r in rows])
+    return torch.stack([
+        model.predict_latent(x, log_library_size, actions.take(r.expand(len(x))), collapse=False).mean
+        for r in rows
+    ])
 
 # %% ../../nbs/5_predict/04_many.ipynb #fa5bb162
 def time_forms(
@@ -219,26 +233,37 @@ def time_forms(
     seed:int=0,             # of the random cells
 )->pd.DataFrame:            # form; per pair of cell and action milliseconds (clock), processor_milliseconds and mflop; over_plain and over_naive (times as fast); thousand_actions (seconds)
     "How long a pair takes in the plain form, in the naive one and in this one."
-    model = copy.deepcopy(model).requires_grad_(False)  # the counter cannot follow parameters that want gradients into inference mode
+    model = copy.deepcopy(model).requires_grad_(
+        False)  # the counter cannot follow parameters that want gradients into inference mode
     c, generator, device = model.config, torch.Generator().manual_seed(seed), next(model.parameters()).device
     random = lambda *shape: torch.rand(*shape, generator=generator)
-    x, library = (random(n_cells, c.n_genes)*(random(n_cells, c.n_genes) < expressed)).to(device), torch.full((n_cells,), 9., device=device)
+    x = (random(n_cells, c.n_genes)*(random(n_cells, c.n_genes) < expressed)).to(device)
+    library = torch.full((n_cells,), 9., device=device)
     index = torch.zeros(n_actions, n_tokens, dtype=torch.long)
     genes = torch.randint(0, c.n_genes, (n_actions, 1), generator=generator)
     actions = ActionBatch(random(n_actions, n_tokens, c.d_protein), index, index, index == 0, genes).to(device)
     def shared():
         context = encode_context(model, x, library)
-        for rows in torch.arange(n_actions, device=device).split(at_once): predict_many(model, context, actions.take(rows))
+        for rows in torch.arange(n_actions, device=device).split(at_once):
+            predict_many(model, context, actions.take(rows))
     two = actions.take(torch.arange(2, device=device))
     plain = textbook_(copy.deepcopy(model))
-    forms = {"plain": (2, lambda: predict_naively(plain, x, library, two)), "naive": (2, lambda: predict_naively(model, x, library, two)), "one context": (n_actions, shared)}
+    forms = {
+        "plain": (2, lambda: predict_naively(plain, x, library, two)), "naive":
+        (2, lambda: predict_naively(model, x, library, two)), "one context": (n_actions, shared)
+    }
     rows = []
     for name, (n, form) in forms.items():
         with flop_counter() as counter: form()
         clock, processor = np.min([_timed(form, device) for _ in range(repeats)], 0)*1e3/(n*n_cells)
-        rows.append(dict(form=name, milliseconds=clock, processor_milliseconds=processor, mflop=counter.get_total_flops()/1e6/(n*n_cells)))
+        rows.append(
+            dict(form=name,
+                 milliseconds=clock,
+                 processor_milliseconds=processor,
+                 mflop=counter.get_total_flops()/1e6/(n*n_cells)))
     table = pd.DataFrame(rows)
-    for i, form in enumerate(("plain", "naive")): table[f"over_{form}"] = table.milliseconds[i]/table.milliseconds
+    for i, form in enumerate(("plain", "naive")):
+        table[f"over_{form}"] = table.milliseconds[i]/table.milliseconds
     return table.assign(thousand_actions=table.milliseconds*n_cells)
 
 def _timed(form, device:torch.device)->tuple[float, float]:  # seconds on the clock, seconds of the processor

@@ -27,7 +27,8 @@ def _group_sums(
     out = np.zeros((n, source.shape[1]))
     for at in (slice(i, i + block) for i in range(0, len(rows), block)):
         x = sparse_rows(source, rows[at])
-        member = sp.csr_matrix((np.ones(len(x.indptr) - 1), (code[at], np.arange(len(x.indptr) - 1))), shape=(n, x.shape[0]))
+        member = sp.csr_matrix((np.ones(len(x.indptr) - 1), (code[at], np.arange(len(x.indptr) - 1))),
+                               shape=(n, x.shape[0]))
         used = np.unique(code[at])
         out[used] += (member[used] @ x).toarray()
     return out
@@ -58,7 +59,8 @@ def _groups_of(
     by:str,                 # "condition" or "perturbation"
 )->tuple[pd.DataFrame, np.ndarray]:  # groups in alphabetical order, code of each cell
     "One group for each perturbation in each cell line."
-    if by not in ("condition", "perturbation"): raise ValueError(f"by: found {by!r}; choose 'condition' or 'perturbation'")
+    if by not in ("condition", "perturbation"):
+        raise ValueError(f"by: found {by!r}; choose 'condition' or 'perturbation'")
     keys = list(dict.fromkeys([by, "condition", "cell_type"]))
     cells = adata.obs.iloc[rows][keys].astype(str).reset_index(drop=True)
     grouped = cells.groupby(keys, sort=True, observed=True)
@@ -73,7 +75,8 @@ def group_means(
     control:Literal["cell_type", "batch"]="cell_type",      # what a group is compared with
 )->GroupMeans:
     "Mean expression of each perturbation in each cell line, and of its controls."
-    if control not in ("cell_type", "batch"): raise ValueError(f"control: found {control!r}; choose 'cell_type' or 'batch'")
+    if control not in ("cell_type", "batch"):
+        raise ValueError(f"control: found {control!r}; choose 'cell_type' or 'batch'")
     X, (groups, code) = row_source(adata), _groups_of(adata, rows, by)
     pools, P = _pools(adata, rows, np.sort(controls), control), len(groups)
     (start, size), pool = np.unique(np.stack([pools.start, pools.size]), axis=1, return_inverse=True)
@@ -86,7 +89,8 @@ def group_means(
 def _pools(adata:AnnData, rows:np.ndarray, controls:np.ndarray, control:str)->ControlPools:
     "The controls each cell is compared with: its gem group's, or all of its line."
     if control == "batch": return match_controls(adata, rows, controls)
-    whole = AnnData(obs=pd.DataFrame(dict(batch="all", cell_type=adata.obs["cell_type"].astype(str)), index=adata.obs_names))
+    whole = AnnData(obs=pd.DataFrame(dict(batch="all", cell_type=adata.obs["cell_type"].astype(str)),
+                                     index=adata.obs_names))
     return match_controls(whole, rows, controls)
 
 # %% ../../nbs/5_predict/01_means.ipynb #71a37baf
@@ -97,5 +101,6 @@ def train_mean_delta(
 )->np.ndarray:                                          # (G,) float64
     "Mean Δ over training conditions: \"the perturbed mean\"."
     rows = split.cells(adata, "train")
-    if not len(rows): raise ValueError("split: no training cell is in this AnnData; was the split made for other data?")
+    if not len(rows):
+        raise ValueError("split: no training cell is in this AnnData; was the split made for other data?")
     return group_means(adata, rows, split.controls(adata, "train"), "condition", control).delta.mean(0)

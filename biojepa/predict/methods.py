@@ -55,14 +55,34 @@ def all_methods(
     progress:bool=True,
 )->list[PredictionSet]:                     # the model first, the ceiling last
     "Every method that applies to a run, on the same cells."
-    if unknown := [p for p in peers if p != "gears"]: raise ValueError(f"peers: found {unknown[0]!r}; choose 'gears', or none")
+    if unknown := [p for p in peers if p != "gears"]:
+        raise ValueError(f"peers: found {unknown[0]!r}; choose 'gears', or none")
     adata, split = run.adata, run.split
     template, relations = test_set(adata, split, part, seed), relations_of(run)
     features = {"sequence" if relations is None else "graph": target_features(run.features, run.table)}
-    simple = run_baselines(template, adata, split, features, relations, only=baselines, seed=seed, progress=progress)
+    simple = run_baselines(template,
+                           adata,
+                           split,
+                           features,
+                           relations,
+                           only=baselines,
+                           seed=seed,
+                           progress=progress)
     bounds = [simple.pop(n) for n in ("oracle", "ceiling") if n in simple]
     sets = [predictions(run, template=template, progress=progress), *simple.values()]
-    sets.append(predictions(exchanged_actions(run, part, seed), template=template, name="biojepa, actions exchanged",
-                            dtype=np.float16, progress=progress))
-    if "gears" in peers: sets.append(gears_predictions(template, adata, split, relations, epochs=gears_epochs, seed=seed, progress=progress))
+    sets.append(
+        predictions(exchanged_actions(run, part, seed),
+                    template=template,
+                    name="biojepa, actions exchanged",
+                    dtype=np.float16,
+                    progress=progress))
+    if "gears" in peers:
+        sets.append(
+            gears_predictions(template,
+                              adata,
+                              split,
+                              relations,
+                              epochs=gears_epochs,
+                              seed=seed,
+                              progress=progress))
     return [*sets, *bounds]

@@ -34,7 +34,8 @@ def change(
     mean = predicted.mean
     if model.config.predicts == "change": mean = mean + (h if origin is None else origin).genes()
     control = z if model.config.delta_from == "encoder" else h
-    return model.readout.delta(mean, control.x, None, control.index), model.readout.variance(predicted.logvar.exp())
+    return model.readout.delta(mean, control.x, None,
+                               control.index), model.readout.variance(predicted.logvar.exp())
 
 def _tokens_of(tokens:TokenSet, rows:Tensor)->TokenSet:
     "The tokens of some cells, repeats allowed."
@@ -75,7 +76,8 @@ def changes(
                 origin = model.origin(x[rows], log_size[rows], acts) if model.config.intervenes else None
                 delta, variance = change(model, _tokens_of(z, rows), _tokens_of(h, rows), acts, origin)
                 repeat = np.repeat(np.arange(b - a), np.diff(start[a:b + 1]))
-                yield order[start[a]:start[b]], delta.float().cpu().numpy()[repeat], variance.float().cpu().numpy()[repeat]
+                yield order[start[a]:start[b]], delta.float().cpu().numpy()[repeat], variance.float().cpu(
+                ).numpy()[repeat]
                 bar.update(len(repeat))
 
 # %% ../../nbs/5_predict/03_model.ipynb #fcb9251c
@@ -95,17 +97,29 @@ def predictions(
     "The model's answer for every cell of a part, beside the same paired controls as every other method."
     about = {}
     if not isinstance(model, BioJEPA):
-        run, about = model, dict(run=model.folder.name, experiment=config_hash(model.experiment), train_seed=model.experiment.seed)
-        model, adata, split, actions, table = run.model, *(given if given is not None else getattr(run, k) for k, given in dict(adata=adata, split=split, actions=actions, table=table).items())
-    if missing := [k for k, v in dict(adata=adata, split=split, actions=actions, table=table).items() if v is None]: raise ValueError(f"{', '.join(missing)}: missing; give them, or a finished Run")
+        run = model
+        about = dict(run=model.folder.name,
+                     experiment=config_hash(model.experiment),
+                     train_seed=model.experiment.seed)
+        model, adata, split, actions, table = run.model, *(given if given is not None else getattr(
+            run, k) for k, given in dict(adata=adata, split=split, actions=actions, table=table).items())
+    if missing := [
+            k for k, v in dict(adata=adata, split=split, actions=actions, table=table).items() if v is None
+    ]:
+        raise ValueError(f"{', '.join(missing)}: missing; give them, or a finished Run")
     check_model(model, adata, None)
-    if template is None: template = test_set(adata, split, **question)
-    elif question: raise ValueError(f"{', '.join(question)}: the template decides that already; give one or the other")
+    if template is None:
+        template = test_set(adata, split, **question)
+    elif question:
+        raise ValueError(f"{', '.join(question)}: the template decides that already; give one or the other")
     check_template(template, adata, split)
     code = table.codes(adata)[adata.obs_names.get_indexer(template.cells.index)]
     paired = adata.obs_names.get_indexer(template.cells["control"])
     pieces = changes(model, adata, paired, code, actions, batch_size, progress)
-    return template.with_prediction(name, *_answer(template, pieces, dtype), model=config_hash(model.config), **about)
+    return template.with_prediction(name,
+                                    *_answer(template, pieces, dtype),
+                                    model=config_hash(model.config),
+                                    **about)
 
 # %% ../../nbs/5_predict/03_model.ipynb #3378632f
 def _answer(
@@ -133,6 +147,13 @@ def check_model(
     genes:Sequence[str]|None,   # of the model, where known
 )->None:
     "The model and the cells have the same genes."
-    if genes is not None and list(genes) != list(adata.var_names): raise ValueError("adata.var_names: not the model's genes in the model's order; use align_genes (notebook data/batches)")
+    if genes is not None and list(genes) != list(adata.var_names):
+        raise ValueError(
+            "adata.var_names: not the model's genes in the model's order; use align_genes (notebook "
+            "data/batches)"
+        )
     if model.config.n_genes != adata.n_vars:
-        raise ValueError(f"adata: found {adata.n_vars} genes, the model reads {model.config.n_genes}; give the genes it was trained on (a folder of save_pretrained knows them)")
+        raise ValueError(
+            f"adata: found {adata.n_vars} genes, the model reads {model.config.n_genes}; give the genes it was "
+            f"trained on (a folder of save_pretrained knows them)"
+        )

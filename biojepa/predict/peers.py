@@ -39,7 +39,8 @@ def _strongest(
     importance = np.take_along_axis(weight, source, 1)
     target = np.broadcast_to(np.arange(len(names))[:, None], source.shape)
     kept = importance > above
-    return pd.DataFrame(dict(source=names[source[kept]], target=names[target[kept]], importance=importance[kept]))
+    return pd.DataFrame(
+        dict(source=names[source[kept]], target=names[target[kept]], importance=importance[kept]))
 
 def relation_graph(
     relations:pd.DataFrame,     # columns a and b, one row per related pair of genes; repeats and other columns do not matter
@@ -48,14 +49,20 @@ def relation_graph(
     above:float=.1,             # least Jaccard similarity (GEARS: 0.1)
 )->pd.DataFrame:                # source, target, importance; genes without relations are left out
     "Similarity of neighbourhoods, by the rule with which GEARS compares GO terms."
-    if not {"a", "b"} <= set(relations.columns): raise ValueError(f"relations: found columns {list(relations.columns)}; give 'a' and 'b', names of related genes")
+    if not {"a", "b"} <= set(relations.columns):
+        raise ValueError(
+            f"relations: found columns {list(relations.columns)}; give 'a' and 'b', names of related genes")
     pairs = relations[["a", "b"]].dropna().astype(str)
     code, names = pd.factorize(np.r_[pairs["a"], pairs["b"]], sort=True)
     i, j = np.split(code, 2)
     related = sp.csr_matrix((np.ones(len(i)), (i, j)), (len(names), len(names)))
     neighbours = ((related + related.T + sp.identity(len(names))) > 0).astype(np.float64)
     nodes = np.flatnonzero(np.isin(names, list(genes)))
-    if not len(nodes): raise ValueError(f"relations: names {', '.join(names[:3])}, … none of the {len(set(genes))} genes wanted; are these the same kind of gene names?")
+    if not len(nodes):
+        raise ValueError(
+            f"relations: names {', '.join(names[:3])}, … none of the {len(set(genes))} genes wanted; are these "
+            f"the same kind of gene names?"
+        )
     rows = neighbours[nodes]
     common, size = (rows @ rows.T).toarray(), np.asarray(rows.sum(1))
     return _strongest(common/(size + size.T - common), names[nodes], k, above)
@@ -99,8 +106,12 @@ def _batch(
     "Some cells, dense."
     dense = lambda rows: torch.from_numpy(np.ascontiguousarray(m.X[rows].toarray(), np.float32))
     labels = m.label[at].tolist()
-    return _Batch(x=dense(m.base[at]).reshape(-1, 1), y=dense(m.rows[at]), pert=labels, pert_idx=[m.nodes[c] for c in labels],
-                  de_idx=[m.top[c] for c in labels], batch=torch.arange(len(at)))
+    return _Batch(x=dense(m.base[at]).reshape(-1, 1),
+                  y=dense(m.rows[at]),
+                  pert=labels,
+                  pert_idx=[m.nodes[c] for c in labels],
+                  de_idx=[m.top[c] for c in labels],
+                  batch=torch.arange(len(at)))
 
 # %% ../../nbs/5_predict/07_peers.ipynb #efa6f899
 class _Loader:
@@ -131,7 +142,11 @@ def _paired(
     line, base = adata.obs["cell_type"].astype(str).to_numpy(), np.empty(len(rows), np.int64)
     for name in np.unique(line[rows]):
         own, mine = controls[line[controls] == name], line[rows] == name
-        if not len(own): raise ValueError(f"obs['cell_type']: {name!r} has perturbed cells for GEARS but no control; load its controls too")
+        if not len(own):
+            raise ValueError(
+                f"obs['cell_type']: {name!r} has perturbed cells for GEARS but no control; load its "
+                f"controls too"
+            )
         base[mine] = rng.choice(own, mine.sum())
     return base
 
@@ -167,8 +182,9 @@ def _material(
     nodes = {c: [node[g] for g in parse_condition(c)] for c in names}
     extra = controls if with_controls else controls[:0]
     width = len(next(iter(top.values())))
-    return _Material(X, np.r_[rows, extra], np.r_[_paired(adata, rows, controls, rng), extra], label[np.r_[rows, extra]],
-                     nodes | {"ctrl": [-1]}, top | {"ctrl": [-1]*width}), expressed
+    return _Material(X, np.r_[rows, extra], np.r_[_paired(adata, rows, controls, rng),
+                                                  extra], label[np.r_[rows, extra]], nodes | {"ctrl": [-1]},
+                     top | {"ctrl": [-1]*width}), expressed
 
 # %% ../../nbs/5_predict/07_peers.ipynb #e657eafc
 def _ask(
@@ -185,7 +201,10 @@ def _ask(
     out = []
     for i in range(0, len(nodes), batch_size):
         part = nodes[i:i + batch_size]
-        batch = _Batch(x=start.repeat(len(part)).reshape(-1, 1), y=torch.zeros(1), pert_idx=part, batch=torch.arange(len(part))).to(device)
+        batch = _Batch(x=start.repeat(len(part)).reshape(-1, 1),
+                       y=torch.zeros(1),
+                       pert_idx=part,
+                       batch=torch.arange(len(part))).to(device)
         with torch.no_grad(): out.append((network(batch).cpu() - start).numpy())
     return np.concatenate(out)
 
@@ -201,25 +220,52 @@ def _gears(
 )->tuple[torch.nn.Module, list[float]]:  # the network of the best epoch; validation error of each epoch
     "Run cell-gears as shipped."
     with _undisturbed():  # the import alone changes torch's threads, and so the rounding of a first run
-        try: from gears.gears import GEARS
-        except ImportError as error: raise ImportError(f"the peer GEARS needs cell-gears ({error}); pip install 'biojepa[splits]'") from error
+        try:
+            from gears.gears import GEARS
+        except ImportError as error:
+            raise ImportError(
+                f"the peer GEARS needs cell-gears ({error}); pip install 'biojepa[splits]'") from error
         from gears.utils import GeneSimNetwork
     seed_everything(seed)
     rng, names = np.random.default_rng(seed), list(expressed)
-    table = AnnData(np.vstack([control, np.zeros((len(names), len(control)))]).astype(np.float32), obs=pd.DataFrame(dict(condition=["ctrl", *names], condition_name=["ctrl", *names]), index=["ctrl", *names]))
+    table = AnnData(np.vstack([control, np.zeros((len(names), len(control)))]).astype(np.float32),
+                    obs=pd.DataFrame(dict(condition=["ctrl", *names], condition_name=["ctrl", *names]),
+                                     index=["ctrl", *names]))
     table.uns["non_zeros_gene_idx"] = expressed
     number = [{g: i for i, g in enumerate(x)} for x in (nodes, genes)]
     graphs = [GeneSimNetwork(g, list(x), n) for g, x, n in zip(graphs, (nodes, genes), number)]
     said = io.StringIO()
-    with tqdm(total=epochs*max(1, len(train.rows)//batch_size), desc="GEARS", disable=not progress) as bar, redirect_stderr(said):
-        loaders = dict(train_loader=_Loader(train, batch_size, rng, True, bar), val_loader=_Loader(val, batch_size, rng))
-        data = SimpleNamespace(dataloader=loaders, adata=table, node_map=number[1], node_map_pert=number[0], data_path="", dataset_name="", split="custom", seed=seed, train_gene_set_size=None,
-                               set2conditions=None, subgroup=None, gene_names=pd.Series(genes), pert_names=np.array(nodes), default_pert_graph=False)
+    with tqdm(total=epochs*max(1,
+                               len(train.rows) // batch_size), desc="GEARS",
+              disable=not progress) as bar, redirect_stderr(said):
+        loaders = dict(train_loader=_Loader(train, batch_size, rng, True, bar),
+                       val_loader=_Loader(val, batch_size, rng))
+        data = SimpleNamespace(dataloader=loaders,
+                               adata=table,
+                               node_map=number[1],
+                               node_map_pert=number[0],
+                               data_path="",
+                               dataset_name="",
+                               split="custom",
+                               seed=seed,
+                               train_gene_set_size=None,
+                               set2conditions=None,
+                               subgroup=None,
+                               gene_names=pd.Series(genes),
+                               pert_names=np.array(nodes),
+                               default_pert_graph=False)
         model = GEARS(data, device=str(device))
-        model.model_initialize(hidden_size=hidden, G_go=graphs[0].edge_index, G_go_weight=graphs[0].edge_weight, G_coexpress=graphs[1].edge_index, G_coexpress_weight=graphs[1].edge_weight)
+        model.model_initialize(hidden_size=hidden,
+                               G_go=graphs[0].edge_index,
+                               G_go_weight=graphs[0].edge_weight,
+                               G_coexpress=graphs[1].edge_index,
+                               G_coexpress_weight=graphs[1].edge_weight)
         model.train(epochs=epochs, lr=lr)
     errors = [float(v) for v in re.findall(r"Validation Top 20 DE MSE: (\d+\.\d+|nan|inf)", said.getvalue())]
-    if not np.isfinite(errors).any(): raise ValueError(f"GEARS: validation error {errors} in every epoch; training diverged, choose another seed or width")
+    if not np.isfinite(errors).any():
+        raise ValueError(
+            f"GEARS: validation error {errors} in every epoch; training diverged, choose another seed or width"
+        )
     return model.best_model, errors
 
 # %% ../../nbs/5_predict/07_peers.ipynb #013bb3eb
@@ -258,7 +304,10 @@ def _spare_validation(
     "A tenth of the training conditions, where the split has no validation part."
     label = adata.obs["condition"].astype(str).to_numpy()[rows]
     names = np.unique(label)
-    if len(names) < 2: raise ValueError(f"split: found {len(names)} training condition in the graph; GEARS needs two, one to validate on")
+    if len(names) < 2:
+        raise ValueError(
+            f"split: found {len(names)} training condition in the graph; GEARS needs two, one to validate on"
+        )
     held = np.isin(label, rng.choice(names, max(1, len(names)//10), replace=False))
     return rows[~held], rows[held]
 
@@ -279,8 +328,14 @@ def gears_predictions(
 )->PredictionSet:                       # named "gears"
     "Train GEARS on the training part and answer the template; `provenance` says what was answered by the train mean instead."
     genes, X = list(map(str, adata.var_names)), adata.X
-    if tuple(genes) != template.genes: raise ValueError(f"adata: its {len(genes)} genes are not the template's {len(template.genes)} in their order; make the template from this AnnData")
-    if epochs < 1 or hidden < 1 or batch_size < 2: raise ValueError(f"epochs, hidden, batch_size: found {epochs}, {hidden}, {batch_size}; give at least 1, 1 and 2")
+    if tuple(genes) != template.genes:
+        raise ValueError(
+            f"adata: its {len(genes)} genes are not the template's {len(template.genes)} in their order; make "
+            f"the template from this AnnData"
+        )
+    if epochs < 1 or hidden < 1 or batch_size < 2:
+        raise ValueError(
+            f"epochs, hidden, batch_size: found {epochs}, {hidden}, {batch_size}; give at least 1, 1 and 2")
     asked = template.groups["condition"].astype(str).unique()
     rows, val, rng = split.cells(adata, "train"), split.cells(adata, "val"), np.random.default_rng(seed)
     controls = {part: split.controls(adata, part) for part in ("train", "val")}
@@ -299,10 +354,33 @@ def gears_predictions(
     answered = [c for c in asked if set(parse_condition(c)) <= known]
     mean = np.asarray(X[controls["train"]].mean(0)).ravel()
     with _undisturbed():
-        network, errors = _gears(train, validation, expressed, (graph, _strongest(r, genes, neighbours, .4)), nodes, genes, mean, seed, hidden, batch_size, epochs, lr, torch.device(device), progress)
-        delta = dict(zip(answered, _ask(network, [[node[g] for g in parse_condition(c)] for c in answered], len(genes), torch.device(device)))) if answered else {}
+        network, errors = _gears(train, validation, expressed,
+                                 (graph, _strongest(r, genes, neighbours, .4)), nodes, genes, mean, seed,
+                                 hidden, batch_size, epochs, lr, torch.device(device), progress)
+        delta = dict(
+            zip(
+                answered,
+                _ask(network, [[node[g] for g in parse_condition(c)]
+                               for c in answered], len(genes), torch.device(device)))) if answered else {}
     outside = sorted({g for c in asked for g in parse_condition(c)} - known)
-    return template.with_prediction("gears", np.stack([delta.get(c, template.train_delta) for c in template.groups["condition"].astype(str)]).astype(np.float64),
-        peer="cell-gears " + version("cell-gears"), epochs=epochs, hidden=hidden, batch_size=batch_size, lr=lr, train_seed=seed, relations="given" if relations is not None else "coexpression of training cells",
-        nodes=len(nodes), edges=len(graph), train_cells=len(train.rows), train_conditions=len(expressed), spare_validation=spare, validation_error=errors, best_epoch=int(np.nanargmin(errors)) + 1,
-        outside_graph=outside, fallback="train mean", n_fallback=len(asked) - len(answered))
+    return template.with_prediction(
+        "gears",
+        np.stack([delta.get(c, template.train_delta)
+                  for c in template.groups["condition"].astype(str)]).astype(np.float64),
+        peer="cell-gears " + version("cell-gears"),
+        epochs=epochs,
+        hidden=hidden,
+        batch_size=batch_size,
+        lr=lr,
+        train_seed=seed,
+        relations="given" if relations is not None else "coexpression of training cells",
+        nodes=len(nodes),
+        edges=len(graph),
+        train_cells=len(train.rows),
+        train_conditions=len(expressed),
+        spare_validation=spare,
+        validation_error=errors,
+        best_epoch=int(np.nanargmin(errors)) + 1,
+        outside_graph=outside,
+        fallback="train mean",
+        n_fallback=len(asked) - len(answered))

@@ -35,7 +35,7 @@ class PredictionSet:
     "N test cells in P groups over G genes, and what one method predicts for them."
     name:str                            # of the method
     genes:tuple[str, ...]               # G, in the order of every array
-    cells:pd.DataFrame                  # N rows by cell name: perturbation, condition, batch, cell_type, group (row of `groups`), control (its paired control cell), optional guide_id
+    cells: pd.DataFrame  # N rows by cell name: perturbation, condition, batch, cell_type, group (row of `groups`), control (its paired control cell), optional guide_id
     observed:sp.csr_matrix              # (N, G) float32 expression of the perturbed cells
     control:sp.csr_matrix               # (N, G) float32 expression of each one's paired control
     groups:pd.DataFrame                 # P rows: perturbation, condition, cell_type, n_cells
@@ -43,14 +43,15 @@ class PredictionSet:
     delta:np.ndarray                    # (P, G) predicted mean Δ
     train_delta:np.ndarray              # (G,) mean Δ over training conditions
     expression_space:str                # "log1p" or "log1p_twice"
-    cell_delta:np.ndarray|None = None   # (N, G) float32 or float16 predicted Δ of each cell to its paired control, not clipped
+    cell_delta: np.ndarray | None = None  # (N, G) float32 or float16 predicted Δ of each cell to its paired control, not clipped
     variance:np.ndarray|None = None     # (N, G) float32 or float16 predicted variance of each cell's expression
     delta_variance:np.ndarray|None = None   # (P, G) predicted variance of the mean Δ
     provenance:dict = field(default_factory=dict)   # where it comes from: anything JSON can hold
 
     def __post_init__(self): _check_set(self)
     def __len__(self)->int: return len(self.cells)
-    def __repr__(self)->str: return f"PredictionSet({self.name!r}, {len(self):,} cells × {len(self.genes):,} genes, {len(self.groups)} groups)"
+    def __repr__(self) -> str:
+        return f"PredictionSet({self.name!r}, {len(self):,} cells × {len(self.genes):,} genes, {len(self.groups)} groups)"
 
     @property
     def group(self)->np.ndarray:
@@ -65,9 +66,12 @@ def _refuse(where:str, found:str, cure:str):
 def _check_set(s:PredictionSet)->None:
     "Refuse a set that a metric would read wrongly, by field."
     if not isinstance(s.name, str) or not s.name: _refuse("name", f"found {s.name!r}", "give the method a name")
-    if s.expression_space not in ("log1p", "log1p_twice"): _refuse("expression_space", f"found {s.expression_space!r}", "predictions are compared as 'log1p' or 'log1p_twice'")
+    if s.expression_space not in ("log1p", "log1p_twice"):
+        _refuse("expression_space", f"found {s.expression_space!r}",
+                "predictions are compared as 'log1p' or 'log1p_twice'")
     genes = pd.Index(s.genes)
-    if genes.has_duplicates: _refuse("genes", f"{genes[genes.duplicated()][0]!r} stands twice", "make gene names unique")
+    if genes.has_duplicates:
+        _refuse("genes", f"{genes[genes.duplicated()][0]!r} stands twice", "make gene names unique")
     _check_tables(s.cells, s.groups)
     N, P, G = len(s.cells), len(s.groups), len(genes)
     shapes = dict(observed=(N, G), control=(N, G), control_mean=(P, G), delta=(P, G), train_delta=(G,),
@@ -79,12 +83,17 @@ def _check_set(s:PredictionSet)->None:
 def _check_values(name:str, values, shape:tuple)->None:
     "An array that is there has its shape and finite numbers; variances are not negative."
     if values is None and name in ("cell_delta", "variance", "delta_variance"): return
-    if name in ("observed", "control") and getattr(values, "format", None) != "csr": _refuse(name, f"found {type(values).__name__}", "give a csr_matrix")
-    if getattr(values, "shape", None) != shape: _refuse(name, f"found shape {getattr(values, 'shape', None)}", f"expected {shape}")
+    if name in ("observed", "control") and getattr(values, "format", None) != "csr":
+        _refuse(name, f"found {type(values).__name__}", "give a csr_matrix")
+    if getattr(values, "shape", None) != shape:
+        _refuse(name, f"found shape {getattr(values, 'shape', None)}", f"expected {shape}")
     stored = values.data if sp.issparse(values) else values
     finite = np.isfinite(stored)
-    if not finite.all(): _refuse(name, f"found {int((~finite).sum())} NaN or infinite values", "a method must answer for every gene")
-    if name.endswith("variance") and (stored < 0).any(): _refuse(name, f"found {stored.min():.3g}", "a variance is not negative")
+    if not finite.all():
+        _refuse(name, f"found {int((~finite).sum())} NaN or infinite values",
+                "a method must answer for every gene")
+    if name.endswith("variance") and (stored < 0).any():
+        _refuse(name, f"found {stored.min():.3g}", "a variance is not negative")
 
 # %% ../../nbs/5_predict/02_sets.ipynb #664083fb
 def _check_tables(
@@ -94,15 +103,28 @@ def _check_tables(
     "Every cell once, in the group of its own perturbation and line."
     for name, table, needed in (("cells", cells, _CELL), ("groups", groups, _GROUP)):
         if not len(table): _refuse(name, "found no row", "the part that is predicted must not be empty")
-        if lacking := [c for c in needed if c not in table]: _refuse(name, f"lacks {', '.join(lacking)}", f"give columns {', '.join(needed)}")
-    if cells.index.has_duplicates: _refuse("cells", f"{cells.index[cells.index.duplicated()][0]!r} stands twice", "list every test cell exactly once")
-    if groups.duplicated(["perturbation", "cell_type"]).any(): _refuse("groups", "a perturbation of a cell type stands twice", "give each one row")
+        if lacking := [c for c in needed if c not in table]:
+            _refuse(name, f"lacks {', '.join(lacking)}", f"give columns {', '.join(needed)}")
+    if cells.index.has_duplicates:
+        _refuse("cells", f"{cells.index[cells.index.duplicated()][0]!r} stands twice",
+                "list every test cell exactly once")
+    if groups.duplicated(["perturbation", "cell_type"]).any():
+        _refuse("groups", "a perturbation of a cell type stands twice", "give each one row")
     code = cells["group"].to_numpy()
-    if code.dtype.kind not in "iu" or code.min() < 0 or code.max() >= len(groups): _refuse("cells['group']", f"found {code.min()} to {code.max()}", f"codes are rows of groups, 0 to {len(groups) - 1}")
+    if code.dtype.kind not in "iu" or code.min() < 0 or code.max() >= len(groups):
+        _refuse("cells['group']", f"found {code.min()} to {code.max()}",
+                f"codes are rows of groups, 0 to {len(groups) - 1}")
     for column in ("perturbation", "condition", "cell_type"):
         wrong = cells[column].astype(str).to_numpy() != groups[column].astype(str).to_numpy()[code]
-        if wrong.any(): _refuse("cells['group']", f"{cells.index[wrong][0]!r} is {cells[column].iloc[np.argmax(wrong)]!r} in a group of another {column}", "give each cell its own group")
-    if (np.bincount(code, minlength=len(groups)) != groups["n_cells"].to_numpy()).any(): _refuse("groups['n_cells']", "differs from the number of cells listed", "list every test cell exactly once")
+        if wrong.any():
+            _refuse(
+                "cells['group']",
+                f"{cells.index[wrong][0]!r} is {cells[column].iloc[np.argmax(wrong)]!r} in a group of another "
+                f"{column}",
+                "give each cell its own group")
+    if (np.bincount(code, minlength=len(groups)) != groups["n_cells"].to_numpy()).any():
+        _refuse("groups['n_cells']", "differs from the number of cells listed",
+                "list every test cell exactly once")
 
 # %% ../../nbs/5_predict/02_sets.ipynb #8f69e645
 @patch
@@ -123,7 +145,8 @@ def cells_predicted(
     rows=slice(None),   # cells
 )->np.ndarray:          # (n, G) float32
     "Predicted expression of some cells, never negative: control plus Δ, or control mean plus Δ of the group."
-    if self.cell_delta is not None: return np.clip(self.control[rows].toarray() + self.cell_delta[rows], 0, None)
+    if self.cell_delta is not None:
+        return np.clip(self.control[rows].toarray() + self.cell_delta[rows], 0, None)
     group = self.group[rows]
     return np.clip(self.control_mean[group] + self.delta[group], 0, None).astype(np.float32)
 
@@ -148,7 +171,8 @@ def cells_variance(
 @patch
 def observed_mean(self:PredictionSet)->np.ndarray:  # (P, G) float64
     "Mean observed expression of each group."
-    return _group_sums(self.observed, np.arange(len(self)), self.group, len(self.groups))/self.groups["n_cells"].to_numpy()[:, None]
+    return _group_sums(self.observed, np.arange(len(self)), self.group, len(
+        self.groups))/self.groups["n_cells"].to_numpy()[:, None]
 
 # %% ../../nbs/5_predict/02_sets.ipynb #f621e8ed
 @patch
@@ -173,10 +197,12 @@ def check_template(
 )->None:
     "A template must have been made of the cells and the split that a method is given."
     if tuple(adata.var_names) != template.genes:
-        raise ValueError("adata.var_names: not the template's genes; give the AnnData that the template was made of")
+        raise ValueError(
+            "adata.var_names: not the template's genes; give the AnnData that the template was made of")
     if template.provenance.get("split") != split.hash:
         found = template.provenance.get("split")
-        raise ValueError(f"split: has hash {split.hash}, the template was made with {found}; give the same split")
+        raise ValueError(
+            f"split: has hash {split.hash}, the template was made with {found}; give the same split")
 
 # %% ../../nbs/5_predict/02_sets.ipynb #d53ae56e
 def test_set(
@@ -188,7 +214,11 @@ def test_set(
 )->PredictionSet:                                       # named "control_mean": Δ = 0
     "The cells of a part, their paired controls and their references: the template that every method fills in."
     space, rows = expression_space(adata), np.sort(split.cells(adata, part))
-    if not len(rows): raise ValueError(f"part {part!r}: the split leaves no perturbed cell of this AnnData in it; choose another part or split")
+    if not len(rows):
+        raise ValueError(
+            f"part {part!r}: the split leaves no perturbed cell of this AnnData in it; choose another part "
+            f"or split"
+        )
     controls = np.sort(split.controls(adata, part))
     means = group_means(adata, rows, controls, "perturbation", control)
     paired = match_controls(adata, rows, controls).draw(counter_uniform(adata.n_obs, seed, 0, stream=1)[rows])
@@ -196,10 +226,28 @@ def test_set(
     cells = cells.assign(group=means.code, control=adata.obs_names[paired].astype(str))
     X = row_source(adata)
     observed = sparse_rows(X, rows)
-    about = dict(method="control_mean", part=part, seed=seed, control=control, split=split.hash, split_kind=split.kind, split_seed=split.seed, cells=cells_hash(cells.index),
-                 data=_values_hash(observed, adata.var_names), source=str(adata.uns["biojepa"].get("source", "unknown")), versions={p: version(p) for p in ("biojepa", "numpy", "anndata")})
-    return PredictionSet("control_mean", tuple(map(str, adata.var_names)), cells, observed, sparse_rows(X, paired), means.groups, means.control,
-                         np.zeros_like(means.control), train_mean_delta(adata, split, control), space, provenance=about)
+    about = dict(method="control_mean",
+                 part=part,
+                 seed=seed,
+                 control=control,
+                 split=split.hash,
+                 split_kind=split.kind,
+                 split_seed=split.seed,
+                 cells=cells_hash(cells.index),
+                 data=_values_hash(observed, adata.var_names),
+                 source=str(adata.uns["biojepa"].get("source", "unknown")),
+                 versions={p: version(p) for p in ("biojepa", "numpy", "anndata")})
+    return PredictionSet("control_mean",
+                         tuple(map(str, adata.var_names)),
+                         cells,
+                         observed,
+                         sparse_rows(X, paired),
+                         means.groups,
+                         means.control,
+                         np.zeros_like(means.control),
+                         train_mean_delta(adata, split, control),
+                         space,
+                         provenance=about)
 
 test_set.__test__ = False   # pytest would take the name for a test
 
@@ -208,13 +256,17 @@ def expression_space(adata:AnnData)->str:
     "What X holds; anything but logarithms is an error."
     space = adata.uns.get("biojepa", {}).get("expression_space")
     if space not in ("log1p", "log1p_twice"):
-        raise ValueError(f"adata.uns['biojepa']['expression_space']: found {space!r}; predictions are made from log-normalised values, so call prepare(adata) first")
+        raise ValueError(
+            f"adata.uns['biojepa']['expression_space']: found {space!r}; predictions are made from "
+            f"log-normalised values, so call prepare(adata) first"
+        )
     return str(space)
 
 def _values_hash(x:sp.csr_matrix, genes)->str:
     "Identifies observed values: equal for two methods that were asked the same."
     h = hashlib.sha256("\n".join(map(str, genes)).encode())
-    for part in (x.data, x.indices.astype(np.int64), x.indptr.astype(np.int64)): h.update(np.ascontiguousarray(part))
+    for part in (x.data, x.indices.astype(np.int64), x.indptr.astype(np.int64)):
+        h.update(np.ascontiguousarray(part))
     return h.hexdigest()[:12]
 
 # %% ../../nbs/5_predict/02_sets.ipynb #d680a4ee
@@ -222,7 +274,7 @@ class Pseudobulk(NamedTuple):
     "Observed and predicted Δ per perturbation."
     name:str                    # of the method
     genes:tuple[str, ...]       # G
-    conditions:pd.DataFrame     # C rows: perturbation (by="perturbation"), condition, cell_type, targets (tuple of genes), n_cells
+    conditions: pd.DataFrame  # C rows: perturbation (by="perturbation"), condition, cell_type, targets (tuple of genes), n_cells
     observed:np.ndarray         # (C, G) mean observed − mean control
     predicted:np.ndarray        # (C, G) predicted Δ
     control:np.ndarray          # (C, G) mean control expression
@@ -235,15 +287,18 @@ def pseudobulk(
     by:Literal["condition", "perturbation"]="condition",    # guides of a target merged, or each guide
 )->Pseudobulk:
     "Observed and predicted Δ of each perturbation in each cell line."
-    if by not in ("condition", "perturbation"): raise ValueError(f"by: found {by!r}; choose 'condition' or 'perturbation'")
+    if by not in ("condition", "perturbation"):
+        raise ValueError(f"by: found {by!r}; choose 'condition' or 'perturbation'")
     keys = list(dict.fromkeys([by, "condition", "cell_type"]))
     grouped = ps.groups.groupby(keys, sort=True, observed=True)
     table = grouped["n_cells"].sum().reset_index()
     code, n = grouped.ngroup().to_numpy(), ps.groups["n_cells"].to_numpy(float)
-    weight = sp.csr_matrix((n/table["n_cells"].to_numpy()[code], (code, np.arange(len(code)))), shape=(len(table), len(code)))
+    weight = sp.csr_matrix((n/table["n_cells"].to_numpy()[code], (code, np.arange(len(code)))),
+                           shape=(len(table), len(code)))
     table.insert(len(keys), "targets", [parse_condition(c) for c in table["condition"]])
     variance = None if ps.delta_variance is None else (weight @ np.sqrt(ps.delta_variance))**2
-    return Pseudobulk(ps.name, ps.genes, table, weight @ (ps.observed_mean() - ps.control_mean), weight @ ps.delta, weight @ ps.control_mean, variance, ps.train_delta)
+    return Pseudobulk(ps.name, ps.genes, table, weight@(ps.observed_mean() - ps.control_mean),
+                      weight@ps.delta, weight@ps.control_mean, variance, ps.train_delta)
 
 # %% ../../nbs/5_predict/02_sets.ipynb #a9d164b5
 _FORMAT = 2     # 1 kept predicted cells clipped at 0, from which Δ cannot be had back
@@ -257,7 +312,10 @@ def to_anndata(self:PredictionSet)->AnnData:  # X observed; layers control, cell
     groups = self.groups.set_axis(self.groups.index.astype(str))
     uns = dict(name=self.name, expression_space=self.expression_space, provenance=json.dumps(self.provenance),
                format=_FORMAT, groups=groups, **held)
-    return AnnData(self.observed, obs=self.cells, var=pd.DataFrame(index=list(self.genes)), layers={k: v for k in _LAYERS if (v := getattr(self, k)) is not None},
+    return AnnData(self.observed,
+                   obs=self.cells,
+                   var=pd.DataFrame(index=list(self.genes)),
+                   layers={k: v for k in _LAYERS if (v := getattr(self, k)) is not None},
                    uns=dict(prediction=uns, biojepa=dict(expression_space=self.expression_space)))
 
 @patch
@@ -274,19 +332,30 @@ def _read_set(
     "The inverse of `to_anndata`."
     held = adata.uns.get("prediction")
     if held is None:
-        raise ValueError(f"{origin}: holds no predictions (uns['prediction']); write it with PredictionSet.save")
+        raise ValueError(
+            f"{origin}: holds no predictions (uns['prediction']); write it with PredictionSet.save")
     if (found := int(held.get("format", 0))) != _FORMAT:
         raise ValueError(f"{origin}: holds predictions of format {found}, this version reads {_FORMAT} "
                          "(format 1 kept cells clipped at 0, which loses their Δ); predict again and save")
-    plain = lambda table: table.assign(**{c: table[c].astype(str) for c in table if table[c].dtype.kind not in "iuf"})
+    plain = lambda table: table.assign(
+        **{c: table[c].astype(str) for c in table if table[c].dtype.kind not in "iuf"})
     groups = plain(held["groups"]).reset_index(drop=True)
-    return PredictionSet(str(held["name"]), tuple(adata.var_names), plain(adata.obs), sp.csr_matrix(adata.X), sp.csr_matrix(adata.layers["control"]), groups,
-                         expression_space=str(held["expression_space"]), provenance=json.loads(held["provenance"]),
-                         **{k: held.get(k) for k in _ARRAYS}, **{k: adata.layers.get(k) for k in _LAYERS[1:]})
+    return PredictionSet(str(held["name"]),
+                         tuple(adata.var_names),
+                         plain(adata.obs),
+                         sp.csr_matrix(adata.X),
+                         sp.csr_matrix(adata.layers["control"]),
+                         groups,
+                         expression_space=str(held["expression_space"]),
+                         provenance=json.loads(held["provenance"]),
+                         **{k: held.get(k) for k in _ARRAYS},
+                         **{k: adata.layers.get(k) for k in _LAYERS[1:]})
 
 @patch(cls_method=True)
 def load(cls:PredictionSet, path:Path)->PredictionSet:
     "Read what `save` wrote; checked like a new one."
-    try: adata = ad.read_h5ad(path)
-    except OSError as error: raise ValueError(f"{path}: cannot be read as h5ad ({error}); save the predictions again") from error
+    try:
+        adata = ad.read_h5ad(path)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read as h5ad ({error}); save the predictions again") from error
     return _read_set(adata, str(path))

@@ -33,11 +33,17 @@ RELEASED = dict(pretrain=112_373, align=1_250, dynamics=101_682, readout=101_682
 # %% ../../nbs/9_report/04_cost.ipynb #96d8bfd6
 def _functions(pairs, cells, actions):
     "Step function and batch of each stage."
-    both = ActionPairBatch(actions, actions, torch.arange(len(actions.features), device=actions.features.device))
-    return dict(pretrain=(pretrain_step, cells), align=(lambda model, batch, generator: align_step(model, batch, generator), both),
-                dynamics=(partial(dynamics_step, actions=actions), pairs), readout=(partial(readout_step, actions=actions), pairs))
+    both = ActionPairBatch(actions, actions,
+                           torch.arange(len(actions.features), device=actions.features.device))
+    return dict(pretrain=(pretrain_step, cells),
+                align=(lambda model, batch, generator: align_step(model, batch, generator), both),
+                dynamics=(partial(dynamics_step, actions=actions), pairs),
+                readout=(partial(readout_step, actions=actions), pairs))
 
-_TRAINS = dict(pretrain=("encoder", "masked_predictor"), align=("composer",), dynamics=("predictor", "composer"), readout=("readout",))
+_TRAINS = dict(pretrain=("encoder", "masked_predictor"),
+               align=("composer", ),
+               dynamics=("predictor", "composer"),
+               readout=("readout", ))
 
 def stage_seconds(
     experiment:ExperimentConfig,    # sizes of the model
@@ -58,7 +64,8 @@ def stage_seconds(
         optimizer, generator = AdamW(weights, 1e-4, fused=True), torch.Generator(device).manual_seed(0)
         def step():
             optimizer.zero_grad()
-            with torch.autocast(device, torch.bfloat16, enabled=bf16): loss = function(model, batch, generator).loss
+            with torch.autocast(device, torch.bfloat16, enabled=bf16):
+                loss = function(model, batch, generator).loss
             loss.backward()
             nn.utils.clip_grad_norm_(weights, 1.); optimizer.step()
             if stage == "pretrain": follow_student(model, 1, 1)
@@ -81,8 +88,13 @@ def cost_card(
         total = n*getattr(experiment, stage).epochs
         rows.append(dict(stage=stage, batch=size, cells_per_s=speed, cells=total, hours=total/speed/3600))
     table = pd.DataFrame(rows)
-    table.loc[len(table)] = dict(stage="all", batch="", cells_per_s=float("nan"), cells=table.cells.sum(), hours=table.hours.sum())
-    return table.assign(precision=choose_precision(experiment.model.d_model, torch.device(device)), machine=machine_name(device))
+    table.loc[len(table)] = dict(stage="all",
+                                 batch="",
+                                 cells_per_s=float("nan"),
+                                 cells=table.cells.sum(),
+                                 hours=table.hours.sum())
+    return table.assign(precision=choose_precision(experiment.model.d_model, torch.device(device)),
+                        machine=machine_name(device))
 
 # %% ../../nbs/9_report/04_cost.ipynb #5716f3a0
 def stage_table(
@@ -94,7 +106,8 @@ def stage_table(
     for stage, part in log.dropna(subset=["cells_per_second"]).groupby("stage", sort=False):
         cells = part.step.diff().fillna(part.step)*getattr(experiment, stage).batch_size
         seconds = (cells/part.cells_per_second).sum()
-        rows.append(dict(stage=stage, steps=int(part.step.max()), cells_per_s=cells.sum()/seconds, seconds=seconds))
+        rows.append(
+            dict(stage=stage, steps=int(part.step.max()), cells_per_s=cells.sum()/seconds, seconds=seconds))
     return pd.DataFrame(rows)
 
 def peak_memory()->int:  # bytes

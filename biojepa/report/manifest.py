@@ -23,7 +23,8 @@ PACKAGES = ("torch", "numpy", "scipy", "anndata", "scanpy", "scikit-learn", "mat
 
 def versions()->dict[str, str]:
     "Versions of the packages that could change a number or a figure."
-    return {"python": platform.python_version(), "biojepa": version("biojepa")} | {p: version(p) for p in PACKAGES}
+    return {"python": platform.python_version(), "biojepa": version("biojepa")
+            } | {p: version(p) for p in PACKAGES}
 
 def commit(root:Path=PATHS.root)->str|None:  # hash, with `+` if files differ from it; None outside a repository
     "The commit the code is at."
@@ -38,7 +39,8 @@ class Report:
     "Writes tables and figures, and lists them in `MANIFEST.json`."
     notebook:str                    # that makes them, e.g. "90_eval"
     folder:Path = PATHS.figures     # where to
-    made_from:dict = field(default_factory=dict)  # hashes of data, split and configuration, seeds: anything JSON can hold
+    made_from: dict = field(
+        default_factory=dict)  # hashes of data, split and configuration, seeds: anything JSON can hold
 
     def table(self,
         table:pd.DataFrame,     # tidy table
@@ -68,8 +70,14 @@ class Report:
     )->Path:            # the same path
         "Enter a file that was just written into the manifest."
         entries = read_manifest(self.folder)
-        entries[path.name] = dict(sha256=file_hash(path), notebook=self.notebook, made_from=self.made_from, **about, versions=versions(), commit=commit())
-        with atomic_path(Path(self.folder)/"MANIFEST.json") as part: part.write_text(json.dumps(dict(sorted(entries.items())), indent=1) + "\n")
+        entries[path.name] = dict(sha256=file_hash(path),
+                                  notebook=self.notebook,
+                                  made_from=self.made_from,
+                                  **about,
+                                  versions=versions(),
+                                  commit=commit())
+        with atomic_path(Path(self.folder)/"MANIFEST.json") as part:
+            part.write_text(json.dumps(dict(sorted(entries.items())), indent=1) + "\n")
         return path
 
 # %% ../../nbs/9_report/01_manifest.ipynb #21d98334
@@ -79,17 +87,28 @@ def read_manifest(
     "The entries of a folder's manifest; none if it has no manifest."
     path = Path(folder)/"MANIFEST.json"
     if not path.is_file(): return {}
-    try: return json.loads(path.read_text())
-    except ValueError as error: raise ValueError(f"{path}: not readable as JSON ({error}); remove it and run the paper notebooks again") from error
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(
+            f"{path}: not readable as JSON ({error}); remove it and run the paper notebooks again"
+        ) from error
 
 def check_manifest(
     folder:Path=PATHS.figures,
 )->pd.DataFrame:        # file, notebook, state: "as listed", "changed", "missing" or "not listed"
     "Compare a folder's files with its manifest."
     entries, folder = read_manifest(folder), Path(folder)
-    files = {p.name for p in folder.iterdir() if p.is_file() and p.name != "MANIFEST.json" and not p.name.startswith(".")} if folder.is_dir() else set()
+    files = {
+        p.name for p in folder.iterdir()
+        if p.is_file() and p.name != "MANIFEST.json" and not p.name.startswith(".")
+    } if folder.is_dir() else set()
     def state(name):
         if name not in files: return "missing"
         if name not in entries: return "not listed"
         return "as listed" if file_hash(folder/name) == entries[name]["sha256"] else "changed"
-    return pd.DataFrame([dict(file=n, notebook=entries.get(n, {}).get("notebook", ""), state=state(n)) for n in sorted(files | entries.keys())], columns=["file", "notebook", "state"])
+    return pd.DataFrame([
+        dict(file=n, notebook=entries.get(n, {}).get("notebook", ""), state=state(n))
+        for n in sorted(files | entries.keys())
+    ],
+                        columns=["file", "notebook", "state"])

@@ -23,7 +23,8 @@ from nbdev.showdoc import BasicMarkdownRenderer
 from ..core import PATHS
 
 # %% ../../nbs/9_report/05_site.ipynb #e331f096
-_DEFAULT_EXP, _EXPORTED = (re.compile(pattern, re.M) for pattern in (r"^#\|\s*default_exp (\S+)", r"^#\|\s*exporti?\b"))
+_DEFAULT_EXP, _EXPORTED = (re.compile(pattern, re.M)
+                           for pattern in (r"^#\|\s*default_exp (\S+)", r"^#\|\s*exporti?\b"))
 
 
 def module_of(cells: list) -> str | None:  # the module that a notebook's cells export to, or None; cells are nbformat's
@@ -44,18 +45,24 @@ def api(source: str,  # of one exported cell
     "What an exported cell offers, with docments."
     module, shown = importlib.import_module(module), []
     for node in ast.parse(source).body:
-        if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) or node.name.startswith("_") or not hasattr(module, node.name): continue
+        if not isinstance(node,
+                          (ast.FunctionDef, ast.ClassDef)) or node.name.startswith("_") or not hasattr(
+                              module, node.name):
+            continue
         shown.append(_signature(module, node.name, level))
         if isinstance(node, ast.FunctionDef): continue
         owner = getattr(module, node.name)
-        shown += [_signature(owner, m.name, level + 1) for m in node.body
-                  if isinstance(m, ast.FunctionDef) and not m.name.startswith("_") and ast.get_docstring(m) and callable(getattr(owner, m.name))]
+        shown += [
+            _signature(owner, m.name, level + 1) for m in node.body if isinstance(m, ast.FunctionDef)
+            and not m.name.startswith("_") and ast.get_docstring(m) and callable(getattr(owner, m.name))
+        ]
     return "\n\n".join(shown)
 
 # %% ../../nbs/9_report/05_site.ipynb #656e2e40
 def _folded(source: str) -> str:
     body = "\n".join(line for line in source.splitlines() if not line.startswith("#|")).strip()
-    return '??? quote "Source"\n\n' + "\n".join("    " + line for line in ["```python", *body.splitlines(), "```"])
+    return '??? quote "Source"\n\n' + "\n".join("    " + line
+                                                for line in ["```python", *body.splitlines(), "```"])
 
 
 def _setup(source: str) -> bool:
@@ -70,7 +77,8 @@ def _shown(cell, module: str | None):
     if cell.cell_type != "code": return None
     if _setup(cell.source) or re.search(r"^#\|\s*hide\b", cell.source, re.M): return None
     if not (module and _EXPORTED.search(cell.source)): return cell
-    return nbformat.v4.new_markdown_cell("\n\n".join(filter(None, (api(cell.source, module), _folded(cell.source)))))
+    return nbformat.v4.new_markdown_cell("\n\n".join(
+        filter(None, (api(cell.source, module), _folded(cell.source)))))
 
 
 def mathml(text: str,  # Markdown with $inline$ and $$displayed$$ formulas
@@ -79,7 +87,8 @@ def mathml(text: str,  # Markdown with $inline$ and $$displayed$$ formulas
     formula = r"(```.*?```|`[^`\n]*`)|\$\$(.+?)\$\$|\$(?=\S)([^$\n]+?)(?<=\S)\$(?!\d)"
     def drawn(match):
         if match[1]: return match[1]
-        if match[3]: return f"<span>{convert(match[3])}</span>"  # a line that began with <math would begin a paragraph
+        if match[3]:
+            return f"<span>{convert(match[3])}</span>"  # a line that began with <math would begin a paragraph
         return "\n\n" + convert(" ".join(match[2].split()), display="block") + "\n\n"
     return re.sub(formula, drawn, text, flags=re.S)
 
@@ -111,7 +120,8 @@ def rewrite_links(text: str,  # Markdown of a page
             return f"]({seen('map' if notebook == 'index' else notebook)}.md{rest})"
         if target == "README.md": return f"]({seen('index.md')})"
         if target.startswith("figures/") and target.endswith(".png"): return f"]({seen(target)})"
-        ours = re.match(r"(figures|tests|data|biojepa|nbs|dev|CITATION|CONTRIBUTING|LICENSE|requirements)\b", target)
+        ours = re.match(
+            r"(figures|tests|data|biojepa|nbs|dev|CITATION|CONTRIBUTING|LICENSE|requirements)\b", target)
         return f"]({home}/{target})" if ours else match[0]
     return re.sub(r"\]\((?!https?:|#|mailto:|[\w-]+_files/)([^)\s]+)\)", page, text)
 
@@ -132,7 +142,10 @@ def link_names(text: str,  # Markdown
 # %% ../../nbs/9_report/05_site.ipynb #678c5a63
 def _figures_of(stem: str, manifest: dict) -> str:
     "Committed figures of one paper notebook, in Markdown."
-    shown = [f"![{Path(name).stem.replace('_', ' ')}](../figures/{name})" for name, entry in manifest.items() if entry["notebook"] == stem and name.endswith(".png")]
+    shown = [
+        f"![{Path(name).stem.replace('_', ' ')}](../figures/{name})" for name, entry in manifest.items()
+        if entry["notebook"] == stem and name.endswith(".png")
+    ]
     return "\n\n".join(["## What it draws on the default set", *shown]) if shown else ""
 
 
@@ -144,18 +157,23 @@ def page_of(path: Path,  # of a notebook
     nb, folder = nbformat.read(path, 4), (out/place(path)).parent
     module = module_of(nb.cells)
     nb.cells = [cell for cell in (_shown(c, module) for c in nb.cells) if cell is not None]
-    text, resources = MarkdownExporter().from_notebook_node(nb, {"unique_key": path.stem, "output_files_dir": f"{path.stem}_files"})
+    text, resources = MarkdownExporter().from_notebook_node(
+        nb, {"unique_key": path.stem, "output_files_dir": f"{path.stem}_files"})
     for name, data in resources["outputs"].items():
         (folder/name).parent.mkdir(parents=True, exist_ok=True)
         (folder/name).write_bytes(data)
-    text = re.sub(r"<style scoped>.*?</style>\n?", "", text, flags=re.S).replace('<table border="1" class="dataframe">', "<table>")  # pandas' looks
+    text = re.sub(r"<style scoped>.*?</style>\n?", "", text,
+                  flags=re.S).replace('<table border="1" class="dataframe">', "<table>")  # pandas' looks
     opening, *sections = re.split(r"(?m)^(?=## )", text.strip(), maxsplit=1)
-    return "\n\n".join(filter(None, (opening.strip(), _figures_of(path.stem, manifest or {}), *sections))) + "\n"
+    return "\n\n".join(filter(None,
+                              (opening.strip(), _figures_of(path.stem, manifest or {}), *sections))) + "\n"
 
 # %% ../../nbs/9_report/05_site.ipynb #64b74a46
-SECTIONS = {"0_base": "Foundations", "1_data": "Data", "2_actions": "Actions", "3_model": "Model", "4_training": "Training",
-            "5_predict": "Predictions", "6_evaluate": "Evaluation", "7_explore": "Exploration", "8_plots": "Figures",
-            "9_report": "Reports", "": "Paper"}  # folder of notebooks -> its heading
+SECTIONS = {
+    "0_base": "Foundations", "1_data": "Data", "2_actions": "Actions", "3_model": "Model", "4_training":
+    "Training", "5_predict": "Predictions", "6_evaluate": "Evaluation", "7_explore": "Exploration",
+    "8_plots": "Figures", "9_report": "Reports", "": "Paper"
+}  # folder of notebooks -> its heading
 STYLE = ".md-grid {max-width: 76rem} .md-typeset pre > code, .md-typeset table:not([class]) {font-size: .62rem} math[display=block] {margin: .8em 0}\n"
 
 
@@ -180,10 +198,14 @@ def write_pages(notebooks: list[Path] | None = None,  # all of `nbs/` if None
     shutil.copytree(PATHS.root/"figures", pages/"figures", ignore=shutil.ignore_patterns("*.csv", "*.md"))
     manifest = json.loads((pages/"figures"/"MANIFEST.json").read_text())
     places = {place(n): n for n in notebooks}
-    texts = {at: rewrite_links(page_of(path, pages, manifest), set(places), repo, at) for at, path in places.items()}
+    texts = {
+        at: rewrite_links(page_of(path, pages, manifest), set(places), repo, at)
+        for at, path in places.items()
+    }
     names = {}
     for at, text in texts.items():
-        for found in re.finditer(r"^### (\w+)$\s+```python", text, re.M): names[found[1]] = f"{at}.md#{found[1].lower()}"
+        for found in re.finditer(r"^### (\w+)$\s+```python", text, re.M):
+            names[found[1]] = f"{at}.md#{found[1].lower()}"
     for at, text in texts.items():
         path = pages/f"{'map' if at == 'index' else at}.md"
         path.parent.mkdir(exist_ok=True)
@@ -191,7 +213,10 @@ def write_pages(notebooks: list[Path] | None = None,  # all of `nbs/` if None
     readme = rewrite_links((PATHS.root/"README.md").read_text(), set(places), repo)
     (pages/"index.md").write_text(link_names(readme, names, "index"))
     titles = {at: re.search(r"^# (.+)$", text, re.M)[1] for at, text in texts.items() if at != "index"}
-    config = {"INHERIT": "../mkdocs.yml", "docs_dir": "pages", "site_dir": "../_docs", "extra_css": ["wide.css"], "nav": _nav(titles)}
+    config = {
+        "INHERIT": "../mkdocs.yml", "docs_dir": "pages", "site_dir": "../_docs", "extra_css": ["wide.css"],
+        "nav": _nav(titles)
+    }
     (pages/"wide.css").write_text(STYLE)
     (out/"mkdocs.yml").write_text(yaml.safe_dump(config, sort_keys=False))
     return out/"mkdocs.yml"

@@ -51,7 +51,8 @@ def random_batch(
     sizes, rows = torch.full((n_cells,), 9.), torch.arange(n_cells)
     pairs = PairBatch(cells(), cells(), sizes, sizes, rows, rows, rows)
     zero = torch.zeros(n_cells, 1, dtype=torch.long)
-    actions = ActionBatch(torch.randn(n_cells, 1, config.d_protein, generator=g), zero, zero, zero == 0, rows[:, None])
+    actions = ActionBatch(torch.randn(n_cells, 1, config.d_protein, generator=g), zero, zero, zero == 0,
+                          rows[:, None])
     return CellBatch(pairs.x_pert, sizes, rows).to(device), pairs.to(device), actions.to(device)
 
 # %% ../../nbs/9_report/03_speed.ipynb #40b07256
@@ -72,7 +73,8 @@ def training_step(
     "Build a model and a batch, and return the step."
     torch.manual_seed(0)
     config = preset(case.size).model
-    model, (cells, pairs, actions) = BioJEPA(config).to(case.device), random_batch(config, case.n_cells, case.expressed, case.device)
+    model, (cells, pairs, actions) = BioJEPA(config).to(case.device), random_batch(
+        config, case.n_cells, case.expressed, case.device)
     mask = model.hide(cells.x)
     if case.form != "plain" and case.device == "cpu": keep_freed_memory()
     if case.form.startswith("plain"): textbook_(model)
@@ -81,7 +83,9 @@ def training_step(
         model.zero_grad()
         with torch.autocast(case.device, torch.bfloat16, enabled=case.precision == "bf16"):
             collapse = case.form == "collapsed"
-            loss = model.pretrain_loss(cells, mask, collapse=collapse) if case.stage == "pretrain" else model.dynamics_loss(pairs, actions, mask, collapse=collapse)
+            loss = model.pretrain_loss(
+                cells, mask, collapse=collapse) if case.stage == "pretrain" else model.dynamics_loss(
+                    pairs, actions, mask, collapse=collapse)
         loss.total.backward()
         return loss.total.detach()
     return step
@@ -117,7 +121,11 @@ def measure(
     with flop_counter() as counter: loss = step().item()
     seconds = [timed(step, case.device) for _ in range(repeats)]
     memory = memory_now(case.device) - before
-    return dict(case._asdict(), seconds=min(seconds), gflop=counter.get_total_flops()/1e9, memory_mb=memory, loss=loss)
+    return dict(case._asdict(),
+                seconds=min(seconds),
+                gflop=counter.get_total_flops()/1e9,
+                memory_mb=memory,
+                loss=loss)
 
 # %% ../../nbs/9_report/03_speed.ipynb #911ed3e4
 def measure_alone(
@@ -127,7 +135,8 @@ def measure_alone(
     "The same in a new process, so that peak memory is this case's alone."
     call = [sys.executable, "-m", "biojepa.benchmark", "--case", json.dumps([*case, repeats])]
     done = subprocess.run(call, capture_output=True, text=True)
-    if done.returncode: raise RuntimeError(f"{case}: the process ended with {done.returncode}\n{done.stderr[-2000:]}")
+    if done.returncode:
+        raise RuntimeError(f"{case}: the process ended with {done.returncode}\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 # %% ../../nbs/9_report/03_speed.ipynb #7ffb84e3
@@ -168,7 +177,10 @@ def machine_name(
 )->str:
     "What the figures were measured on."
     if device == "cuda": return torch.cuda.get_device_name()
-    model = [l.split(":")[1].strip() for l in Path("/proc/cpuinfo").read_text().splitlines() if l.startswith("model name")] if sys.platform == "linux" else []
+    model = [
+        l.split(":")[1].strip() for l in Path("/proc/cpuinfo").read_text().splitlines()
+        if l.startswith("model name")
+    ] if sys.platform == "linux" else []
     return f"{model[0] if model else platform.processor()}, {torch.get_num_threads()} threads"
 
 # %% ../../nbs/9_report/03_speed.ipynb #8cd2aa63
@@ -177,9 +189,14 @@ def all_cases(
 )->list[Case]:
     "The paper's size at 20, 40 and 60 % expressed genes, and the laptop preset; only the collapsed form depends on the share."
     kinds = [("paper", e, 4 if device == "cpu" else 64) for e in (.4, .2, .6)] + [("laptop", .4, 64)]
-    return [Case(stage, size, e, form, precision, n, device) for stage in ("pretrain", "dynamics") for size, e, n in kinds
-            for form, precision in itertools.product(("plain", "plain, memory kept", "naive", "collapsed"), ("fp32", "bf16"))
-            if form == "collapsed" or (e == .4 and (form == "naive" or precision == "fp32") and (form, device) != ("plain, memory kept", "cuda"))]
+    return [
+        Case(stage, size, e, form, precision, n, device) for stage in ("pretrain", "dynamics")
+        for size, e, n in kinds
+        for form, precision in itertools.product(("plain", "plain, memory kept", "naive",
+                                                  "collapsed"), ("fp32", "bf16"))
+        if form == "collapsed" or (e == .4 and (form == "naive" or precision == "fp32") and
+                                   (form, device) != ("plain, memory kept", "cuda"))
+    ]
 
 # %% ../../nbs/9_report/03_speed.ipynb #436cd475
 def attention_cost(
@@ -199,12 +216,19 @@ def attention_cost(
 
     for g in n_genes:
         x = torch.randn(1, g, d_model, device=device)
-        kinds = {"softmax": lambda: softmax(x), "linear": lambda: layer(x), f"linear, collapsed ({expressed:.0%} expressed)": lambda: layer(x[:, :int(expressed*g) + 2])}
+        kinds = {
+            "softmax": lambda: softmax(x), "linear": lambda: layer(x),
+            f"linear, collapsed ({expressed:.0%} expressed)": lambda: layer(x[:, :int(expressed*g) + 2])
+        }
         with torch.no_grad():
             for kind, run in kinds.items():
                 with flop_counter() as counter: run()
                 flop = counter.get_total_flops() + (4*g**2*d_model if kind == "softmax" else 0)
-                rows.append(dict(kind=kind, n_genes=g, gflop=flop/1e9, seconds=min(timed(run, device) for _ in range(repeats))))
+                rows.append(
+                    dict(kind=kind,
+                         n_genes=g,
+                         gflop=flop/1e9,
+                         seconds=min(timed(run, device) for _ in range(repeats))))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/9_report/03_speed.ipynb #e62a3947
@@ -214,7 +238,8 @@ def growth(
 )->pd.Series:               # kind -> exponent: 1 is linear, 2 is quadratic
     "Slope of log cost against log genes over the upper half of the range."
     upper = cost[cost.n_genes >= cost.n_genes.median()]
-    return upper.groupby("kind").apply(lambda t: np.polyfit(np.log(t.n_genes), np.log(t[what]), 1)[0], include_groups=False).rename(f"exponent ({what})")
+    return upper.groupby("kind").apply(lambda t: np.polyfit(np.log(t.n_genes), np.log(t[what]), 1)[0],
+                                       include_groups=False).rename(f"exponent ({what})")
 
 # %% ../../nbs/9_report/03_speed.ipynb #08303cfd
 FORMS = {("naive", "fp32"): "0.8", ("naive", "bf16"): "0.6",
@@ -232,7 +257,12 @@ def _speed_bars(
         x = np.array([kinds.index(c) + .2*(k - 1.5) for c in zip(chosen["size"], chosen.expressed)])
         bars = ax.bar(x, chosen[ratio], .19, color=colour, label=f"{form}, {precision}")
         ax.bar_label(bars, fmt="%.1f", fontsize=5.5, padding=1)
-        ax.hlines(chosen.arithmetic, x - .095, x + .095, color="k", lw=1, label="arithmetic's limit" if not k else None)
+        ax.hlines(chosen.arithmetic,
+                  x - .095,
+                  x + .095,
+                  color="k",
+                  lw=1,
+                  label="arithmetic's limit" if not k else None)
     ax.axhline(1, color="k", lw=.6)
     ax.set_xticks(range(len(kinds)), [f"{s}\n{e:.0%}" for s, e in kinds])
 
@@ -287,12 +317,17 @@ def as_markdown(
         lines.append(f"| {' | '.join(text(SimpleNamespace(**row)) for text in COLUMNS.values())} |")
     first = table.iloc[0]
     batches = ", ".join(f"{n} ({s})" for s, n in dict(zip(table["size"], table.n_cells)).items())
-    note = (f"One training step, forward and backward, on {first.machine}, torch {first.torch}. Batch {batches}. "
-            "*Plain*: textbook layers, one token per gene, fp32. A process returns freed memory to the system, which clears "
-            "it page by page when the next step takes it again; *over plain, memory kept* compares with plain layers whose "
-            "memory is kept, as ours is. *Arithmetic allows* is the ratio of the floating-point operations of plain and "
-            "this form: what collapsing could bring in fp32 at the same rate. *Naive*: our layers, one token per gene. "
-            "Memory is what the step adds to the process's peak; peak is the machine's own matrix product.")
+    note = (
+        f"One training step, forward and backward, on {first.machine}, torch {first.torch}. Batch {batches}. "
+        "*Plain*: textbook layers, one token per gene, fp32. A process returns freed memory to the system, "
+        "which clears "
+        "it page by page when the next step takes it again; *over plain, memory kept* compares with plain "
+        "layers whose "
+        "memory is kept, as ours is. *Arithmetic allows* is the ratio of the floating-point operations of "
+        "plain and "
+        "this form: what collapsing could bring in fp32 at the same rate. *Naive*: our layers, one token "
+        "per gene. "
+        "Memory is what the step adds to the process's peak; peak is the machine's own matrix product.")
     return "\n".join(["# Benchmark", "", note, "", *lines, ""])
 
 # %% ../../nbs/9_report/03_speed.ipynb #32aafb97
@@ -301,7 +336,10 @@ def main(
 ):
     "Run all cases and write tables and figure; or, with `--case`, one case for `measure_alone`."
     parser = argparse.ArgumentParser(prog="python -m biojepa.benchmark", description=main.__doc__)
-    parser.add_argument("--device", default=default_device().type, choices=["cpu", "cuda"], help="where to measure")
+    parser.add_argument("--device",
+                        default=default_device().type,
+                        choices=["cpu", "cuda"],
+                        help="where to measure")
     parser.add_argument("--out", type=Path, default=PATHS.figures, help="folder of the results")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

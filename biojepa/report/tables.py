@@ -21,7 +21,8 @@ def cell_table(
 )->pd.DataFrame:    # one row per cell
     "Batch, cell type, condition, library size (counts) and number of expressed genes of each cell."
     table = adata.obs[["batch", "cell_type", "condition"]].reset_index(names="cell")
-    return table.assign(library_size=np.expm1(adata.obs.log_library_size.to_numpy(float)), n_genes=np.diff(adata.X.indptr))
+    return table.assign(library_size=np.expm1(adata.obs.log_library_size.to_numpy(float)),
+                        n_genes=np.diff(adata.X.indptr))
 
 # %% ../../nbs/9_report/02_tables.ipynb #f66e751b
 def gene_table(
@@ -59,11 +60,16 @@ def data_summary(
     "What a dataset holds and how it was split: the counts for Table 3."
     targets = {t for c in adata.obs.condition.unique() for t in c.split("+") if t != "ctrl"}
     conditions = condition_table(adata, split)
-    values = {"cells": adata.n_obs, "genes": adata.n_vars, "targets": len(targets), "conditions": conditions.condition.nunique(),
-              "guides": adata.obs.guide_id[adata.obs.condition != "ctrl"].nunique() if "guide_id" in adata.obs else "unknown",
-              "control cells": int((adata.obs.condition == "ctrl").sum()), "batches": adata.obs.batch.nunique(),
-              "cell types": adata.obs.cell_type.nunique(), "zeros (%)": round(100*(1 - adata.X.nnz/np.prod(adata.shape)), 1),
-              "expression space": adata.uns["biojepa"]["expression_space"]}
+    values = {
+        "cells": adata.n_obs, "genes": adata.n_vars, "targets": len(targets), "conditions":
+        conditions.condition.nunique(), "guides":
+        adata.obs.guide_id[adata.obs.condition != "ctrl"].nunique()
+        if "guide_id" in adata.obs else "unknown", "control cells": int(
+            (adata.obs.condition == "ctrl").sum()), "batches": adata.obs.batch.nunique(),
+        "cell types": adata.obs.cell_type.nunique(), "zeros (%)": round(
+            100*(1 - adata.X.nnz/np.prod(adata.shape)),
+            1), "expression space": adata.uns["biojepa"]["expression_space"]
+    }
     for part in ("train", "val", "test"):
         rows = conditions[conditions.part == part]
         values |= {f"{part} conditions": len(rows), f"{part} perturbed cells": int(rows.n_cells.sum())}
@@ -76,9 +82,26 @@ def configuration_table(
 )->pd.DataFrame:                    # one row per quantity
     "Sizes, switches and stages of a run, and how many parameters each part has."
     c = experiment.model
-    values = {"preset": experiment.name, "configuration": config_hash(experiment), "width D": c.d_model, "heads": c.n_heads,
-              "layers (encoder, masked predictor, action predictor)": f"{c.n_encoder_layers}, {c.n_masked_predictor_layers}, {c.n_predictor_layers}"}
-    values |= {f"parameters: {name}": f"{n_params(part):,}" for name, part in model.named_children() if name != "teacher"}
-    values |= {f"switch: {k}": getattr(c, k) for k in ("latent_loss", "vicreg_over", "mask_kind", "mask_ratio", "mask_keeps_gene", "value_embedding", "library_norm", "mask_context", "predicts", "intervenes", "readout", "ema_momentum")}
-    values |= {f"stage: {s}": f"{o.epochs} epochs, batch {o.batch_size}, learning rate {o.lr:g}" for s in ("pretrain", "align", "dynamics", "readout") for o in (getattr(experiment, s),)}
+    values = {
+        "preset":
+        experiment.name, "configuration":
+        config_hash(experiment), "width D":
+        c.d_model, "heads":
+        c.n_heads, "layers (encoder, masked predictor, action predictor)":
+        f"{c.n_encoder_layers}, {c.n_masked_predictor_layers}, {c.n_predictor_layers}"
+    }
+    values |= {
+        f"parameters: {name}": f"{n_params(part):,}" for name, part in model.named_children()
+        if name != "teacher"
+    }
+    values |= {
+        f"switch: {k}": getattr(c, k)
+        for k in ("latent_loss", "vicreg_over", "mask_kind", "mask_ratio", "mask_keeps_gene",
+                  "value_embedding", "library_norm", "mask_context", "predicts", "intervenes", "readout",
+                  "ema_momentum")
+    }
+    values |= {
+        f"stage: {s}": f"{o.epochs} epochs, batch {o.batch_size}, learning rate {o.lr:g}"
+        for s in ("pretrain", "align", "dynamics", "readout") for o in (getattr(experiment, s), )
+    }
     return pd.DataFrame(dict(quantity=values.keys(), value=values.values())).astype(str)

@@ -36,7 +36,8 @@ def jittered(
     width = torch.tensor([widths[m.name] for m in Modality], device=f.device)[actions.modality][..., None]
     inside = (torch.arange(f.shape[-1], device=f.device) < width) & actions.present[..., None]
     rms = (f.square().sum(-1, keepdim=True)/width).sqrt()
-    return actions._replace(features=f + size*rms*inside*torch.randn(f.shape, generator=generator, device=f.device))
+    return actions._replace(features=f +
+                            size*rms*inside*torch.randn(f.shape, generator=generator, device=f.device))
 
 # %% ../../nbs/4_training/05_align.ipynb #c4d33fdb
 def align_step(
@@ -61,7 +62,8 @@ def hold_out_targets(
     seed:int=0,
 )->tuple[np.ndarray, np.ndarray]:  # rows to train on, rows held out
     "Split training perturbations by target."
-    if not 0 <= share < 1: raise ValueError(f"held_out: found {share}; give a share of the targets from 0 to below 1")
+    if not 0 <= share < 1:
+        raise ValueError(f"held_out: found {share}; give a share of the targets from 0 to below 1")
     target, allowed = np.asarray(target), np.asarray(allowed)
     codes = np.unique(target[allowed])
     n = min(max(1, round(share*len(codes))), len(codes) - 1) if share else 0
@@ -80,7 +82,10 @@ def retrieval_report(
     ks:tuple=(1, 10),       # how many places count as found
 )->dict[str, float]:
     "Share of queries that find their own positive, beside the share that chance would find."
-    if len(missing := np.setdiff1d(queries, gallery)): raise ValueError(f"gallery: {len(missing)} of {len(queries)} queries are not in it, first row {missing[0]}; add them")
+    if len(missing := np.setdiff1d(queries, gallery)):
+        raise ValueError(
+            f"gallery: {len(missing)} of {len(queries)} queries are not in it, first row {missing[0]}; add them"
+        )
     device = next(model.parameters()).device
     at = torch.as_tensor(gallery)
     a, p = (pooled(model.composer(x), x.present) for x in (b.take(at).to(device) for b in (anchor, positive)))
@@ -88,14 +93,16 @@ def retrieval_report(
     asked = torch.as_tensor(np.isin(gallery, queries), device=device)
     rank, n = retrieval_rank(a, p, code)[asked], len(gallery) - (code[:, None] == code).sum(1)[asked] + 1
     report = {f"top{k}": (rank <= k).double().mean().item() for k in ks} | dict(mean_rank=rank.mean().item())
-    return report | {f"chance_top{k}": (k/n).clamp(max=1).double().mean().item() for k in ks} | dict(chance_mean_rank=((n + 1)/2).double().mean().item())
+    return report | {f"chance_top{k}": (k/n).clamp(max=1).double().mean().item()
+                     for k in ks} | dict(chance_mean_rank=((n + 1)/2).double().mean().item())
 
 # %% ../../nbs/4_training/05_align.ipynb #e94e0dc1
 @torch.no_grad()
 def _held_out_loss(model:BioJEPA, anchor:ActionBatch, positive:ActionBatch, target:np.ndarray, rows:np.ndarray)->float:
     "InfoNCE among held-out pairs alone."
     device, at = next(model.parameters()).device, torch.as_tensor(rows)
-    batch = ActionPairBatch(anchor.take(at), positive.take(at), torch.as_tensor(np.asarray(target)[rows])).to(device)
+    batch = ActionPairBatch(anchor.take(at), positive.take(at),
+                            torch.as_tensor(np.asarray(target)[rows])).to(device)
     return align_step(model, batch).loss.item()
 
 # %% ../../nbs/4_training/05_align.ipynb #0d20dd82
@@ -113,12 +120,22 @@ def align_stage(
     target, allowed = np.asarray(target), np.asarray(allowed)
     unit = target if config.held_out_by == "target" else np.arange(len(target))
     train, held = hold_out_targets(unit, allowed, held_out, seed)
-    loader = action_loader(anchor, positive, target, train, batch_size=config.batch_size, seed=seed, drop_last=config.drop_last)
+    loader = action_loader(anchor,
+                           positive,
+                           target,
+                           train,
+                           batch_size=config.batch_size,
+                           seed=seed,
+                           drop_last=config.drop_last)
     def validate(model):
         if not len(held): return {}
         report = retrieval_report(model, anchor, positive, target, held, allowed)
-        return dict(val_info_nce=_held_out_loss(model, anchor, positive, target, held)) | {f"val_{k}": v for k, v in report.items()}
-    step = partial(align_step, feature_noise=config.feature_noise, same_target_negatives=config.same_target_negatives)
+        return dict(val_info_nce=_held_out_loss(model, anchor, positive, target, held)) | {
+            f"val_{k}": v for k, v in report.items()
+        }
+    step = partial(align_step,
+                   feature_noise=config.feature_noise,
+                   same_target_negatives=config.same_target_negatives)
     return Stage("align", config, step, {"composer": config.lr}, loader, validate=validate)
 
 # %% ../../nbs/4_training/05_align.ipynb #9a916aaf
@@ -135,4 +152,8 @@ def align(
     **options,                  # passed to `fit`
 )->pd.DataFrame:                # the log
     "Build the stage and train it."
-    return fit(model, align_stage(model, anchor, positive, target, allowed, config, seed, held_out), folder, seed=seed, **options)
+    return fit(model,
+               align_stage(model, anchor, positive, target, allowed, config, seed, held_out),
+               folder,
+               seed=seed,
+               **options)

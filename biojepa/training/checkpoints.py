@@ -41,7 +41,8 @@ def get_randomness()->tuple[dict, dict[str, Tensor]]:  # for JSON, for safetenso
     "States of the global generators."
     kind, keys, *rest = np.random.get_state()
     tensors = {"torch": torch.get_rng_state()}
-    if torch.cuda.is_initialized(): tensors |= {f"cuda{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
+    if torch.cuda.is_initialized():
+        tensors |= {f"cuda{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
     return dict(python=random.getstate(), numpy=[kind, keys.tolist(), *rest]), tensors
 
 def set_randomness(
@@ -55,7 +56,8 @@ def set_randomness(
     np.random.set_state((kind, np.array(keys, np.uint32), *rest))
     torch.set_rng_state(tensors["torch"])
     cuda = [t for name, t in tensors.items() if name.startswith("cuda")]
-    if cuda and torch.cuda.is_available() and torch.cuda.device_count() == len(cuda): torch.cuda.set_rng_state_all(cuda)
+    if cuda and torch.cuda.is_available() and torch.cuda.device_count() == len(cuda):
+        torch.cuda.set_rng_state_all(cuda)
 
 @contextmanager
 def own_randomness(
@@ -98,11 +100,16 @@ class Checkpointer:
         state = dict(format=1, step=step, sha256=sha256(content).hexdigest(), state=state)
         text = json.dumps(state | dict(check=object_hash(state)))
         try:
-            with atomic_path(self.path(step, ".safetensors")) as part: part.write_bytes(content)
-            with atomic_path(self.path(step)) as part: part.write_text(text)
+            with atomic_path(self.path(step, ".safetensors")) as part:
+                part.write_bytes(content)
+            with atomic_path(self.path(step)) as part:
+                part.write_text(text)
         except OSError as error:
-            raise OSError(error.errno, f"cannot write the checkpoint of step {step} ({error.strerror}); the last one is {self._last(step)}; "
-                          "make room and start again, to go on from there", str(self.folder)) from error
+            raise OSError(
+                error.errno,
+                f"cannot write the checkpoint of step {step} ({error.strerror}); the last one is "
+                f"{self._last(step)}; "
+                "make room and start again, to go on from there", str(self.folder)) from error
         self._forget()
         return self.path(step)
 
@@ -111,9 +118,12 @@ class Checkpointer:
     )->Checkpoint:
         "Read one checkpoint; a damaged one is a ValueError that names the file."
         path, tensors = self.path(step), self.path(step, ".safetensors")
-        try: saved = json.loads(path.read_text())
-        except (ValueError, OSError) as error: raise ValueError(f"{path}: not readable as JSON ({error})") from error
-        if not isinstance(saved, dict) or saved.get("format") != 1 or saved.pop("check", None) != object_hash(saved):
+        try:
+            saved = json.loads(path.read_text())
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{path}: not readable as JSON ({error})") from error
+        if not isinstance(saved, dict) or saved.get("format") != 1 or saved.pop("check",
+                                                                                None) != object_hash(saved):
             raise ValueError(f"{path}: its content is not what was written")
         if not tensors.is_file(): raise ValueError(f"{tensors}: missing")
         if (found := sha256(content := tensors.read_bytes()).hexdigest()) != saved["sha256"]:
@@ -123,8 +133,10 @@ class Checkpointer:
     def latest(self)->Checkpoint|None:
         "The newest checkpoint that is whole; a warning for each one that is not."
         for step in reversed(self.steps()):
-            try: return self.load(step)
-            except ValueError as error: warnings.warn(f"damaged checkpoint: {error}; going back to the one before", stacklevel=2)
+            try:
+                return self.load(step)
+            except ValueError as error:
+                warnings.warn(f"damaged checkpoint: {error}; going back to the one before", stacklevel=2)
         return None
 
     def _last(self, step:int)->str:
@@ -159,10 +171,13 @@ def snapshot(
     "Everything that decides how training goes on."
     names = {p: name for name, p in model.named_parameters()}
     states, random_states = get_randomness()
-    tensors = {f"model.{k}": v for k, v in model.state_dict().items()} | {f"random.{k}": v for k, v in random_states.items()}
-    for p, moments in optimizer.state.items(): tensors |= {f"optimizer.{k}.{names[p]}": v for k, v in moments.items()}
+    tensors = {f"model.{k}": v for k, v in model.state_dict().items()
+               } | {f"random.{k}": v for k, v in random_states.items()}
+    for p, moments in optimizer.state.items():
+        tensors |= {f"optimizer.{k}.{names[p]}": v for k, v in moments.items()}
     groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-    return dict(groups=groups, scheduler=scheduler.state_dict(), loader=loader.state_dict(), random=states), tensors
+    return dict(groups=groups, scheduler=scheduler.state_dict(), loader=loader.state_dict(),
+                random=states), tensors
 
 def _named(tensors:dict[str, Tensor], prefix:str)->dict[str, Tensor]:
     "Tensors under a prefix, without it."
@@ -180,8 +195,10 @@ def restore_(
     model.load_state_dict(_named(tensors, "model."))
     parameters = dict(model.named_parameters())
     for kind in ("step", "exp_avg", "exp_avg_sq"):
-        for name, t in _named(tensors, f"optimizer.{kind}.").items(): optimizer.state[parameters[name]][kind] = t.to(parameters[name].device)
-    for group, saved in zip(optimizer.param_groups, state["groups"], strict=True): group |= saved | dict(betas=tuple(saved["betas"]))
+        for name, t in _named(tensors, f"optimizer.{kind}.").items():
+            optimizer.state[parameters[name]][kind] = t.to(parameters[name].device)
+    for group, saved in zip(optimizer.param_groups, state["groups"], strict=True):
+        group |= saved | dict(betas=tuple(saved["betas"]))
     scheduler.load_state_dict(state["scheduler"])
     loader.load_state_dict(state["loader"])
     set_randomness(state["random"], _named(tensors, "random."))
@@ -193,7 +210,8 @@ def read_log(
 )->list[dict]:              # rows; empty if there is no file
     "Rows of a log; a last line that was not finished is left out."
     if not Path(path).is_file(): return []
-    with open(path, newline="") as f: lines = [r for r in csv.DictReader(f) if None not in r and None not in r.values()]
+    with open(path, newline="") as f:
+        lines = [r for r in csv.DictReader(f) if None not in r and None not in r.values()]
     number = lambda text: int(text) if text.lstrip("-").isdigit() else float(text)
     rows = [{k: number(v) for k, v in r.items() if v != ""} for r in lines]
     return [r for r in rows if until is None or r["step"] <= until]
@@ -230,4 +248,5 @@ class TrainingLog:
             if self.columns: writer.writeheader()
             writer.writerows(self.rows)
 
-    def _writer(self, f)->csv.DictWriter: return csv.DictWriter(f, self.columns, restval="", lineterminator="\n")
+    def _writer(self, f) -> csv.DictWriter:
+        return csv.DictWriter(f, self.columns, restval="", lineterminator="\n")

@@ -42,7 +42,8 @@ def dynamics_step(
 )->StepOutput:
     "Predict the perturbed cell's latents (report §5.3)."
     loss = model.dynamics_loss(batch, actions_of(batch, actions), generator=generator)
-    return StepOutput(loss.total, {k: v.detach() for k, v in loss._asdict().items() if k != "total"}, len(batch.x_ctrl))
+    return StepOutput(loss.total, {k: v.detach() for k, v in loss._asdict().items() if k != "total"},
+                      len(batch.x_ctrl))
 
 # %% ../../nbs/4_training/06_dynamics.ipynb #5c3c3af1
 def _teacher_latents(
@@ -81,7 +82,8 @@ def mean_changes(
     batch_size:int=64,
 )->Tensor:                  # (P, G, D) float16; zero where a perturbation has no training cell
     "Mean change of the teacher's latents by each training perturbation, beside the mean control of each cell's gem group."
-    train, controls = np.asarray(split.cells(adata, "train")), np.sort(np.asarray(split.controls(adata, "train")))
+    train = np.asarray(split.cells(adata, "train"))
+    controls = np.sort(np.asarray(split.controls(adata, "train")))
     pools = match_controls(adata, train, controls)
     spans, group = np.unique(np.stack([pools.start, pools.size], 1), axis=0, return_inverse=True)
     control = torch.stack([*_mean_latents(model, adata, (pools.pool[a:a + n] for a, n in spans), batch_size)])
@@ -137,8 +139,12 @@ def mean_targets(
     maps:Tensor,    # (G, D)
 )->MeanTargets:
     "The changes with what predicting none of them costs."
-    squares = [(d.square().mean(), (d*maps).sum(-1).square().mean()) for row in change if (d := row.float()).any()]
-    if not squares: raise ValueError("change: every perturbation's mean change is zero; does the training part have perturbed cells?")
+    squares = [(d.square().mean(), (d*maps).sum(-1).square().mean()) for row in change
+               if (d := row.float()).any()]
+    if not squares:
+        raise ValueError(
+            "change: every perturbation's mean change is zero; does the training part have perturbed cells?"
+        )
     return MeanTargets(change, maps, *torch.tensor(squares).mean(0))
 
 # %% ../../nbs/4_training/06_dynamics.ipynb #cfd520f2
@@ -151,7 +157,8 @@ def noisy(
     "Action latents with Gaussian noise; absent tokens stay zero."
     if not size: return action
     rms = action.detach()[present].square().mean().sqrt()
-    return action + size*rms*torch.randn(action.shape, generator=generator, device=action.device)*present[..., None]
+    return action + size*rms*torch.randn(action.shape, generator=generator,
+                                         device=action.device)*present[..., None]
 
 # %% ../../nbs/4_training/06_dynamics.ipynb #dbf8e312
 def mean_dynamics_step(
@@ -167,9 +174,11 @@ def mean_dynamics_step(
     hidden = check_mask(model.hide(x, generator)) if c.mask_context else None
     with torch.no_grad():
         z = model.encoder(x, size, hidden)
-        h_ctrl, h_pert = model.teacher(x, size).genes(), model.teacher(batch.x_pert, batch.log_library_size_pert).genes()
+        h_ctrl = model.teacher(x, size).genes()
+        h_pert = model.teacher(batch.x_pert, batch.log_library_size_pert).genes()
         origin = model.origin(x, size, acts).genes() if c.intervenes else h_ctrl
-    predicted = model.predictor(z, noisy(model.composer(acts), acts.present, action_noise, generator), acts.present)
+    predicted = model.predictor(z, noisy(model.composer(acts), acts.present, action_noise, generator),
+                                acts.present)
     change = predicted.mean - h_ctrl + (origin if c.predicts == "change" else 0)
     target = targets.rows(batch.perturbation).to(change)
     decoded = ((change - target)*targets.maps.to(change.device)).sum(-1)
@@ -183,7 +192,8 @@ def mean_dynamics_step(
 def _group_controls(adata:AnnData, pools)->dict:    # (start, size) of a pool -> (G,) mean control
     "Mean expression of each pool of controls."
     X = row_source(adata)
-    return {(a, n): dense_rows(X, pools.pool[a:a + n]).mean(0) for a, n in set(zip(pools.start.tolist(), pools.size.tolist()))}
+    return {(a, n): dense_rows(X, pools.pool[a:a + n]).mean(0)
+            for a, n in set(zip(pools.start.tolist(), pools.size.tolist()))}
 
 def targeted_values(
     adata:AnnData,              # prepared
@@ -191,8 +201,12 @@ def targeted_values(
     actions:ActionBatch,        # (P, A, F) with genes
 )->pd.DataFrame:                # one row per training perturbation and targeted gene: perturbation, gene, mode, control, perturbed
     "Mean value of targeted genes in controls of the same gem group and in perturbed cells."
-    if actions.genes is None: raise ValueError("actions.genes: missing; make the actions with action_batch(table, banks, genes=adata.var_names)")
-    pools = match_controls(adata, np.asarray(split.cells(adata, "train")), np.sort(np.asarray(split.controls(adata, "train"))))
+    if actions.genes is None:
+        raise ValueError(
+            "actions.genes: missing; make the actions with action_batch(table, banks, genes=adata.var_names)"
+        )
+    pools = match_controls(adata, np.asarray(split.cells(adata, "train")),
+                           np.sort(np.asarray(split.controls(adata, "train"))))
     control, X, rows = _group_controls(adata, pools), row_source(adata), []
     code = adata.obs["perturbation"].astype("category").cat.codes.to_numpy()[pools.cells]
     for p in np.unique(code):
@@ -201,7 +215,10 @@ def targeted_values(
         before = torch.stack([control[int(pools.start[i]), int(pools.size[i])][genes] for i in at]).mean(0)
         after = dense_rows(X, pools.cells[at])[:, genes].mean(0)
         mode = int(actions.mode[p][actions.present[p]][0]) if actions.present[p].any() else -1
-        rows += [dict(perturbation=int(p), gene=g, mode=mode, control=float(b), perturbed=float(a)) for g, b, a in zip(genes, before, after) if mode >= 0]
+        rows += [
+            dict(perturbation=int(p), gene=g, mode=mode, control=float(b), perturbed=float(a))
+            for g, b, a in zip(genes, before, after) if mode >= 0
+        ]
     return pd.DataFrame(rows, columns=["perturbation", "gene", "mode", "control", "perturbed"])
 
 # %% ../../nbs/4_training/06_dynamics.ipynb #e2ddc5d0
@@ -229,7 +246,10 @@ def dynamics_stage(
 )->Stage:
     "Everything `fit` needs to train the action predictor, and the composer slowly."
     if (n := adata.obs["perturbation"].astype("category").cat.categories.size) != len(actions.features):
-        raise ValueError(f"actions: found {len(actions.features)} rows for {n} perturbations of adata; make them with action_batch(ActionTable.from_anndata(adata), banks)")
+        raise ValueError(
+            f"actions: found {len(actions.features)} rows for {n} perturbations of adata; make them with "
+            f"action_batch(ActionTable.from_anndata(adata), banks)"
+        )
     if model.config.intervenes: learn_interventions_(model, adata, split, actions)
     loader = pair_loader(adata, split, "train", batch_size=config.batch_size, seed=seed,
                          fixed_controls=config.fixed_controls, drop_last=config.drop_last)
@@ -237,10 +257,16 @@ def dynamics_stage(
     if config.target == "mean":
         cells = np.union1d(split.cells(adata, "train"), split.controls(adata, "train"))
         cells = np.random.default_rng(seed).permutation(cells)[:2000]
-        targets = mean_targets(mean_changes(model, adata, split, len(actions.features)), gene_maps(model, adata, cells))
+        targets = mean_targets(mean_changes(model, adata, split, len(actions.features)),
+                               gene_maps(model, adata, cells))
         step = partial(mean_dynamics_step, actions=actions, targets=targets, action_noise=config.action_noise)
     trains = {"predictor": config.lr, "composer": config.lr_composer or config.lr}
-    return Stage("dynamics", config, step, trains, loader, validate=_held_out_dynamics(adata, split, actions, seed))
+    return Stage("dynamics",
+                 config,
+                 step,
+                 trains,
+                 loader,
+                 validate=_held_out_dynamics(adata, split, actions, seed))
 
 # %% ../../nbs/4_training/06_dynamics.ipynb #626b4cd6
 def _held_out_dynamics(

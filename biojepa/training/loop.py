@@ -47,15 +47,21 @@ class Stage:
     "All that one stage of training does not share with the others."
     name:str                                               # for messages and the log
     config:StageConfig                                     # epochs, learning rates, clipping
-    step:Callable[[nn.Module, NamedTuple, torch.Generator], StepOutput]  # the generator draws masks, on the model's device
-    trains:dict[str, float]                                # part of the model -> peak learning rate; nothing else is touched
+    step: Callable[[nn.Module, NamedTuple, torch.Generator],
+                   StepOutput]  # the generator draws masks, on the model's device
+    trains: dict[str, float]  # part of the model -> peak learning rate; nothing else is touched
     loader:BatchLoader                                     # training batches
-    after_step:Callable[[nn.Module, int, int], None]|None = None  # after each optimiser step: (model, step, total steps)
+    after_step: Callable[[nn.Module, int, int],
+                         None] | None = None  # after each optimiser step: (model, step, total steps)
     validate:Callable[[nn.Module], dict[str, float]]|None = None  # columns of the log
-    begin:Callable[[nn.Module], object]|None = None        # before the first step, in place; not again where a checkpoint is found
+    begin: Callable[
+        [nn.Module],
+        object] | None = None  # before the first step, in place; not again where a checkpoint is found
 
     def __post_init__(self):
-        if not self.trains: raise ValueError(f"stage {self.name!r}: trains nothing; name a part of the model and its learning rate")
+        if not self.trains:
+            raise ValueError(
+                f"stage {self.name!r}: trains nothing; name a part of the model and its learning rate")
 
 # %% ../../nbs/4_training/02_loop.ipynb #8873f91d
 @contextmanager
@@ -64,7 +70,9 @@ def train_only(
     names:dict[str, float], # parts to train, as in `Stage.trains`
 ):
     "Training mode inside, and only these parts require gradients; everything is as before afterwards."
-    parts, before, mode = dict(model.named_children()), [(p, p.requires_grad) for p in model.parameters()], model.training
+    parts = dict(model.named_children())
+    before = [(p, p.requires_grad) for p in model.parameters()]
+    mode = model.training
     if unknown := [n for n in names if n not in parts]:
         raise ValueError(f"trains: the model has no part {unknown[0]!r}; choose from {', '.join(parts)}")
     try:
@@ -106,7 +114,8 @@ class Meter:
         if not self.steps: return {}
         sums = fabric.all_reduce(torch.stack([v.float() for v in self.sums.values()]), reduce_op="mean")
         speed = self.cells*fabric.world_size/(time.perf_counter() - self.start)
-        return {n: v/self.steps for n, v in zip(self.sums, sums.tolist())} | dict(cells_per_second=round(speed, 2))
+        return {n: v/self.steps
+                for n, v in zip(self.sums, sums.tolist())} | dict(cells_per_second=round(speed, 2))
 
 # %% ../../nbs/4_training/02_loop.ipynb #85a75c6c
 def choose_precision(
@@ -114,7 +123,8 @@ def choose_precision(
     device:torch.device,    # where it will run
 )->str:                     # "bf16-mixed" or "32-true"
     "bfloat16 autocast where it pays."
-    if device.type == "cuda": return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+    if device.type == "cuda":
+        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
     if device.type != "cpu" or d_model < 128: return "32-true"
     has = torch.cpu.get_capabilities()
     return "bf16-mixed" if has.get("avx512_bf16") or has.get("amx_bf16") else "32-true"
@@ -130,9 +140,16 @@ def make_fabric(
     "One process, or DDP over several; under torchrun its processes are taken, else they are started. On a CPU freed memory is kept."
     if precision is None:
         gpu = accelerator in ("cuda", "gpu") or accelerator == "auto" and torch.cuda.is_available()
-        precision = choose_precision(d_model, torch.device("cuda" if gpu else "mps" if accelerator == "mps" else "cpu"))
-    strategy = DDPStrategy(find_unused_parameters=True) if devices*nodes > 1 else "auto"  # one action token leaves queries and keys without gradient
-    fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=nodes, precision=precision, strategy=strategy)
+        precision = choose_precision(
+            d_model, torch.device("cuda" if gpu else "mps" if accelerator == "mps" else "cpu"))
+    strategy = DDPStrategy(
+        find_unused_parameters=True
+    ) if devices*nodes > 1 else "auto"  # one action token leaves queries and keys without gradient
+    fabric = Fabric(accelerator=accelerator,
+                    devices=devices,
+                    num_nodes=nodes,
+                    precision=precision,
+                    strategy=strategy)
     if fabric.device.type == "cpu": keep_freed_memory()
     return fabric
 
@@ -149,7 +166,8 @@ class _Step(nn.Module):
 # %% ../../nbs/4_training/02_loop.ipynb #89b5ed3b
 def _rows(batch:NamedTuple, rows:slice)->NamedTuple:
     "Some rows of a batch, whatever it holds."
-    return type(batch)(*(_rows(x, rows) if isinstance(x, tuple) else x if x is None else x[rows] for x in batch))
+    return type(batch)(*(_rows(x, rows) if isinstance(x, tuple) else x if x is None else x[rows]
+                         for x in batch))
 
 def size_of(batch:NamedTuple)->int: return size_of(batch[0]) if isinstance(batch[0], tuple) else len(batch[0])
 
@@ -169,7 +187,8 @@ def rate_columns(
 )->dict[str, float]:            # lr, and lr_<part> where a part's peak differs from the first
     "Learning rates for the log."
     first = next(iter(trains.values()))
-    return dict(lr=rates[0]) | {f"lr_{name}": r for (name, peak), r in zip(trains.items(), rates) if peak != first}
+    return dict(
+        lr=rates[0]) | {f"lr_{name}": r for (name, peak), r in zip(trains.items(), rates) if peak != first}
 
 # %% ../../nbs/4_training/02_loop.ipynb #cab7fb68
 class _Training:
@@ -194,7 +213,10 @@ class _Training:
                 self.fabric.backward(out.loss*share)
             self.meter.add({name: v.detach()*share for name, v in dict(loss=out.loss, **out.logs).items()})
             self.meter.cells += out.n_cells
-        norm = self.fabric.clip_gradients(self.module, self.wrapped, max_norm=self.stage.config.clip_norm or float("inf"), error_if_nonfinite=False)
+        norm = self.fabric.clip_gradients(self.module,
+                                          self.wrapped,
+                                          max_norm=self.stage.config.clip_norm or float("inf"),
+                                          error_if_nonfinite=False)
         self.meter.add(dict(grad_norm=norm.detach()))
         self.rate = self.scheduler.get_last_lr()
         self.wrapped.step(); self.optimizer.zero_grad(set_to_none=True)
@@ -209,8 +231,9 @@ class _Training:
         row = dict(step=self.step_number, epoch=self.loader.epoch + 1)
         if values: row |= rate_columns(self.stage.trains, self.rate) | values
         if bad := [name for name, v in values.items() if not math.isfinite(v)]:
-            raise FloatingPointError(f"stage {self.stage.name!r}: {bad[0]} is {values[bad[0]]} at step {self.step_number}; "
-                                     f"the last checkpoint is from before. Lower the learning rate, or use precision='32-true'")
+            raise FloatingPointError(
+                f"stage {self.stage.name!r}: {bad[0]} is {values[bad[0]]} at step {self.step_number}; "
+                f"the last checkpoint is from before. Lower the learning rate, or use precision='32-true'")
         return row
 
     def validate(self)->dict[str, float]:
@@ -240,7 +263,11 @@ def should_stop(
     patience, metric = early_stop
     sign, name = (-1, metric[1:]) if metric.startswith("-") else (1, metric)
     values = [sign*r[name] for r in rows if name in r]
-    if rows and not values: raise ValueError(f"early_stop: the log has no column {name!r}; it has {', '.join(dict.fromkeys(k for r in rows for k in r))}")
+    if rows and not values:
+        raise ValueError(
+            f"early_stop: the log has no column {name!r}; it has "
+            f"{', '.join(dict.fromkeys(k for r in rows for k in r))}"
+        )
     return len(values) - 1 - int(np.argmin(values)) >= patience if values else False
 
 # %% ../../nbs/4_training/02_loop.ipynb #757e162c
@@ -260,8 +287,12 @@ def fit(
 )->pd.DataFrame:                        # the log
     "Train one stage, from where its folder left off."
     folder, fabric = Path(folder), fabric or make_fabric(getattr(getattr(model, "config", None), "d_model", 0))
-    for name, n in dict(accumulate=accumulate, validate_every=validate_every, checkpoint_every=checkpoint_every, log_every=log_every).items():
-        if n is not None and n < 1: raise ValueError(f"{name}: found {n}; give a number of at least 1")
+    for name, n in dict(accumulate=accumulate,
+                        validate_every=validate_every,
+                        checkpoint_every=checkpoint_every,
+                        log_every=log_every).items():
+        if n is not None and n < 1:
+            raise ValueError(f"{name}: found {n}; give a number of at least 1")
     about = _about(model, stage, seed, fabric, accumulate, validate_every, early_stop)
     with train_only(model, stage.trains), own_randomness(seed):
         training = _Training(model, stage, folder, seed, fabric, accumulate, progress)
@@ -269,15 +300,24 @@ def fit(
         if stage.begin and not training.step_number: stage.begin(model)
         if not finished:
             writer = _event_writer(folder, tensorboard and fabric.is_global_zero)
-            with _watched(training) as bar: _run(training, log, about, _Every(log_every, validate_every, checkpoint_every), early_stop, writer, bar)
+            with _watched(training) as bar:
+                _run(training, log, about, _Every(log_every, validate_every, checkpoint_every), early_stop,
+                     writer, bar)
     return_freed_memory()
     return log.frame
 
 # %% ../../nbs/4_training/02_loop.ipynb #e4112300
 def _about(model, stage, seed, fabric, accumulate, validate_every, early_stop)->dict:
     "What a run depends on, as JSON; the loader checks its own."
-    about = dict(stage=stage.name, config=stage.config.model_dump(mode="json"), trains=stage.trains, seed=seed, accumulate=accumulate,
-                 validate_every=validate_every, early_stop=early_stop, precision=fabric.strategy.precision.precision, weights=weights_hash(model),
+    about = dict(stage=stage.name,
+                 config=stage.config.model_dump(mode="json"),
+                 trains=stage.trains,
+                 seed=seed,
+                 accumulate=accumulate,
+                 validate_every=validate_every,
+                 early_stop=early_stop,
+                 precision=fabric.strategy.precision.precision,
+                 weights=weights_hash(model),
                  model=config_hash(model.config) if hasattr(model, "config") else type(model).__name__)
     return json.loads(json.dumps(about))
 
@@ -285,16 +325,25 @@ def _about(model, stage, seed, fabric, accumulate, validate_every, early_stop)->
 def _resume(training:_Training, about:dict, folder:Path)->tuple[TrainingLog, bool]:  # log, whether the stage is finished
     "Continue from the newest whole checkpoint; rank 0 reads it for all."
     fabric, found, rows = training.fabric, None, []
-    if fabric.is_global_zero and (found := training.checkpoints.latest()): rows = read_log(folder/"log.csv", found.step)
+    if fabric.is_global_zero and (found := training.checkpoints.latest()):
+        rows = read_log(folder/"log.csv", found.step)
     found, rows = fabric.broadcast((found, rows))
     if found:
-        before = found.state["about"] | dict(config=type(training.stage.config)(**found.state["about"]["config"]).model_dump(mode="json"))  # switches that are newer stand at their defaults
-        if differs := [f"{k} was {v!r}, is {about.get(k)!r}" for k, v in json.loads(json.dumps(before)).items() if about.get(k) != v]:
-            raise ValueError(f"{folder}: holds another run of stage {training.stage.name!r}: {'; '.join(differs)}; choose another folder, or call with what it was begun with "
-                             "(weights: the model as it was before the stage)")
+        before = found.state["about"] | dict(config=type(
+            training.stage.config)(**found.state["about"]["config"]).model_dump(
+                mode="json"))  # switches that are newer stand at their defaults
+        if differs := [
+                f"{k} was {v!r}, is {about.get(k)!r}" for k, v in json.loads(json.dumps(before)).items()
+                if about.get(k) != v
+        ]:
+            raise ValueError(
+                f"{folder}: holds another run of stage {training.stage.name!r}: {'; '.join(differs)}; choose "
+                f"another folder, or call with what it was begun with "
+                "(weights: the model as it was before the stage)")
         restore_(found, training.model, training.optimizer, training.scheduler, training.loader)
         training.step_number = found.step
-    return TrainingLog(folder/"log.csv" if fabric.is_global_zero else None, rows), bool(found) and found.state["finished"]
+    return TrainingLog(folder/"log.csv" if fabric.is_global_zero else None,
+                       rows), bool(found) and found.state["finished"]
 
 # %% ../../nbs/4_training/02_loop.ipynb #98a5ae18
 class _Every(NamedTuple):
@@ -305,12 +354,19 @@ class _Every(NamedTuple):
 
 def _run(training:_Training, log:TrainingLog, about:dict, every:_Every, early_stop, writer:Callable, bar:tqdm)->None:
     "Steps until the last one, or until early stopping."
-    def due(n): return training.step_number % (n or len(training.loader)) == 0 or training.step_number == training.total
+    def due(n):
+        return training.step_number % (n or len(
+            training.loader)) == 0 or training.step_number == training.total
     def record(validating):
         row = training.row()
         if validating: row |= training.validate()
         if len(row) > 2: log.append(row); writer(row)
-        bar.set_postfix({k: f"{v:.4g}" for k, v in row.items() if k not in ("step", "epoch", "grad_norm") and not k.startswith("lr")}, refresh=False)
+        bar.set_postfix(
+            {
+                k: f"{v:.4g}" for k, v in row.items()
+                if k not in ("step", "epoch", "grad_norm") and not k.startswith("lr")
+            },
+            refresh=False)
         training.meter.clear()
     if training.step_number == 0: record(True)
     for epoch in range(training.loader.epoch, training.stage.config.epochs):
@@ -329,20 +385,32 @@ def _run(training:_Training, log:TrainingLog, about:dict, every:_Every, early_st
 def _watched(training:_Training):
     "A progress bar inside, seldom drawn where each drawing is kept; what interrupts the run says where it can go on."
     seconds = .1 if sys.stderr.isatty() else 5.     # a file, or a notebook, which grows by every drawing
-    bar = tqdm(total=training.total, initial=training.step_number, desc=training.stage.name, mininterval=seconds,
-               disable=not training.progress, dynamic_ncols=True)
+    bar = tqdm(total=training.total,
+               initial=training.step_number,
+               desc=training.stage.name,
+               mininterval=seconds,
+               disable=not training.progress,
+               dynamic_ncols=True)
     try:
-        with bar: yield bar
+        with bar:
+            yield bar
     except KeyboardInterrupt:
         steps = training.checkpoints.steps()
-        raise KeyboardInterrupt(f"stage {training.stage.name!r}: interrupted at step {training.step_number} of {training.total}; "
-                                + (f"the checkpoint of step {steps[-1]} in {training.checkpoints.folder} is intact, start again to go on from there" if steps else "no checkpoint yet")) from None
+        raise KeyboardInterrupt(
+            f"stage {training.stage.name!r}: interrupted at step {training.step_number} of {training.total}; "
+            +
+            (f"the checkpoint of step {steps[-1]} in {training.checkpoints.folder} is intact, start again to "
+             f"go on from there"
+             if steps else "no checkpoint yet")) from None
 
 def _event_writer(folder:Path, on:bool)->Callable:  # row -> None
     "Writes rows as TensorBoard events, if asked."
     if not on: return lambda row: None
-    try: from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error: raise ImportError(f"tensorboard=True needs the package tensorboard ({error}); pip install tensorboard") from error
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError(
+            f"tensorboard=True needs the package tensorboard ({error}); pip install tensorboard") from error
     writer = SummaryWriter(folder/"tensorboard")
     def write(row):
         for name, value in row.items(): writer.add_scalar(name, value, row["step"])

@@ -51,7 +51,10 @@ class CollapseMonitor:
         std_floor:float=5e-3,       # or if the mean standard deviation falls below this
         latents:Callable=encoder_latents,   # (model, cells, genes) -> {name: (g, B, D)}
     ):
-        if (n := size_of(cells)) < 3: raise ValueError(f"cells: found {n}; spread across cells needs at least 3, better more than the latent width")
+        if (n := size_of(cells)) < 3:
+            raise ValueError(
+                f"cells: found {n}; spread across cells needs at least 3, better more than the latent width"
+            )
         self.cells, self.genes, self.latents = cells, torch.as_tensor(genes), latents
         self.share, self.rank_floor, self.std_floor, self.warned = share, rank_floor, std_floor, set()
         self.start = {k: v for k, v in self.measure(model).items() if not k.startswith("std_min_")}
@@ -60,18 +63,31 @@ class CollapseMonitor:
     def measure(self, model:nn.Module)->dict[str, float]:
         "Rank, mean standard deviation and that of the narrowest dimension, for each kind of latent."
         device, values = next(model.parameters()).device, {}
-        found = [self.latents(model, piece.to(device), self.genes.to(device)) for piece, _ in pieces_of(self.cells, -(-size_of(self.cells)//64))]
+        found = [
+            self.latents(model, piece.to(device), self.genes.to(device))
+            for piece, _ in pieces_of(self.cells, -(-size_of(self.cells) // 64))
+        ]
         for name in found[0]:
             z = torch.cat([f[name] for f in found], 1)
             std = z.float().std(1).mean(0)
-            values |= {f"rank_{name}": effective_rank(z).mean().item(), f"std_{name}": std.mean().item(), f"std_min_{name}": std.min().item()}
+            values |= {
+                f"rank_{name}": effective_rank(z).mean().item(), f"std_{name}": std.mean().item(),
+                f"std_min_{name}": std.min().item()
+            }
         return values
 
     def __call__(self, model:nn.Module)->dict[str, float]:
         "Columns of the log: what was measured, and `collapsed`, 1 if any of it is too low."
         values = self.measure(model)
-        floor = {k: max(self.share*v, self.rank_floor if k.startswith("rank_") else self.std_floor) for k, v in self.start.items()}
-        problems = {k: f"{k} is {values[k]:.3g}, it began at {self.start[k]:.3g}" for k in floor if values[k] < floor[k]}
-        for k in problems.keys() - self.warned: warnings.warn(f"latents collapse: {problems[k]}; cells are hardly told apart", stacklevel=2)
+        floor = {
+            k: max(self.share*v, self.rank_floor if k.startswith("rank_") else self.std_floor)
+            for k, v in self.start.items()
+        }
+        problems = {
+            k: f"{k} is {values[k]:.3g}, it began at {self.start[k]:.3g}" for k in floor
+            if values[k] < floor[k]
+        }
+        for k in problems.keys() - self.warned:
+            warnings.warn(f"latents collapse: {problems[k]}; cells are hardly told apart", stacklevel=2)
         self.warned |= problems.keys()
         return values | dict(collapsed=int(bool(problems)))

@@ -26,7 +26,8 @@ def pretrain_step(
 )->StepOutput:
     "Predict the teacher's latents of hidden genes (report §5.1)."
     loss = model.pretrain_loss(batch, generator=generator)
-    return StepOutput(loss.total, {k: v.detach() for k, v in loss._asdict().items() if k != "total"}, len(batch.x))
+    return StepOutput(loss.total, {k: v.detach() for k, v in loss._asdict().items() if k != "total"},
+                      len(batch.x))
 
 # %% ../../nbs/4_training/04_pretrain.ipynb #4a0579a4
 def follow_student(
@@ -50,7 +51,9 @@ def held_out_loss(
     cells = next(iter(loader))
     def validate(model):
         device = next(model.parameters()).device
-        with torch.no_grad(): loss = model.pretrain_loss(cells.to(device), generator=torch.Generator(device).manual_seed(seed))
+        with torch.no_grad():
+            loss = model.pretrain_loss(cells.to(device),
+                                       generator=torch.Generator(device).manual_seed(seed))
         return {f"val_{k}": v.item() for k, v in loss._asdict().items()}
     return validate
 
@@ -64,11 +67,20 @@ def pretrain_stage(
     monitor:Callable[[BioJEPA], dict[str, float]]|None=None,  # further columns, a `CollapseMonitor` of notebook training/loop
 )->Stage:
     "Everything `fit` needs to train encoder, masked predictor and, by averaging, teacher."
-    loader = cell_loader(adata, split, "train", batch_size=config.batch_size, seed=seed, drop_last=config.drop_last)
+    loader = cell_loader(adata,
+                         split,
+                         "train",
+                         batch_size=config.batch_size,
+                         seed=seed,
+                         drop_last=config.drop_last)
     looks = [held_out_loss(adata, split, seed=seed), *([monitor] if monitor else [])]
     def validate(model): return {k: v for look in looks for k, v in look(model).items()}
-    return Stage("pretrain", config, pretrain_step, {"encoder": config.lr, "masked_predictor": config.lr}, loader,
-                 after_step=follow_student, validate=validate)
+    return Stage("pretrain",
+                 config,
+                 pretrain_step, {"encoder": config.lr, "masked_predictor": config.lr},
+                 loader,
+                 after_step=follow_student,
+                 validate=validate)
 
 # %% ../../nbs/4_training/04_pretrain.ipynb #fc1559e0
 def pretrain(

@@ -36,7 +36,9 @@ def readout_step(
         if latents == "observed":
             h = model.teacher(batch.x_pert, batch.log_library_size_pert)
             z, index = h.x, h.index
-        else: z, index = model.predict_latent(batch.x_ctrl, batch.log_library_size_ctrl, actions_of(batch, actions)).mean, None
+        else:
+            z, index = model.predict_latent(batch.x_ctrl, batch.log_library_size_ctrl,
+                                            actions_of(batch, actions)).mean, None
     delta = model.readout.delta(z, h_ctrl.x, index, h_ctrl.index)
     loss = (delta - (batch.x_pert - batch.x_ctrl)).square().mean()
     return StepOutput(loss, dict(mse=loss.detach()), len(batch.x_ctrl))
@@ -52,7 +54,9 @@ def start_at_least_squares_(
     "Set a per-gene readout to the ridge regression from the teacher's latents; a shared one to the genes' average."
     cells = np.union1d(split.cells(adata, "train"), split.controls(adata, "train"))
     maps = gene_maps(model, adata, np.sort(np.random.default_rng(seed).permutation(cells)[:n_cells]))
-    with torch.no_grad(): model.readout.linear.weight.copy_(maps if model.readout.kind == "per_gene" else maps.mean(0, keepdim=True))
+    with torch.no_grad():
+        model.readout.linear.weight.copy_(maps if model.readout.kind ==
+                                          "per_gene" else maps.mean(0, keepdim=True))
     return model
 
 # %% ../../nbs/4_training/07_readout.ipynb #68986a10
@@ -65,15 +69,20 @@ def readout_stage(
     seed:int=0,                 # of the order and the pairing
 )->Stage:
     "Everything `fit` needs to train the readout."
-    begin = partial(start_at_least_squares_, adata=adata, split=split, seed=seed) if config.latents == "observed" else None
+    begin = partial(start_at_least_squares_, adata=adata, split=split,
+                    seed=seed) if config.latents == "observed" else None
     step = partial(readout_step, actions=actions, latents=config.latents)
     loader = pair_loader(adata, split, "train", batch_size=config.batch_size, seed=seed,
                          fixed_controls=config.fixed_controls, drop_last=config.drop_last)
     def validate(model):
         if not len(split.cells(adata, "val")): return {}
-        pairs = next(iter(pair_loader(adata, split, "val", batch_size=128, seed=seed, training=True))).to(next(model.parameters()).device)
+        pairs = next(iter(pair_loader(adata, split, "val", batch_size=128, seed=seed,
+                                      training=True))).to(next(model.parameters()).device)
         zero = (pairs.x_pert - pairs.x_ctrl).square().mean().item()
-        return {f"val_mse_{k}": readout_step(model, pairs, actions=actions, latents=k).loss.item() for k in ("predicted", "observed")} | dict(val_mse_no_change=zero)
+        return {
+            f"val_mse_{k}": readout_step(model, pairs, actions=actions, latents=k).loss.item()
+            for k in ("predicted", "observed")
+        } | dict(val_mse_no_change=zero)
     return Stage("readout", config, step, {"readout": config.lr}, loader, validate=validate, begin=begin)
 
 # %% ../../nbs/4_training/07_readout.ipynb #e33aa438

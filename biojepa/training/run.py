@@ -46,7 +46,8 @@ from .pretrain import pretrain_stage
 from .readout import readout_stage
 
 # %% ../../nbs/4_training/08_run.ipynb #bdc50d62
-COLUMNS = ("condition", "control", "batch", "cell_type", "guide", "guide_seq", "mode", "library_size", "keep")  # of DataConfig, for `load_dataset`
+COLUMNS = ("condition", "control", "batch", "cell_type", "guide", "guide_seq", "mode", "library_size",
+           "keep")  # of DataConfig, for `load_dataset`
 
 def load_data(
     data:DataConfig,            # what to read and how to split it
@@ -58,8 +59,11 @@ def load_data(
     missing = "skip" if data.relations else "error" if data.features == "pretrained" else "warn"
     loaded = load_screen(data.dataset, data.guides, data.proteins, data.guides_from, missing, **columns)
     if split is None:
-        names = object_hash(sorted(set(loaded.obs["perturbation"].astype(str)) | set(loaded.obs["cell_type"].astype(str))))
-        path = Path(runs)/"splits"/f"{Path(data.dataset).stem}-{data.split}-{data.split_seed}-{object_hash([names, data.held_out])}.json"
+        names = object_hash(
+            sorted(set(loaded.obs["perturbation"].astype(str)) | set(loaded.obs["cell_type"].astype(str))))
+        path = Path(
+            runs
+        )/"splits"/f"{Path(data.dataset).stem}-{data.split}-{data.split_seed}-{object_hash([names, data.held_out])}.json"
         split = make_split(loaded, data.split, data.split_seed, held_out=data.held_out, path=path)
     return prepare(loaded, data.expression_space, data.n_top_genes, split), split
 
@@ -69,11 +73,18 @@ def data_hash(
     block:int=4096,     # cells read at once
 )->str:                 # 12 hexadecimal digits
     "Identifies expression values, genes, cells and the columns that batches are made of."
-    h, columns, values = sha256(), ("condition", "perturbation", "batch", "cell_type", "log_library_size"), [sha256(), sha256(), sha256()]
-    for names in (adata.obs_names, adata.var_names, *(adata.obs[c].astype(str) for c in columns if c in adata.obs)): h.update("\n".join(names).encode())
+    h = sha256()
+    columns = ("condition", "perturbation", "batch", "cell_type", "log_library_size")
+    values = [sha256(), sha256(), sha256()]
+    for names in (adata.obs_names, adata.var_names, *(adata.obs[c].astype(str)
+                                                      for c in columns if c in adata.obs)):
+        h.update("\n".join(names).encode())
     for start in range(0, adata.n_obs, block):
         x = csr_matrix(adata.X[start:start + block])
-        for of, part in zip(values, (x.data.astype(np.float32), x.indices.astype(np.int64), np.diff(x.indptr).astype(np.int64))): of.update(np.ascontiguousarray(part))
+        for of, part in zip(
+                values,
+            (x.data.astype(np.float32), x.indices.astype(np.int64), np.diff(x.indptr).astype(np.int64))):
+            of.update(np.ascontiguousarray(part))
     for of in values: h.update(of.digest())
     return h.hexdigest()[:12]
 
@@ -94,7 +105,8 @@ class Run(NamedTuple):
     def label(self)->str:
         "The dataset's name for figures; cells with a planted truth are simulated."
         name = Path(self.experiment.data.dataset).stem
-        return f"{name} (simulated)" if {"truth", "true_log_fold"} & set(self.adata.uns) and name != "simulated" else name
+        return f"{name} (simulated)" if {"truth", "true_log_fold"} & set(
+            self.adata.uns) and name != "simulated" else name
 
 def run_folder(
     experiment:ExperimentConfig,
@@ -119,15 +131,33 @@ def open_folder(
     "Write config.json and run.json, or compare with what is there."
     path, identity, versions = folder/"run.json", dict(config=config_hash(experiment), **identity), _versions()
     if path.is_file():
-        try: found = json.loads(path.read_text())
-        except ValueError as error: raise ValueError(f"{path}: not readable as JSON ({error}); remove the folder, or choose another --runs") from error
-        if differs := [f"{k} {found['identity'].get(k)} there, {v} now" for k, v in identity.items() if found["identity"].get(k) != v]:
-            raise ValueError(f"{folder}: this configuration was run on something else: {'; '.join(differs)}; choose another folder for runs, or remove this one")
-        if older := [f"{k} {v} there, {versions.get(k)} now" for k, v in found["versions"].items() if versions.get(k) != v]:
-            warnings.warn(f"{folder}: begun with other versions: {'; '.join(older)}; numbers may differ", stacklevel=3)
+        try:
+            found = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(
+                f"{path}: not readable as JSON ({error}); remove the folder, or choose another --runs"
+            ) from error
+        if differs := [
+                f"{k} {found['identity'].get(k)} there, {v} now" for k, v in identity.items()
+                if found["identity"].get(k) != v
+        ]:
+            raise ValueError(
+                f"{folder}: this configuration was run on something else: {'; '.join(differs)}; choose another "
+                f"folder for runs, or remove this one"
+            )
+        if older := [
+                f"{k} {v} there, {versions.get(k)} now" for k, v in found["versions"].items()
+                if versions.get(k) != v
+        ]:
+            warnings.warn(f"{folder}: begun with other versions: {'; '.join(older)}; numbers may differ",
+                          stacklevel=3)
         return
-    for file, content in (("config.json", experiment.model_dump(mode="json")), ("run.json", dict(identity=identity, versions=versions, **about))):
-        with atomic_path(folder/file) as part: part.write_text(json.dumps(content, indent=1))
+    for file, content in (("config.json", experiment.model_dump(mode="json")), ("run.json",
+                                                                                dict(identity=identity,
+                                                                                     versions=versions,
+                                                                                     **about))):
+        with atomic_path(folder/file) as part:
+            part.write_text(json.dumps(content, indent=1))
 
 # %% ../../nbs/4_training/08_run.ipynb #d02bbea5
 STAGES = ("pretrain", "align", "dynamics", "readout")
@@ -142,13 +172,17 @@ def build_stage(
 )->Stage|None:                      # None where there is nothing to train on
     "A stage of an experiment, ready for `fit`."
     config, seed = getattr(experiment, name), experiment.seed
-    if name == "pretrain": return watched(pretrain_stage(model, adata, split, config, seed), model, cell_loader, adata, split, seed)
+    if name == "pretrain":
+        return watched(pretrain_stage(model, adata, split, config, seed), model, cell_loader, adata, split,
+                       seed)
     if name == "dynamics":
         stage = dynamics_stage(model, adata, split, actions.actions, config, seed)
-        return watched(stage, model, pair_loader, adata, split, seed, partial(predicted_latents, actions=actions.actions))
+        return watched(stage, model, pair_loader, adata, split, seed,
+                       partial(predicted_latents, actions=actions.actions))
     if name == "readout": return readout_stage(model, adata, split, actions.actions, config, seed)
     if not len(pairs := actions.aligned(config.pairs)):
-        warnings.warn("stage 'align' is left out: no training perturbation has both a protein and a guide", stacklevel=2)
+        warnings.warn("stage 'align' is left out: no training perturbation has both a protein and a guide",
+                      stacklevel=2)
         return None
     return align_stage(model, actions.anchor, actions.positive, actions.table.target_codes, pairs, config, seed)
 
@@ -191,19 +225,27 @@ def run_stages(
     **options,                                  # of `fit`: progress, accumulate, validate_every, checkpoint_every, log_every, early_stop, tensorboard
 )->Run:
     "Train an experiment, or finish what an earlier call began; finished stages are only read."
-    if not stages or tuple(stages) != STAGES[:len(stages)]: raise ValueError(f"stages: found {list(stages)}; each needs those before it, give the first few of {', '.join(STAGES)}")
+    if not stages or tuple(stages) != STAGES[:len(stages)]:
+        raise ValueError(
+            f"stages: found {list(stages)}; each needs those before it, give the first few of "
+            f"{', '.join(STAGES)}"
+        )
     fabric = fabric or make_fabric(experiment.model.d_model)
     adata, split = _data(experiment, adata, split, Path(runs), fabric)
     actions = describe_actions(adata, split, features, experiment.data)
     check_leakage(adata, split, pairs=[actions.table.perturbation[i] for i in actions.aligned("train")])
     if outside := len(actions.aligned(experiment.align.pairs)) - len(actions.aligned("train")):
-        warnings.warn(f"align.pairs='all': {outside} pairs of held-out perturbations align the composer, as released; "
-                      "their features are seen, no cell of theirs is. align.pairs='train' leaves them out", stacklevel=2)
+        warnings.warn(
+            f"align.pairs='all': {outside} pairs of held-out perturbations align the composer, as released; "
+            "their features are seen, no cell of theirs is. align.pairs='train' leaves them out",
+            stacklevel=2)
     experiment = sized_to(experiment, adata, actions)
     folder = run_folder(experiment, runs)
     identity = dict(data=data_hash(adata), split=split.hash, features=actions.hash)
     if fabric.is_global_zero:
-        about = dict(device=str(fabric.device), devices=fabric.world_size, precision=fabric.strategy.precision.precision,
+        about = dict(device=str(fabric.device),
+                     devices=fabric.world_size,
+                     precision=fabric.strategy.precision.precision,
                      history=[str(line) for line in adata.uns["biojepa"].get("history", ())])
         open_folder(folder, experiment, identity, about)
         split.save(folder/"split.json")
@@ -228,7 +270,11 @@ def _data(experiment:ExperimentConfig, adata:AnnData|None, split:Split|None, run
         return (load_data(experiment.data, split, runs) if adata is None else (adata, split))
     validate(adata, "prepared")
     if split is None:
-        if fabric.is_global_zero: split = make_split(adata, experiment.data.split, experiment.data.split_seed, held_out=experiment.data.held_out)
+        if fabric.is_global_zero:
+            split = make_split(adata,
+                               experiment.data.split,
+                               experiment.data.split_seed,
+                               held_out=experiment.data.held_out)
         split = fabric.broadcast(split)
     return adata, split
 
@@ -241,5 +287,8 @@ def run_seeds(
     "The same experiment with several seeds; data and split are read once."
     if n_seeds < 1: raise ValueError(f"n_seeds: found {n_seeds}; give at least 1")
     runs = [run_stages(experiment, **options)]
-    for k in range(1, n_seeds): runs.append(run_stages(experiment.changed(seed=experiment.seed + k), **{**options, "adata": runs[0].adata, "split": runs[0].split}))
+    for k in range(1, n_seeds):
+        runs.append(
+            run_stages(experiment.changed(seed=experiment.seed + k),
+                       **{**options, "adata": runs[0].adata, "split": runs[0].split}))
     return runs
