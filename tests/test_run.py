@@ -449,7 +449,7 @@ def test_wrong_input_is_one_line(text, message, capsys):
 
 def test_ctrl_c_on_the_command_line_says_where_it_stands(data, tmp_path, monkeypatch, capsys):
     def interrupted(*_, **__): raise KeyboardInterrupt("stage 'pretrain': interrupted at step 7")
-    monkeypatch.setattr(run_module, "run_stages", interrupted)
+    monkeypatch.setattr("biojepa.cli.run_stages", interrupted)
     with pytest.raises(SystemExit) as stop: main(["--preset", "smoke", "--accelerator", "cpu"])
     assert stop.value.code == 130 and capsys.readouterr().err == "stage 'pretrain': interrupted at step 7\n"
 

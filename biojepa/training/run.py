@@ -31,7 +31,7 @@ from ..actions.featurizers import FeatureBank
 from ..actions.vocabulary import ActionTable
 from ..config import DataConfig, ExperimentConfig, config_hash
 from ..core import PATHS, atomic_path, object_hash
-from ..data.batches import ActionBatch, PairBatch, cell_loader, pair_loader
+from ..data.batches import ActionBatch, PairBatch, Parts, cell_loader, pair_loader
 from ..data.companions import load_screen
 from ..data.preprocess import prepare, validate
 from ..data.splits import Split, check_leakage, make_split
@@ -167,7 +167,7 @@ def build_stage(
     model:BioJEPA,                  # as the stage before left it
     experiment:ExperimentConfig,
     adata:AnnData,
-    split:Split,
+    split:Parts,                    # or Split
     actions:Actions,
 )->Stage|None:                      # None where there is nothing to train on
     "A stage of an experiment, ready for `fit`."
@@ -250,9 +250,9 @@ def run_stages(
         open_folder(folder, experiment, identity, about)
         split.save(folder/"split.json")
     with own_randomness(experiment.seed): model = BioJEPA(experiment.model)
-    logs = {}
+    parts, logs = Parts(adata, split), {}
     for name in stages:
-        if stage := build_stage(name, model, experiment, adata, split, actions):
+        if stage := build_stage(name, model, experiment, adata, parts, actions):
             logs[name] = fit(model, stage, folder/name, seed=experiment.seed, fabric=fabric, **options)
     if fabric.is_global_zero:
         save_pretrained(model, folder/"model", adata.var_names, actions.table.perturbation)
