@@ -19,7 +19,7 @@ from biojepa.config import DataConfig, changed_by, config_hash, named_experiment
 from biojepa.core import PATHS, file_hash
 from biojepa.model.saving import from_pretrained
 from biojepa.training import run as run_module
-from biojepa.training.checkpoints import Checkpointer, read_log, weights_hash
+from biojepa.training.checkpoints import Checkpointer, read_log, state_hash
 from biojepa.training.loop import make_fabric
 from biojepa.training.run import STAGES, data_hash, load_data, run_folder, run_stages
 
@@ -167,16 +167,16 @@ def test_a_run_leaves_what_it_was_made_of(finished, data):
     saved = from_pretrained(folder/"model",
                             genes=list(data["adata"].var_names),
                             config=small_experiment().model)
-    assert weights_hash(saved.model) == weights_hash(finished.model)
+    assert state_hash(saved.model) == state_hash(finished.model)
     assert [*finished.log.stage.unique()] == list(STAGES) and finished.log.columns[0] == "stage"
     assert len(finished.actions.features) == len(finished.table)
 
 
 def test_finished_stages_are_only_read(finished, data, monkeypatch):
     def never(*_): raise AssertionError("a step was done")
-    monkeypatch.setattr("biojepa.training.loop._Training.step", never)
+    monkeypatch.setattr("biojepa.training.loop.take_step", never)
     again = run_stages(small_experiment(), **data, runs=finished.folder.parent, **OPTIONS)
-    assert weights_hash(again.model) == weights_hash(finished.model)
+    assert state_hash(again.model) == state_hash(finished.model)
     pd.testing.assert_frame_equal(again.log, finished.log)
 
 
@@ -184,7 +184,7 @@ def test_stages_can_be_added_later(data, finished, tmp_path):
     first = run_stages(small_experiment(), **data, runs=tmp_path, stages=STAGES[:2], **OPTIONS)
     assert [*first.log.stage.unique()] == ["pretrain", "align"]
     whole = run_stages(small_experiment(), **data, runs=tmp_path, **OPTIONS)
-    assert weights_hash(whole.model) == weights_hash(finished.model)
+    assert state_hash(whole.model) == state_hash(finished.model)
     with pytest.raises(ValueError, match=r"stages: found \['dynamics'\]; each needs those before it"):
         run_stages(small_experiment(), **data, runs=tmp_path, stages=["dynamics"])
 
@@ -197,7 +197,7 @@ def test_each_stage_changes_only_its_parts(data, tmp_path):
                    stages=STAGES[:n],
                    **OPTIONS).model for n in (1, 2, 3, 4)
     ]
-    hashes = [{n: weights_hash(m) for n, m in model.named_children()} for model in states]
+    hashes = [{n: state_hash(m) for n, m in model.named_children()} for model in states]
     changed = [{n for n in a if a[n] != b[n]} for a, b in zip(hashes, hashes[1:])]
     assert changed == [{"composer"}, {"predictor", "composer"}, {"readout"}]
 

@@ -81,11 +81,11 @@ OPTIONS = dict(progress=False, checkpoint_every=4, log_every=2)
 def run(runs, data, trace=None, **options):
     "Run all stages; each step is noted in `trace` before it is done."
     if trace:
-        descriptor, step = os.open(trace, os.O_WRONLY | os.O_APPEND | os.O_CREAT), loop._Training.step
-        def traced(self, batch):
-            os.write(descriptor, f"{os.getpid()} {self.stage.name} {self.step_number}\n".encode())
-            step(self, batch)
-        loop._Training.step = traced
+        descriptor, step = os.open(trace, os.O_WRONLY | os.O_APPEND | os.O_CREAT), loop.take_step
+        def traced(t, batch):
+            os.write(descriptor, f"{os.getpid()} {t.stage.name} {t.done}\n".encode())
+            step(t, batch)
+        loop.take_step = traced
     return run_stages(small_experiment(), **data, runs=runs, **(OPTIONS | options))
 
 
@@ -189,8 +189,8 @@ def shared_run(folder, cases):
                                   runs=folder/name/case,
                                   fabric=fabric,
                                   **(dict(progress=False, log_every=1) | options))
-            about = dict(weights=loop.weights_hash(done.model),
-                         teacher=loop.weights_hash(done.model.teacher),
+            about = dict(weights=loop.state_hash(done.model),
+                         teacher=loop.state_hash(done.model.teacher),
                          folder=str(done.folder),
                          log=done.log.drop(columns="cells_per_second").to_json(orient="records",
                                                                                double_precision=15))
