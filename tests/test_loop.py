@@ -9,7 +9,6 @@ import signal
 import sys
 import types
 import warnings
-from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -20,13 +19,11 @@ from torch import nn
 from biojepa.config import StageConfig, preset
 from biojepa.data.batches import ActionBatch, ActionPairBatch, BatchLoader, CellBatch
 from biojepa.model.biojepa import BioJEPA
-from biojepa.training import loop
 from biojepa.training.checkpoints import (
     Checkpointer, TrainingLog, get_randomness, read_log, set_randomness, step_seed, state_hash
 )
 from biojepa.training.loop import (
-    Meter, Stage, StepOutput, choose_precision, fit, make_fabric, one_cycle, pieces_of, should_stop,
-    train_only
+    Stage, StepOutput, choose_precision, fit, make_fabric, one_cycle, pieces_of
 )
 from biojepa.training.monitor import CollapseMonitor, effective_rank, encoder_latents
 
@@ -205,8 +202,8 @@ def test_after_step_sees_every_step(tmp_path):
 
 @pytest.mark.parametrize("k", [2, 3, 5, 100])
 def test_pieces_add_up_to_the_batch_for_means_over_cells(k, tmp_path):
-    whole = quiet(a := new(), stage(), tmp_path/"whole", log_every=1)
-    pieces = quiet(b := new(), stage(), tmp_path/"pieces", log_every=1, accumulate=k)
+    whole = quiet(new(), stage(), tmp_path/"whole", log_every=1)
+    pieces = quiet(new(), stage(), tmp_path/"pieces", log_every=1, accumulate=k)
     np.testing.assert_allclose(whole.loss, pieces.loss, rtol=1e-5)
     np.testing.assert_allclose(whole.grad_norm, pieces.grad_norm, rtol=1e-4)
     assert whole.lr.equals(pieces.lr)

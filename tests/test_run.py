@@ -11,11 +11,10 @@ import pandas as pd
 import pytest
 import torch
 
-from biojepa.actions.describe import default_features, describe_actions
-from biojepa.actions.featurizers import featurize
+from biojepa.actions.describe import describe_actions
 from biojepa.actions.vocabulary import Modality, Mode
 from biojepa.cli import experiment_of, main, parser
-from biojepa.config import DataConfig, changed_by, config_hash, named_experiment, preset
+from biojepa.config import DataConfig, config_hash, named_experiment, preset
 from biojepa.core import PATHS, file_hash
 from biojepa.model.saving import from_pretrained
 from biojepa.training import run as run_module

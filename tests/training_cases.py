@@ -8,8 +8,6 @@ import time
 import warnings
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
 import torch
 
 from biojepa.actions.featurizers import featurize
