@@ -318,7 +318,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
     done = []
     s = stage(step=explodes, after_step=lambda model, n, total: done.__setitem__(slice(None), [n]))
     with pytest.raises(FloatingPointError, match="loss is nan at step [5-8]"):
-        quiet(model := new(), s, tmp_path)
+        quiet(new(), s, tmp_path)
     assert Checkpointer(tmp_path/"checkpoints").steps() == [4]
     assert all(t.isfinite().all() for t in Checkpointer(tmp_path/"checkpoints").latest().tensors.values()
                if t.is_floating_point())

@@ -30,16 +30,28 @@ torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore:latents collapse", "ignore:find_unused_parameters")
 
 
-def program(*arguments, timeout=900):
-    "Run tests/training_cases.py in a process of its own, which forks the runs."
-    done = subprocess.run([sys.executable, training_cases.__file__, *map(str, arguments)],
-                          capture_output=True,
-                          text=True,
-                          timeout=timeout,
-                          cwd=PATHS.root,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"})
+def program(*jobs, timeout=900):
+    "Run tests/training_cases.py in a process of its own, which forks the runs of all jobs at once."
+    words = json.dumps([[str(word) for word in job] for job in jobs])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
+    done = subprocess.run([sys.executable, training_cases.__file__, words], capture_output=True, text=True,
+                          timeout=timeout, cwd=PATHS.root, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    return done
+    return done.stderr
+
+
+CASES = dict(tokens=({}, {}),
+             cells=(dict(vicreg_over="cells", mask_kind="exact", latent_loss="mse"), {}),
+             pieces=({}, dict(accumulate=2, stages=["pretrain"])))
+
+
+@pytest.fixture(scope="module")
+def forked(tmp_path_factory):
+    "A run killed twice, and runs shared by two processes: folder, and what was said."
+    folder = tmp_path_factory.mktemp("forked")
+    for name in ("killed", "shared"): (folder/name).mkdir()
+    said = program(("kill", folder/"killed", 2, "byte"), ("share", folder/"shared", json.dumps(CASES)))
+    return folder, said
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +66,9 @@ def finished(data, tmp_path_factory):
 
 # killed
 
-def check_kills(tmp_path, n, damages):
+def check_kills(folder, said, n, damages):
     "What must hold after `n` kills."
-    warned = program("kill", tmp_path, n, ",".join(damages)).stderr
-    report = json.loads((tmp_path/"report.json").read_text())
+    report = json.loads((folder/"report.json").read_text())
     plain, killed, kills = Path(report["plain"]), Path(report["killed"]), report["kills"]
     assert file_hash(plain/"model"/"model.safetensors") == file_hash(killed/"model"/"model.safetensors")
     for stage in STAGES:  # optimiser and generators, too
@@ -81,29 +92,29 @@ def check_kills(tmp_path, n, damages):
         if kill["killed_at"][0] == kill["checkpoint"][0]:
             assert kill["killed_at"][1] - kill["checkpoint"][1] <= OPTIONS["checkpoint_every"]
     assert len(kills) == n and not report["never_spoiled"]
-    assert warned.count("damaged checkpoint") >= len(damages)
+    assert said.count("damaged checkpoint") >= len(damages)
     return report
 
 
-def test_killed_twice_ends_with_the_same_bits(tmp_path):
-    check_kills(tmp_path, 2, ["byte"])
+def test_killed_twice_ends_with_the_same_bits(forked):
+    folder, said = forked
+    check_kills(folder/"killed", said, 2, ["byte"])
 
 
 @pytest.mark.slow
 def test_killed_twenty_times_ends_with_the_same_bits(tmp_path):
-    report = check_kills(tmp_path, 20, ["byte", "short", "json"])
+    damages = ["byte", "short", "json"]
+    said = program(("kill", tmp_path, 20, ",".join(damages)))
+    report = check_kills(tmp_path, said, 20, damages)
     assert {k["killed_at"][0] for k in report["kills"]} == set(STAGES)
     assert {k["spoiled"]["how"] for k in report["kills"] if k["spoiled"]} == {"byte", "short", "json"}
 
 
 # shared
 
-def test_two_processes_give_the_losses_of_one_with_twice_the_batch(tmp_path):
-    cases = dict(tokens=({}, {}),
-                 cells=(dict(vicreg_over="cells", mask_kind="exact", latent_loss="mse"), {}),
-                 pieces=({}, dict(accumulate=2, stages=["pretrain"])))
-    program("share", tmp_path, json.dumps(cases))
-    for case in cases:
+def test_two_processes_give_the_losses_of_one_with_twice_the_batch(forked):
+    tmp_path = forked[0]/"shared"
+    for case in CASES:
         one, first, second = (json.loads((tmp_path/f"{name}.json").read_text())
                               for name in (f"one-{case}-0", f"two-{case}-0", f"two-{case}-1"))
         assert first["weights"] == second["weights"] and first["teacher"] == second["teacher"] and first[

@@ -194,19 +194,22 @@ def shared_run(folder, cases):
                                                                                double_precision=15))
             (folder/f"{name}-{case}-{fabric.global_rank}.json").write_text(json.dumps(about))
 
-    one = lambda: work(Fabric(accelerator="cpu", devices=1, precision="32-true"), "one")
-    two = lambda: Fabric(accelerator="cpu",
-                         devices=2,
-                         precision="32-true",
-                         strategy=DDPStrategy(start_method="fork", find_unused_parameters=True)).launch(
-                             work, "two")
-    for function in (one, two): assert os.waitpid(in_child(function), 0)[1] == 0
+    def one(): work(Fabric(accelerator="cpu", devices=1, precision="32-true"), "one")
+    def two():
+        strategy = DDPStrategy(start_method="fork", find_unused_parameters=True)
+        Fabric(accelerator="cpu", devices=2, precision="32-true", strategy=strategy).launch(work, "two")
+    for pid in [in_child(one), in_child(two)]: assert os.waitpid(pid, 0)[1] == 0
+
+
+def job(name, folder, *rest):
+    "`kill` FOLDER N_KILLS DAMAGES, or `share` FOLDER CASES."
+    if name == "kill":
+        report = kill_and_resume(Path(folder), int(rest[0]), damages=rest[1].split(","))
+        (Path(folder)/"report.json").write_text(json.dumps(report))
+    if name == "share": shared_run(Path(folder), json.loads(rest[0]))
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    job, folder, *rest = sys.argv[1:]
-    if job == "kill":
-        (Path(folder)/"report.json").write_text(
-            json.dumps(kill_and_resume(Path(folder), int(rest[0]), damages=rest[1].split(","))))
-    if job == "share": shared_run(Path(folder), json.loads(rest[0]))
+    children = [in_child(lambda words=words: job(*words)) for words in json.loads(sys.argv[1])]
+    assert [os.waitpid(pid, 0)[1] for pid in children] == [0]*len(children)
