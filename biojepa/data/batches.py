@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CellBatch', 'PairBatch', 'ActionBatch', 'ActionPairBatch', 'row_source', 'dense_rows', 'ControlPools',
-           'match_controls', 'counter_uniform', 'BatchLoader', 'Part', 'Parts', 'pair_loader', 'cell_loader',
+           'match_controls', 'counter_uniform', 'BatchLoader', 'RosterPart', 'Roster', 'pair_loader', 'cell_loader',
            'action_loader', 'align_genes']
 
 # %% ../../nbs/1_data/08_batches.ipynb #cc0ad28c
@@ -332,7 +332,7 @@ def _prepared(
     return size
 
 # %% ../../nbs/1_data/08_batches.ipynb #d630779f
-class Part:
+class RosterPart:
     "One part of a split in one AnnData; what is asked for is found once."
     def __init__(self, adata:AnnData, split, name:str): self.adata, self.split, self.name = adata, split, name
 
@@ -360,16 +360,16 @@ class Part:
     def pools(self)->ControlPools: return match_controls(self.adata, self.cells, self.controls)
 
 # %% ../../nbs/1_data/08_batches.ipynb #d6307790
-class Parts:
-    "A split in one AnnData: `parts[\"train\"].cells`, `.controls`, `.seen` (both) and `.pools`."
+class Roster:
+    "A split in one AnnData: `roster[\"train\"].cells`, `.controls`, `.seen` (both) and `.pools`."
     def __init__(self,
         adata:AnnData,  # cells; not to be changed while this is used
         split,          # Split of data.splits, or anything with its `cells` and `controls`
     ):
         self.adata, self.split = adata, split
-        self._parts = {name: Part(adata, split, name) for name in ("train", "val", "test")}
+        self._parts = {name: RosterPart(adata, split, name) for name in ("train", "val", "test")}
 
-    def __getitem__(self, name:str)->Part:
+    def __getitem__(self, name:str)->RosterPart:
         if name in self._parts: return self._parts[name]
         raise ValueError(f"part: found {name!r}; choose 'train', 'val' or 'test'")
 
@@ -379,15 +379,15 @@ class Parts:
         return _codes(self.adata, "perturbation")[0]
 
     @classmethod
-    def of(cls, adata:AnnData, split)->"Parts":
-        "`split` itself if it is the parts of these cells already."
+    def of(cls, adata:AnnData, split)->"Roster":
+        "`split` itself if it is the roster of these cells already."
         if isinstance(split, cls): return split if split.adata is adata else cls(adata, split.split)
         return cls(adata, split)
 
 # %% ../../nbs/1_data/08_batches.ipynb #5e5f4d13
 def pair_loader(
     adata:AnnData,            # prepared, in memory or backed
-    split,                    # Split or Parts: perturbed cells of a part, and the controls it may use
+    split,                    # Split or Roster: perturbed cells of a part, and the controls it may use
     part:str="train",         # "train", "val" or "test"
     batch_size:int=32,        # pairs of a batch, over all devices (32 in the released run)
     seed:int=0,               # of order and control pairing
@@ -398,8 +398,8 @@ def pair_loader(
 )->BatchLoader:               # of PairBatch
     "Each perturbed cell of a part beside a random control of its batch and cell type (report §5.3)."
     size, X = _prepared(adata, "batch", "cell_type", "perturbation"), row_source(adata)
-    parts = Parts.of(adata, split)
-    code, pools = parts.code, parts[part].pools
+    roster = Roster.of(adata, split)
+    code, pools = roster.code, roster[part].pools
 
     def items(epoch):
         uniform = counter_uniform(adata.n_obs, seed, 0 if fixed_controls else epoch, stream=1)
@@ -418,7 +418,7 @@ def pair_loader(
 # %% ../../nbs/1_data/08_batches.ipynb #3f2a79ab
 def cell_loader(
     adata:AnnData,                 # prepared, in memory or backed
-    split=None,                    # Split or Parts; None: every cell, whatever the part
+    split=None,                    # Split or Roster; None: every cell, whatever the part
     part:str="train",              # "train", "val" or "test"
     batch_size:int=64,             # cells of a batch, over all devices (64 in the released run)
     seed:int=0,                    # of the order
@@ -431,7 +431,7 @@ def cell_loader(
     size, X = _prepared(adata), row_source(adata)
     rows = np.arange(adata.n_obs)
     if split is not None:
-        mine = Parts.of(adata, split)[part]
+        mine = Roster.of(adata, split)[part]
         rows = mine.seen if (part == "train" if with_controls is None else with_controls) else mine.cells
 
     def collate(cells):

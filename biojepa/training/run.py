@@ -31,7 +31,7 @@ from ..actions.featurizers import FeatureBank
 from ..actions.vocabulary import ActionTable
 from ..config import DataConfig, ExperimentConfig, config_hash
 from ..core import PATHS, atomic_path, object_hash
-from ..data.batches import ActionBatch, BatchLoader, PairBatch, Parts, cell_loader, pair_loader
+from ..data.batches import ActionBatch, BatchLoader, PairBatch, Roster, cell_loader, pair_loader
 from ..data.companions import load_screen
 from ..data.preprocess import prepare, validate
 from ..data.splits import Split, check_leakage, make_split
@@ -147,20 +147,20 @@ def build_stage(
     name:str,                       # one of STAGES
     model:BioJEPA,                  # as the stage before left it
     experiment:ExperimentConfig,
-    parts:Parts,                    # of the prepared cells
+    roster:Roster,                    # of the prepared cells
     actions:Actions,
 )->Stage|None:                      # None where there is nothing to train on
     "A stage of an experiment, ready for `fit`."
-    config, seed, adata = getattr(experiment, name), experiment.seed, parts.adata
+    config, seed, adata = getattr(experiment, name), experiment.seed, roster.adata
     looked_at = dict(batch_size=max(256, 2*model.config.d_model), seed=seed)
     if name == "pretrain":
-        stage = pretrain_stage(model, adata, parts, config, seed)
-        return watched(stage, model, cell_loader(adata, parts, **looked_at))
+        stage = pretrain_stage(model, adata, roster, config, seed)
+        return watched(stage, model, cell_loader(adata, roster, **looked_at))
     if name == "dynamics":
-        stage = dynamics_stage(model, adata, parts, actions.actions, config, seed)
+        stage = dynamics_stage(model, adata, roster, actions.actions, config, seed)
         latents = partial(predicted_latents, actions=actions.actions)
-        return watched(stage, model, pair_loader(adata, parts, **looked_at), latents)
-    if name == "readout": return readout_stage(model, adata, parts, actions.actions, config, seed)
+        return watched(stage, model, pair_loader(adata, roster, **looked_at), latents)
+    if name == "readout": return readout_stage(model, adata, roster, actions.actions, config, seed)
     if len(pairs := actions.aligned(config.pairs)):
         return align_stage(model, actions.anchor, actions.positive, actions.table.target_codes, pairs, config, seed)
     warnings.warn("stage 'align' is left out: no training perturbation has both a protein and a guide", stacklevel=2)
@@ -208,7 +208,7 @@ def run_stages(
     actions = describe_actions(adata, split, features, experiment.data)
     _check_pairs(actions, adata, split, experiment.align.pairs)
     experiment = sized_to(experiment, adata, actions)
-    folder, parts, logs = run_folder(experiment, runs), Parts(adata, split), {}
+    folder, roster, logs = run_folder(experiment, runs), Roster(adata, split), {}
     identity = dict(data=data_hash(adata), split=split.hash, features=actions.hash)
     if fabric.is_global_zero:
         about = dict(device=str(fabric.device), devices=fabric.world_size,
@@ -218,7 +218,7 @@ def run_stages(
         split.save(folder/"split.json")
     with own_randomness(experiment.seed): model = BioJEPA(experiment.model)
     for name in stages:
-        if stage := build_stage(name, model, experiment, parts, actions):
+        if stage := build_stage(name, model, experiment, roster, actions):
             logs[name] = fit(model, stage, folder/name, seed=experiment.seed, fabric=fabric, **options)
     if fabric.is_global_zero:
         save_pretrained(model, folder/"model", adata.var_names, actions.table.perturbation)
