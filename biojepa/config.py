@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MEANING_OF_DEFAULTS', 'DEPARTURES', 'Frozen', 'ModelConfig', 'StageConfig', 'DataConfig', 'MemoryConfig',
-           'ExperimentConfig', 'config_hash', 'preset', 'Departure', 'departures', 'changed_by', 'parse_settings',
+           'ExperimentConfig', 'config_hash', 'preset', 'Departure', 'departures', 'with_settings', 'parse_settings',
            'named_experiment', 'read_config']
 
 # %% ../nbs/0_base/02_config.ipynb #9571fa6d
@@ -217,6 +217,7 @@ class Departure(NamedTuple):
     switches:tuple[str, ...] = ()   # fields of the configuration, "part.field"
     changes:str = ""    # what it changes, where that was measured
 
+# %% ../nbs/0_base/02_config.ipynb #d0a1b2c7
 DEPARTURES = (
     Departure("1", "logs data twice, and takes the library size from logged data",
               "once; `log1p_twice` as the release", ("data.expression_space", ),
@@ -294,43 +295,36 @@ DEPARTURES = (
 # %% ../nbs/0_base/02_config.ipynb #d0a1b2c5
 def departures()->pd.DataFrame:  # one row per switch: row, released, here, switch, paper, laptop, smoke, changes
     "All departures, with what each preset does."
-    presets = {name: preset(name) for name in ("paper", "laptop", "smoke")}
-    def value(experiment, path):
-        part, field = path.split(".")
-        return str(getattr(getattr(experiment, part), field))
-    rows = []
+    presets, rows = {name: preset(name).model_dump() for name in ("paper", "laptop", "smoke")}, []
     for d in DEPARTURES:
-        for k, path in enumerate(d.switches or ("–",)):
-            about = dict(row=d.row, released=d.released, here=d.here)
-            if k: about = dict.fromkeys(about, "")
-            held = {n: value(e, path) if d.switches else "" for n, e in presets.items()}
-            rows.append(about | dict(switch=path) | held | dict(changes=d.changes if not k else ""))
+        for k, switch in enumerate(d.switches or ("–",)):
+            part, _, field = switch.partition(".")
+            held = {name: str(fields[part][field]) if field else "" for name, fields in presets.items()}
+            row = dict(row=d.row, released=d.released, here=d.here, switch=switch, **held, changes=d.changes)
+            rows.append(row if k == 0 else dict.fromkeys(row, "") | dict(switch=switch) | held)
     return pd.DataFrame(rows)
 
 # %% ../nbs/0_base/02_config.ipynb #9ccfec55
-def changed_by(
+def with_settings(
     experiment:ExperimentConfig,
     fields:dict,                # "part.field" or "field" -> value
 )->ExperimentConfig:
     "A copy with some fields set, however deep; unknown ones are an error."
     tree = experiment.model_dump()
-    for field, value in fields.items():
-        *parents, last = field.split(".")
+    for path, value in fields.items():
+        *parents, last = path.split(".")
         node = tree
-        for name in parents:
-            node = node.get(name) if isinstance(node, dict) else None
+        for name in parents: node = node.get(name) if isinstance(node, dict) else None
         if not isinstance(node, dict) or last not in node:
-            raise ValueError(
-                f"the configuration has no field {field!r}; {'.'.join(parents) or 'it'} has "
-                f"{', '.join(node) if isinstance(node, dict) else 'none'}"
-            )
+            known = ", ".join(node) if isinstance(node, dict) else "none"
+            raise ValueError(f"the configuration has no field {path!r}; {'.'.join(parents) or 'it'} has {known}")
         node[last] = value
     return ExperimentConfig(**tree)
 
 # %% ../nbs/0_base/02_config.ipynb #5e77106a
 def parse_settings(
     settings:str|Sequence[str], # "part.field=value", separated by spaces if one text; a value is JSON, or else a word
-)->dict:                        # "part.field" -> value, for `changed_by`
+)->dict:                        # "part.field" -> value, for `with_settings`
     "Fields of the configuration as they are written on a command line."
     fields = {}
     for text in settings.split() if isinstance(settings, str) else settings:
@@ -359,7 +353,7 @@ def named_experiment(
     for name in ("guide_seq", "held_out", "keep"):
         if isinstance(text := data.get(name), str): data[name] = [x.strip() for x in text.split(",")]
     given = {f"data.{k}": v for k, v in data.items() if v is not None} | dict(seed=seed)
-    return changed_by(preset(preset_name), given | parse_settings(settings))
+    return with_settings(preset(preset_name), given | parse_settings(settings))
 
 def read_config(
     path:Path,  # config.json of a run
