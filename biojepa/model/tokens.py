@@ -50,6 +50,12 @@ class TokenSet(NamedTuple):
         counts = torch.zeros(self.x.shape[:2], device=genes.device)
         return counts.scatter_add_(1, self.index, genes.to(counts.dtype))
 
+    def take(self,
+        rows:Tensor,  # (N,) cells, repeats allowed
+    )->"TokenSet":
+        "The tokens of some cells."
+        return TokenSet(*(None if t is None else t[rows] for t in self[:3]), self.mask_token)
+
 # %% ../../nbs/3_model/03_tokens.ipynb #5c1f4aa5
 def take_tokens(
     x:Tensor,      # (B, T, D) tokens
