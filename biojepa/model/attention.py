@@ -27,7 +27,7 @@ def init_weights_(
 
 # %% ../../nbs/3_model/01_attention.ipynb #57e9f34d
 class PlainAttention(nn.Module):
-    "Multi-head linear self-attention over a set of tokens with multiplicities, as a textbook writes it (report §3.2.1)."
+    "Multi-head linear self-attention over tokens with multiplicities (report §3.2.1)."
     linear = nn.Linear
 
     def __init__(self,
@@ -36,7 +36,8 @@ class PlainAttention(nn.Module):
     ):
         super().__init__()
         if d_model % n_heads:
-            raise ValueError(f"n_heads: found {n_heads}, which does not divide d_model {d_model}; choose a divisor")
+            raise ValueError(f"n_heads: found {n_heads}, which does not divide d_model {d_model}; "
+                             "choose a divisor")
         self.n_heads = n_heads
         self.qkv, self.out = self.linear(d_model, 3*d_model), self.linear(d_model, d_model)
         init_weights_(self)
@@ -44,7 +45,7 @@ class PlainAttention(nn.Module):
     def forward(self,
         x:Tensor,                   # (B, T, D) tokens
         weight:Tensor|None=None,    # (B, T) multiplicity of each token, 0 for padding; all 1 if None
-        first:int=0,                # tokens before this one are heard but do not ask: nothing is computed for them
+        first:int=0,                # tokens before this one are heard, but nothing is computed for them
     )->Tensor:                      # (B, T - first, D)
         "Each token attends to all tokens of its cell; a token of multiplicity m counts m times."
         q, k, v = self.qkv(x).unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4)

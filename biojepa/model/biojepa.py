@@ -32,7 +32,7 @@ class BioJEPA(nn.Module):
     "Action-conditioned joint-embedding predictive architecture for cells (report §3)."
     def __init__(self,
         config:ModelConfig,                 # sizes and switches
-        checkpoint_activations:bool=False,  # recompute activations in the backward pass: less memory, one more forward pass
+        checkpoint_activations:bool=False,  # recompute activations in the backward pass
     ):
         super().__init__()
         c = self.config = config
@@ -51,7 +51,7 @@ class BioJEPA(nn.Module):
         x:Tensor,                             # (B, G)
         generator:torch.Generator|None=None,  # source of randomness, on the device of `x`
     )->Tensor:                                # (B, G) bool
-        "Draw the genes to hide, as the configuration says; devices that share a batch draw for all and take their rows."
+        "Draw the genes to hide; devices that share a batch draw for all and take their rows."
         (rank, n), (n_cells, n_genes), c = devices(), x.shape, self.config
         return random_gene_mask(n*n_cells, n_genes, c.mask_ratio, c.mask_kind, generator, x.device)[rank::n]
 
@@ -107,7 +107,7 @@ def placed(self:BioJEPA,
     cell:Tensor|None=None,      # (N,) the cell of each; the n-th if None
     relative:bool=True,         # as a shift; False: as the perturbed latent itself
 )->Tensor:                      # (N, G, D)
-    "What the predictor says, measured from the teacher's latents of the control cells: `predicts` and `intervenes` applied."
+    "What the predictor says, as `predicts` and `intervenes` mean it."
     c, whole = self.config, slice(None) if cell is None else cell
     if c.intervenes and actions is not None:
         x, size = context.x[whole], context.log_library_size[whole]
@@ -115,7 +115,8 @@ def placed(self:BioJEPA,
         rows = (done != x).any(1).nonzero()[:, 0]
         cells, which = torch.unique(torch.cat([size[rows, None], done[rows]], 1), dim=0, return_inverse=True)
         if len(rows):
-            own = context.look(cells[:, 1:], cells[:, 0])[which] - context.h[rows if cell is None else cell[rows]]
+            before = context.h[rows if cell is None else cell[rows]]
+            own = context.look(cells[:, 1:], cells[:, 0])[which] - before
             says = says.index_add(0, rows, own.to(says.dtype))
     if (c.predicts == "change") == relative: return says
     return says - context.h[whole] if relative else says + context.h[whole]
@@ -151,7 +152,7 @@ def delta(self:BioJEPA,
     moved:Tensor,               # (N, G, D) shift of each gene's latent
     cell:Tensor|None=None,      # (N,) the cell of each; the n-th if None
 )->Tensor:                      # (N, G) change of expression
-    "The change of expression that a shift stands for, against the control latents of `delta_from` (report §6.1)."
+    "What a shift means for expression, against the control latents of `delta_from` (report §6.1)."
     if self.config.delta_from == "teacher": return self.readout.shift(moved)
     z, h = (context.z, context.h) if cell is None else (context.z.take(cell), context.h[cell])
     return self.readout.delta(h + moved, z.x, None, z.index)

@@ -59,7 +59,7 @@ def info_nce(
 def retrieval_rank(
     anchor:Tensor,                  # (B, d) action latents
     positive:Tensor,                # (B, d) what each should retrieve
-    target:Tensor|None=None,        # (B,) code of each pair's target; other pairs of the same target do not compete
+    target:Tensor|None=None,        # (B,) code of each pair's target; pairs of one target do not compete
     tie:float=1e-6,                 # cosines closer than this are equal
 )->Tensor:                          # (B,) rank of the right one, 1 is best, ties at their middle
     "Where each anchor's own positive stands among those of other targets, by cosine."

@@ -143,7 +143,7 @@ class LinearAttention(PlainAttention):
     def forward(self,
         x:Tensor,                   # (B, T, D) tokens
         weight:Tensor|None=None,    # (B, T) multiplicity of each token, 0 for padding; all 1 if None
-        first:int=0,                # tokens before this one are heard but do not ask
+        first:int=0,                # tokens before this one are heard, but nothing is computed for them
     )->Tensor:                      # (B, T - first, D)
         "See `PlainAttention.forward`."
         inputs = _autocast(x, self.qkv.weight, self.qkv.bias)

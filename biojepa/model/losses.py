@@ -67,7 +67,7 @@ def latent_distance(
     weight:Tensor|None=None,            # (B, T) multiplicity of each token
     kind:Literal["l1", "mse"]="l1",     # absolute (§5.1) or squared (§5.1.1) difference
 )->Tensor:                              # scalar
-    "Distance between predicted and target latents: mean over dimensions, weighted mean over tokens (report §5.1)."
+    "Distance between latents: mean over dimensions, weighted mean over tokens (report §5.1)."
     if kind not in ("l1", "mse"): raise ValueError(f"kind: found {kind!r}; choose 'l1' or 'mse'")
     check_fits("z_hat", z_hat, h)
     z_hat, h = at_least_float32(z_hat, h)
@@ -113,7 +113,7 @@ def hinge(
 class Spread(NamedTuple):
     "The two moment terms of VICReg."
     variance:Tensor     # scalar, hinge on standard deviations; 0 when no dimension has collapsed
-    covariance:Tensor   # scalar, squared off-diagonal covariances over D; 0 when no two dimensions are correlated
+    covariance:Tensor   # scalar, squared off-diagonal covariances over D; 0 where nothing is correlated
 
 # %% ../../nbs/3_model/10_losses.ipynb #ed42c525
 def _spread_of_genes(
@@ -151,7 +151,7 @@ def spread_over_cells(
 def spread(
     z:Tensor,                                       # (B, T, D) latents of either branch
     weight:Tensor|None=None,                        # (B, T) multiplicity of each token; for "tokens" only
-    over:Literal["tokens", "cells"]="tokens",       # moments over all tokens as released, or over cells at each gene
+    over:Literal["tokens", "cells"]="tokens",       # over all tokens as released, or over cells at each gene
     index:Tensor|None=None,                         # (B, G) each gene's token, for "cells"
 )->Spread:
     "Variance and covariance terms over tokens or over cells (report §5.1.1)."

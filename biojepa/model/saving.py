@@ -125,8 +125,7 @@ def check_genes(
     "Genes must be the same, in the same order."
     if saved == given: return
     missing, extra = [g for g in saved if g not in set(given)], [g for g in given if g not in set(saved)]
-    what = f"missing {missing[:5]}, not in the model {extra[:5]}" if missing or extra else "the same genes in another order"
-    raise ValueError(
-        f"{folder/'genes.json'}: the model's {len(saved)} genes are not the {len(given)} given ones: {what}; "
-        f"use align_genes (notebook data/batches)"
-    )
+    what = "the same genes in another order"
+    if missing or extra: what = f"missing {missing[:5]}, not in the model {extra[:5]}"
+    raise ValueError(f"{folder/'genes.json'}: the model's {len(saved)} genes are not the {len(given)} given ones: "
+                     f"{what}; use align_genes (notebook data/batches)")

@@ -104,7 +104,8 @@ class GeneTokenizer(nn.Module):
         super().__init__()
         if value_embedding not in ("scale", "offset"):
             raise ValueError(f"value_embedding: found {value_embedding!r}; choose 'scale' or 'offset'")
-        self.value_embedding, self.mask_keeps_gene, self.library_norm = value_embedding, mask_keeps_gene, library_norm
+        self.value_embedding, self.mask_keeps_gene = value_embedding, mask_keeps_gene
+        self.library_norm = library_norm
         self.gene, self.library = nn.Embedding(n_genes, d_model), init_weights_(nn.Linear(1, d_model))
         self.mask_token = nn.Parameter(torch.empty(d_model))
         for weight in (self.gene.weight, self.mask_token):

@@ -80,7 +80,7 @@ def asks(
 
 def answer(
     heard:Heard,        # of B actions
-    q:Tensor|None,      # (B, T, D) from `asks`; None where there is one action token, which is what everyone hears
+    q:Tensor|None,      # (B, T, D) from `asks`; None where there is one action token
     n_heads:int,        # H
 )->Tensor:              # (B, T, D), or (B, 1, D): what to add to the tokens
     "Let tokens ask."
@@ -186,13 +186,16 @@ def predict_many(
 def time_forms(
     model:BioJEPA,
     n_cells:int=20,         # C
-    n_actions:int=50,       # actions that share a context; the other forms, where nothing is shared, are timed on two
+    n_actions:int=50,       # actions that share a context; the other forms are timed on two
     n_tokens:int=1,         # action tokens
     expressed:float=.5,     # share of genes a cell expresses
     seed:int=0,             # of the random cells
-)->pd.DataFrame:            # form; per pair of cell and action milliseconds (clock), processor_milliseconds and mflop; over_plain and over_naive (times as fast); thousand_actions (seconds)
-    "How long a pair takes in the plain form, in the naive one and in this one."
-    model = copy.deepcopy(model).requires_grad_(False)  # with gradients, the counter cannot follow into inference mode
+)->pd.DataFrame:            # one row per form
+    """How long a pair of cell and action takes in the plain form, in the naive one and in this one.
+
+    `milliseconds` (clock), `processor_milliseconds` and `mflop` are per pair, `over_plain` and `over_naive` times as
+    fast, `thousand_actions` seconds."""
+    model = copy.deepcopy(model).requires_grad_(False)  # else the counter cannot follow into inference mode
     c, generator, device = model.config, torch.Generator().manual_seed(seed), next(model.parameters()).device
     random = lambda *shape: torch.rand(*shape, generator=generator)
     x = (random(n_cells, c.n_genes)*(random(n_cells, c.n_genes) < expressed)).to(device)
@@ -213,7 +216,7 @@ def time_forms(
         clock, processor = np.min([_timed(form, device) for _ in range(3)], 0)*1e3/(n*n_cells)
         rows.append((name, clock, processor, counter.get_total_flops()/1e6/(n*n_cells)))
     table = pd.DataFrame(rows, columns=["form", "milliseconds", "processor_milliseconds", "mflop"])
-    for i, form in enumerate(("plain", "naive")): table[f"over_{form}"] = table.milliseconds[i]/table.milliseconds
+    table["over_plain"], table["over_naive"] = (table.milliseconds[i]/table.milliseconds for i in (0, 1))
     return table.assign(thousand_actions=table.milliseconds*n_cells)
 
 def _timed(form, device:torch.device)->tuple[float, float]:  # seconds on the clock, seconds of the processor

@@ -35,8 +35,8 @@ def changes(
     actions:ActionBatch,        # (P, A, F)
     batch_size:int=32,          # distinct control cells, and pairs, computed at once
     progress:bool=True,         # show a bar
-)->Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:     # positions (n,), Δ (n, G), variance (n, G), until every position came once
-    "Δ of many pairs; each control cell is encoded once, equal pairs are answered once."
+)->Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:     # positions (n,), Δ and its variance (n, G)
+    "Δ of many pairs, each position once; a control cell is encoded once, equal pairs are answered once."
     device, X = next(model.parameters()).device, row_source(adata)
     size, actions = adata.obs["log_library_size"].to_numpy(np.float32), actions.to(device)
     pairs, order, start = _equal_pairs(np.stack([controls, action], 1))
@@ -48,8 +48,9 @@ def changes(
             context = Context(model, dense_rows(X, some).to(device), torch.from_numpy(size[some]).to(device))
             for a in range(first[at], end, batch_size):
                 b = min(a + batch_size, end)
-                cell, p = (torch.from_numpy(t).to(device) for t in (np.searchsorted(some, pairs[a:b, 0]), pairs[a:b, 1]))
-                moved, logvar = model.shift(context, actions.take(p), cell)
+                cell = torch.from_numpy(np.searchsorted(some, pairs[a:b, 0])).to(device)
+                each = actions.take(torch.from_numpy(pairs[a:b, 1]).to(device))
+                moved, logvar = model.shift(context, each, cell)
                 answer = model.delta(context, moved, cell), model.readout.variance(logvar.exp())
                 repeat = np.repeat(np.arange(b - a), np.diff(start[a:b + 1]))
                 yield order[start[a]:start[b]], *(t.float().cpu().numpy()[repeat] for t in answer)
@@ -106,7 +107,8 @@ def predictions(
     needed, about = dict(adata=adata, split=split, actions=actions, table=table), {}
     if not isinstance(model, BioJEPA):
         run, model = model, model.model
-        about = dict(run=run.folder.name, experiment=config_hash(run.experiment), train_seed=run.experiment.seed)
+        about = dict(run=run.folder.name, experiment=config_hash(run.experiment),
+                     train_seed=run.experiment.seed)
         needed = {k: getattr(run, k) if v is None else v for k, v in needed.items()}
     if missing := [k for k, v in needed.items() if v is None]:
         raise ValueError(f"{', '.join(missing)}: missing; give them, or a finished Run")

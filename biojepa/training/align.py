@@ -74,10 +74,10 @@ def retrieval_report(
     queries:np.ndarray,     # (Q,) rows that search
     gallery:np.ndarray,     # (N,) rows that are searched, with the queries among them
 )->dict[str, float]:
-    "Share of queries that find their own positive among the first 1 and 10, beside the share that chance would find."
+    "Share of queries that find their own positive first, and among the first 10, beside what chance would find."
     if len(missing := np.setdiff1d(queries, gallery)):
-        raise ValueError(f"gallery: {len(missing)} of {len(queries)} queries are not in it, first row {missing[0]}; "
-                         "add them")
+        raise ValueError(f"gallery: {len(missing)} of {len(queries)} queries are not in it, "
+                         f"first row {missing[0]}; add them")
     device = next(model.parameters()).device
     batches = (b.take(torch.as_tensor(gallery)).to(device) for b in (anchor, positive))
     a, p = (pooled(model.composer(x), x.present) for x in batches)

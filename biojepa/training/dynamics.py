@@ -62,7 +62,7 @@ def mean_changes(
     n_perturbations:int,    # P, rows of the table of actions
     batch_size:int=64,
 )->Tensor:                  # (P, G, D) float16; zero where a perturbation has no training cell
-    "Mean change of the teacher's latents by each training perturbation, beside the mean control of each cell's gem group."
+    "Mean change of latents by each training perturbation, beside the mean control of each cell's gem group."
     train = np.asarray(split.cells(adata, "train"))
     pools = match_controls(adata, train, np.sort(np.asarray(split.controls(adata, "train"))))
     spans, group = np.unique(np.stack([pools.start, pools.size], 1), axis=0, return_inverse=True)
@@ -107,7 +107,8 @@ def training_maps(
 )->Tensor:                  # (G, D)
     "`gene_maps` of some training cells."
     cells = np.union1d(split.cells(adata, "train"), split.controls(adata, "train"))
-    return gene_maps(model, adata, np.random.default_rng(seed).permutation(cells)[:config.map_cells], config.map_ridge)
+    some = np.random.default_rng(seed).permutation(cells)[:config.map_cells]
+    return gene_maps(model, adata, some, config.map_ridge)
 
 # %% ../../nbs/4_training/06_dynamics.ipynb #528f3269
 class MeanTargets(NamedTuple):
@@ -177,7 +178,7 @@ def targeted_values(
     adata:AnnData,              # prepared
     split,                      # only its training part is read
     actions:ActionBatch,        # (P, A, F) with genes
-)->pd.DataFrame:                # one row per training perturbation and targeted gene: perturbation, gene, mode, control, perturbed
+)->pd.DataFrame:                # perturbation, gene, mode, control, perturbed: one row per targeted gene
     "Mean value of targeted genes in controls of the same gem group and in perturbed cells."
     if actions.genes is None:
         raise ValueError("actions.genes: missing; make the actions with "
@@ -233,7 +234,8 @@ def dynamics_stage(
         targets = mean_targets(mean_changes(model, adata, split, P), maps)
         step = partial(mean_dynamics_step, actions=actions, targets=targets, config=config)
     trains = {"predictor": config.lr, "composer": config.lr_composer or config.lr}
-    return Stage("dynamics", config, step, trains, loader, validate=_held_out_dynamics(adata, split, actions, seed))
+    validate = _held_out_dynamics(adata, split, actions, seed)
+    return Stage("dynamics", config, step, trains, loader, validate=validate)
 
 # %% ../../nbs/4_training/06_dynamics.ipynb #626b4cd6
 def _held_out_dynamics(

@@ -63,8 +63,9 @@ def pretrain_stage(
     monitor:Callable[[BioJEPA], dict[str, float]]|None=None,  # further columns, a `CollapseMonitor`
 )->Stage:
     "Everything `fit` needs to train encoder, masked predictor and, by averaging, teacher."
-    loader = cell_loader(adata, split, "train", batch_size=config.batch_size, seed=seed, drop_last=config.drop_last)
+    loader = cell_loader(adata, split, "train", batch_size=config.batch_size, seed=seed,
+                         drop_last=config.drop_last)
     looks = [held_out_loss(adata, split, seed=seed), *([monitor] if monitor else [])]
     def validate(model): return {k: v for look in looks for k, v in look(model).items()}
     trains = {"encoder": config.lr, "masked_predictor": config.lr}
-    return Stage("pretrain", config, pretrain_step, trains, loader, after_step=follow_student, validate=validate)
+    return Stage("pretrain", config, pretrain_step, trains, loader, follow_student, validate)

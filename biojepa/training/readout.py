@@ -42,7 +42,7 @@ def start_at_least_squares_(
     config:StageConfig,     # `map_cells`, `map_ridge`
     seed:int=0,             # of the choice of cells
 )->BioJEPA:                 # itself
-    "Set a per-gene readout to the ridge regression from the teacher's latents; a shared one to the genes' average."
+    "Set a per-gene readout to the ridge regression from the teacher's latents; a shared one to its average."
     maps = training_maps(model, adata, split, config, seed)
     if model.readout.kind == "shared": maps = maps.mean(0, keepdim=True)
     with torch.no_grad(): model.readout.linear.weight.copy_(maps)
