@@ -1,4 +1,4 @@
-"Train the stages on the simulator and score Δ per held-out target; for test_learning.py, also by hand: python tests/learning.py out.csv [switch=value …]"
+"Train the stages on the simulator and score Δ per held-out target, for test_learning.py."
 import time
 from pathlib import Path
 

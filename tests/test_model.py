@@ -11,7 +11,7 @@ from training_cases import alive
 from biojepa.config import preset
 from biojepa.core import n_params
 from biojepa.data.batches import ActionBatch, CellBatch, PairBatch
-from biojepa.model import attention as attention_module
+from biojepa.model import kernels
 from biojepa.model.biojepa import BioJEPA
 from biojepa.model.encoder import CellEncoder
 from biojepa.model.kernels import MLP, Linear, LinearAttention
@@ -134,7 +134,7 @@ def test_linear_maps_are_those_of_torch(kind, dtype, eps, shape):
 def test_linear_maps_without_onednn_give_the_same_step(monkeypatch):
     losses = []
     for there in (True, False):
-        if not there: monkeypatch.setattr(attention_module, "_ONEDNN", None)
+        if not there: monkeypatch.setattr(kernels, "_ONEDNN", None)
         torch.manual_seed(0)
         model, (cells, *_), mask = alive(BioJEPA(SMALL)), make_batch(3, .5, 0), valid_mask(3, .6, 0)
         loss = pretrain_loss(model, cells, mask).total
@@ -178,13 +178,14 @@ def stage_loss(stage, model, batch, mask, collapse=True):
 
 
 def valid_mask(n, hidden, seed):
-    "A random mask that leaves each cell something to predict and something to predict from; two cells share a hidden gene."
+    "A random mask that leaves each cell something to predict and to predict from; two cells share a hidden gene."
     mask = random_gene_mask(n, G, hidden, generator=torch.Generator().manual_seed(seed))
     mask[:, 0], mask[:, 1] = True, False
     return mask
 
 
-@given(switches=SWITCHES, expressed=SHARES, hidden=SHARES, n=st.integers(2, 5), seed=st.integers(0, 2**20), stage=st.sampled_from(["pretrain", "dynamics"]))
+@given(switches=SWITCHES, expressed=SHARES, hidden=SHARES, n=st.integers(2, 5), seed=st.integers(0, 2**20),
+       stage=st.sampled_from(["pretrain", "dynamics"]))
 @settings(max_examples=60, deadline=None)
 def test_collapsed_losses_and_gradients_are_the_naive_ones(switches, expressed, hidden, n, seed, stage):
     def losses_and_gradients(dtype):
@@ -200,8 +201,8 @@ def test_collapsed_losses_and_gradients_are_the_naive_ones(switches, expressed, 
             yield torch.stack(list(loss)), gradients(model)
     (a, g), (b, h) = losses_and_gradients(torch.float32)
     torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
-    if (g - h).norm() > 1e-4*g.norm(
-    ) + 1e-7:  # a difference within rounding of zero has either sign in an absolute distance: double precision must agree
+    # a difference within rounding of zero has either sign in an absolute distance: double precision must agree
+    if (g - h).norm() > 1e-4*g.norm() + 1e-7:
         assert switches["latent_loss"] == "l1"
         (a, g), (b, h) = losses_and_gradients(torch.float64)
         assert (g - h).norm() <= 1e-9*g.norm()
@@ -248,7 +249,8 @@ def test_a_cell_does_not_depend_on_its_batch():
     torch.testing.assert_close(whole.logvar[:1], alone.logvar, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("switches, n_tokens", [({}, 1), ({}, 3), (dict(mask_keeps_gene=True), 1), (dict(value_embedding="offset"), 2)])
+@pytest.mark.parametrize("switches, n_tokens", [
+    ({}, 1), ({}, 3), (dict(mask_keeps_gene=True), 1), (dict(value_embedding="offset"), 2)])
 def test_prediction_and_energy_are_the_naive_ones(switches, n_tokens):
     torch.manual_seed(0)
     model, (_, pairs, actions) = alive(BioJEPA(SMALL.changed(**switches))), make_batch(4,
@@ -390,13 +392,15 @@ def test_masks_have_the_asked_share():
 
 def test_bad_input_is_refused_by_name():
     model, (cells, pairs, actions), mask = alive(BioJEPA(SMALL)), make_batch(3, .5, 0), valid_mask(3, .6, 0)
+    over_cells = BioJEPA(SMALL.changed(vicreg_over="cells"))
+    one_cell, one_pair = (type(batch)(*(t[:1] for t in batch)) for batch in (cells, pairs))
     for call, message in [
         (lambda: dynamics_loss(model, pairs, actions._replace(features=actions.features[..., :100])), "100"),
         (lambda: pretrain_loss(model, cells, torch.ones_like(mask)), "all genes are masked"),
         (lambda: pretrain_loss(model, cells, torch.zeros_like(mask)), "no genes are masked"),
         (lambda: SMALL.changed(d_model=10), "not divisible by n_heads"),
-        (lambda: pretrain_loss(BioJEPA(SMALL.changed(vicreg_over="cells")), CellBatch(*(t[:1] for t in cells)), mask[:1]), "batch of 1"),
-        (lambda: dynamics_loss(BioJEPA(SMALL.changed(vicreg_over="cells")), PairBatch(*(t[:1] for t in pairs)), actions.take([0]), mask[:1]), "batch of 1"),
+        (lambda: pretrain_loss(over_cells, one_cell, mask[:1]), "batch of 1"),
+        (lambda: dynamics_loss(over_cells, one_pair, actions.take([0]), mask[:1]), "batch of 1"),
         (lambda: pretrain_loss(model, cells._replace(x=cells.x/0)), "replace NaN"),
         (lambda: dynamics_loss(model, pairs._replace(log_library_size_pert=torch.full(
             (3, ), float("inf"))), actions), "log_library_size: found inf"),
@@ -422,7 +426,8 @@ def edit(path, change):
 
 @pytest.mark.parametrize("damage, message", [
     (lambda f: (f/"model.safetensors").unlink(), "model.safetensors: missing"),
-    (lambda f: (f/"model.safetensors").write_bytes((f/"model.safetensors").read_bytes()[:-100]), "model.safetensors: damaged"),
+    (lambda f: (f/"model.safetensors").write_bytes((f/"model.safetensors").read_bytes()[:-100]),
+     "model.safetensors: damaged"),
     (lambda f: (f/"config.json").write_text("{"), "config.json: not readable"),
     (lambda f: edit(f/"config.json", lambda c: {**c, "format": 2}), "format 1"),
     (lambda f: edit(f/"config.json", lambda c: {**c, "model": {**c["model"], "n_encoder_layers": 3}}), "do not "

@@ -1,4 +1,4 @@
-"Searching for actions: many actions from one context, energies of states, rankings, recovery, and screens that are interrupted."
+"Searching for actions: many actions from one context, energies, rankings, recovery, interrupted screens."
 import os
 import signal
 import time
@@ -82,7 +82,9 @@ def planted(model, adata, table, actions, rows):
     return {table.perturbation[r]: TargetState(end[None].clone(), True, 1) for r, end in zip(rows, ends)}
 
 
-@pytest.mark.parametrize("switches", [dict(), dict(intervenes=False), dict(predicts="latent", intervenes=False), dict(n_predictor_layers=1), dict(n_predictor_layers=3, value_embedding="offset"), dict(n_heads=1)])
+@pytest.mark.parametrize("switches", [
+    dict(), dict(intervenes=False), dict(predicts="latent", intervenes=False), dict(n_predictor_layers=1),
+    dict(n_predictor_layers=3, value_embedding="offset"), dict(n_heads=1)])
 @pytest.mark.parametrize("n_tokens", [1, 2])
 def test_many_actions_are_the_models_own(data, switches, n_tokens):
     adata, _, _, actions = data
@@ -188,7 +190,9 @@ def test_only_the_named_genes_count(data, model):
                 rank_actions(model, controls(adata), state, actions, table, **options).energy)
 
 
-@pytest.mark.parametrize("switches", [dict(), dict(readout="per_gene", latent_loss="mse"), dict(intervenes=False), dict(predicts="latent", intervenes=False)])
+@pytest.mark.parametrize("switches", [
+    dict(), dict(readout="per_gene", latent_loss="mse"), dict(intervenes=False),
+    dict(predicts="latent", intervenes=False)])
 @pytest.mark.parametrize("space", ["latent", "expression"])
 @pytest.mark.parametrize("relative", [True, False])
 @torch.inference_mode()
@@ -428,7 +432,8 @@ def test_wanted_states_are_changes_against_the_controls_of_their_batches(data, m
 
 
 @pytest.mark.parametrize("space", ["latent", "expression"])
-@pytest.mark.parametrize("switches", [dict(intervenes=False), dict(predicts="latent", intervenes=False, latent_loss="mse")])
+@pytest.mark.parametrize("switches", [
+    dict(intervenes=False), dict(predicts="latent", intervenes=False, latent_loss="mse")])
 def test_gradient_finds_a_planted_action(data, switches, space):
     adata, _, table, actions = data
     model, row = small(**switches), int(np.flatnonzero(~data[2].is_control)[0])
@@ -464,7 +469,7 @@ def test_gradient_finds_a_planted_action(data, switches, space):
 
 @pytest.mark.parametrize("switches", [dict(), dict(intervenes=False), dict(predicts="latent", intervenes=False)])
 def test_gains_of_a_search_are_those_of_the_screen(data, switches):
-    "What an action gains is one number, in whichever way it is asked; with `intervenes` the targeted gene is part of it."
+    "What an action gains is one number, however it is asked; with `intervenes` the targeted gene is part of it."
     adata, _, table, actions = data
     model, cells = small(**switches), controls(adata)
     wanted = target_state(model, adata[adata.obs.condition == table.condition[3]], cells)

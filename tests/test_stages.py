@@ -72,8 +72,8 @@ def changed(model, before):
     return {k.split(".")[0] for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
 
 
-@pytest.mark.parametrize("name, parts", [("pretrain", {"encoder", "masked_predictor", "teacher"}), ("align", {"composer"}),
-                                         ("dynamics", {"predictor", "composer"}), ("readout", {"readout"})])
+@pytest.mark.parametrize("name, parts", [("pretrain", {"encoder", "masked_predictor", "teacher"}),
+                                         ("align", {"composer"}), ("dynamics", {"predictor", "composer"}), ("readout", {"readout"})])
 def test_a_stage_changes_its_parts_and_no_other(screen, tmp_path, name, parts):
     model = small()
     before, required = values(model), [p.requires_grad for p in model.parameters()]
@@ -253,7 +253,7 @@ def test_without_vicreg_the_monitor_fires(tmp_path):
 
 
 def test_a_finished_readout_is_read_on_a_machine_that_rounds_otherwise(screen, tmp_path, monkeypatch):
-    "Where the readout begins is computed from latents; a finished stage must not depend on computing it again to the last bit."
+    "Where the readout begins is computed from latents; a finished stage must not depend on the last bit of it."
     begun, weights = [], []
     monkeypatch.setattr(
         "biojepa.training.readout.training_maps", lambda model, *_: begun.append(1) or torch.full(
