@@ -60,8 +60,7 @@ class ModelConfig(Frozen):
     predicts:Literal["latent", "change"] = "latent"  # what the action predictor gives
     intervenes:bool = False                  # change the targeted gene's own value first
     readout:Literal["shared", "per_gene"] = "shared"
-    delta_from: Literal["encoder",
-                        "teacher"] = "encoder"  # whose latents of the control cell Δ is decoded against
+    delta_from:Literal["encoder", "teacher"] = "encoder"  # whose latents of the control cell Δ is decoded against
 
     @model_validator(mode="after")
     def _check(self):
@@ -69,8 +68,8 @@ class ModelConfig(Frozen):
             raise ValueError(f"d_model: found {self.d_model}, not divisible by n_heads {self.n_heads}; "
                              "choose a multiple")
         if not self.library_norm[1] > 0:
-            raise ValueError(
-                f"library_norm: found {self.library_norm}; the second number divides, give a positive one")
+            raise ValueError(f"library_norm: found {self.library_norm}; "
+                             "the second number divides, give a positive one")
         if self.intervenes and self.predicts != "change":
             raise ValueError(f"intervenes: needs predicts='change', found {self.predicts!r}; "
                              "what follows is added to the changed cell's latents")
@@ -89,17 +88,19 @@ class StageConfig(Frozen):
     clip_norm:float|None = 1.                # largest gradient norm
     drop_last:bool = False                   # leave out the last batch of an epoch where it is short
     lr_composer:float|None = None            # peak learning rate of the composer, where it differs
-    fixed_controls: bool = False  # dynamics, readout: each cell keeps one control, instead of one an epoch
+    fixed_controls:bool = False              # dynamics, readout: a cell keeps its control; False: a new one each epoch
     pairs:Literal["train", "all"] = "train"  # align: of training perturbations, or of all of them
-    held_out_by:Literal["target", "pair"] = "target"  # align: what a tenth is kept aside of, to look at
+    held_out_by:Literal["target", "pair"] = "target"    # align: what a share is kept aside of, to look at
+    held_out:float = Field(0.1, ge=0, lt=1)  # align: that share
     same_target_negatives:bool = False       # align: guides of one target repel each other
-    target: Literal[
-        "cell", "mean"] = "cell"  # dynamics: latents of a perturbed cell, or its perturbation's mean change
     feature_noise:float = Field(0., ge=0)    # align: noise on features, relative to their size
-    action_noise: float = Field(0.,
-                                ge=0)  # dynamics with target "mean": noise on action latents, of their size
-    latents: Literal["predicted",
-                     "observed"] = "predicted"  # readout: trained on predicted latents, or the teacher's
+    temperature:float = Field(0.07, gt=0)    # align: τ of InfoNCE
+    target:Literal["cell", "mean"] = "cell"  # dynamics: latents of a perturbed cell, or its perturbation's mean change
+    action_noise:float = Field(0., ge=0)     # dynamics, "mean": noise on action latents, relative to their size
+    side_weight:float = Field(0.1, ge=0)     # dynamics, "mean": latent distance and likelihood, beside the decoded change
+    map_cells:PositiveInt = 2000             # dynamics, readout: cells that genes' linear maps are learned from
+    map_ridge:float = Field(1e-3, gt=0)      # dynamics, readout: added to the covariance of the latents
+    latents:Literal["predicted", "observed"] = "predicted"  # readout: what is decoded, predicted or the teacher's
 
 # %% ../nbs/0_base/02_config.ipynb #b0b480bf
 class DataConfig(Frozen):

@@ -1,4 +1,4 @@
-"Train the stages on the simulator and score Δ per held-out target; for test_learning.py, also by hand: python tests/learning.py out.csv [switch=value …]"
+"Train the stages on the simulator and score Δ per held-out target, for test_learning.py."
 import time
 from pathlib import Path
 
@@ -8,16 +8,17 @@ import torch
 
 from biojepa.actions.featurizers import action_batch, featurize
 from biojepa.actions.vocabulary import ActionTable, Modality, Mode
-from biojepa.config import ExperimentConfig, preset
-from biojepa.data.batches import CellBatch, dense_rows
+from biojepa.config import ExperimentConfig
+from biojepa.data.batches import dense_rows
 from biojepa.data.datasets import load_dataset
 from biojepa.data.preprocess import prepare
 from biojepa.data.splits import make_split
-from biojepa.model.biojepa import BioJEPA
-from biojepa.training.align import align, retrieval_report
-from biojepa.training.dynamics import train_dynamics
-from biojepa.training.pretrain import pretrain
-from biojepa.training.readout import fit_readout
+from biojepa.model.biojepa import BioJEPA, Context
+from biojepa.training.align import align_stage
+from biojepa.training.dynamics import dynamics_stage
+from biojepa.training.loop import fit
+from biojepa.training.pretrain import pretrain_stage
+from biojepa.training.readout import readout_stage
 
 
 class Screen:
@@ -63,11 +64,10 @@ def predicted_delta(model, screen, part, n_controls=64)->pd.DataFrame:
     adata, rows = screen.adata, screen.split.controls(screen.adata, "train")
     rows = np.random.default_rng(0).permutation(rows)[:n_controls]
     x, size = dense_rows(adata.X, rows), torch.from_numpy(adata.obs.log_library_size.to_numpy(np.float32)[rows])
-    z, control = model.encoder(x, size), model.control_latents(x, size)
-    deltas = {}
+    context, deltas = Context(model, x, size), {}
     for p in screen.table.rows(adata, screen.split, part):
-        z_hat = model.act(z, x, size, screen.actions.take(torch.full((len(rows),), int(p)))).mean
-        delta = model.readout.delta(z_hat, control.x, None, control.index)
+        moved = model.shift(context, screen.actions.take(torch.full((len(rows),), int(p)))).mean
+        delta = model.delta(context, moved)
         deltas.setdefault(screen.table.condition[p], []).append(delta.mean(0).numpy())
     return pd.DataFrame({c: np.mean(d, 0) for c, d in deltas.items()}).T
 
@@ -105,38 +105,14 @@ def run(screen, experiment:ExperimentConfig, folder:Path, seed=0, **options):  #
     "All four stages."
     torch.manual_seed(seed)
     model, logs, seconds = BioJEPA(experiment.model), {}, {}
-    e, a = experiment, screen.adata
-    stages = dict(pretrain=lambda: pretrain(
-        model, a, screen.split, e.pretrain, folder/"pretrain", seed, progress=False, **options),
-                  align=lambda: align(model,
-                                      screen.anchor,
-                                      screen.positive,
-                                      screen.table.target_codes,
-                                      screen.train,
-                                      e.align,
-                                      folder/"align",
-                                      seed,
-                                      progress=False),
-                  dynamics=lambda: train_dynamics(model,
-                                                  a,
-                                                  screen.split,
-                                                  screen.actions,
-                                                  e.dynamics,
-                                                  folder/"dynamics",
-                                                  seed,
-                                                  progress=False,
-                                                  **options),
-                  readout=lambda: fit_readout(model,
-                                              a,
-                                              screen.split,
-                                              screen.actions,
-                                              e.readout,
-                                              folder/"readout",
-                                              seed,
-                                              progress=False,
-                                              **options))
+    e, data = experiment, (screen.adata, screen.split)
+    pairs = screen.anchor, screen.positive, screen.table.target_codes, screen.train
+    stages = dict(pretrain=lambda: pretrain_stage(model, *data, e.pretrain, seed),
+                  align=lambda: align_stage(model, *pairs, e.align, seed),
+                  dynamics=lambda: dynamics_stage(model, *data, screen.actions, e.dynamics, seed),
+                  readout=lambda: readout_stage(model, *data, screen.actions, e.readout, seed))
     for name, stage in stages.items():
-        start = time.perf_counter()
-        logs[name] = stage()
+        start, about = time.perf_counter(), {} if name == "align" else options
+        logs[name] = fit(model, stage(), folder/name, seed=seed, progress=False, **about)
         seconds[name] = time.perf_counter() - start
     return model, logs, seconds

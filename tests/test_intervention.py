@@ -1,4 +1,4 @@
-"What is done to the targeted gene itself: learned from training targets, applied before the teacher, known to baselines as well."
+"What is done to the targeted gene itself: learned from training targets, applied before the teacher looks."
 import numpy as np
 import pytest
 import torch

@@ -19,6 +19,7 @@ from torch import nn
 from biojepa.config import StageConfig, preset
 from biojepa.data.batches import ActionBatch, ActionPairBatch, BatchLoader, CellBatch
 from biojepa.model.biojepa import BioJEPA
+from biojepa.model.objectives import pretrain_loss
 from biojepa.training.checkpoints import (
     Checkpointer, TrainingLog, get_randomness, read_log, set_randomness, step_seed, state_hash
 )
@@ -161,7 +162,7 @@ def test_untrained_parts_keep_every_byte_and_everything_is_restored(tmp_path):
     cells = BatchLoader(lambda epoch: np.arange(12),
                         lambda r: CellBatch(x[r], torch.zeros(len(r)), torch.from_numpy(r)), 4)
     def pretrain(model, batch, generator):
-        loss = model.pretrain_loss(batch, generator=generator)
+        loss = pretrain_loss(model, batch, generator=generator)
         assert {n.split(".")[0] for n, p in model.named_parameters()
                 if p.requires_grad} == {"encoder", "masked_predictor"}
         return StepOutput(loss.total, {}, len(batch.x))
@@ -215,7 +216,7 @@ def test_vicreg_moments_are_those_of_the_pieces(tmp_path):
     cells = BatchLoader(lambda epoch: np.arange(16),
                         lambda r: CellBatch(x[r], torch.zeros(len(r)), torch.from_numpy(r)), 16)
     def pretrain(model, batch, generator):
-        loss = model.pretrain_loss(batch, generator=generator)
+        loss = pretrain_loss(model, batch, generator=generator)
         return StepOutput(loss.total, {k: v.detach() for k, v in loss._asdict().items() if k != "total"},
                           len(batch.x))
     def run(k, weights):

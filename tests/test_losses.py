@@ -1,5 +1,6 @@
 "Losses against loops, numpy, torch's own, their expanded form, and under autocast; gradients; refusals."
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,13 +10,12 @@ from hypothesis import given, settings, strategies as st
 from scipy.stats import rankdata
 from torch.utils.flop_counter import FlopCounterMode
 
-from biojepa.model import losses
-from biojepa.model.losses import (
-    covariance_loss, gaussian_nll, info_nce, latent_distance, retrieval_accuracy, retrieval_rank, spread,
-    variance_loss
-)
+from biojepa.model import contrast
+from biojepa.model.contrast import retrieval_rank
+from biojepa.model.losses import gaussian_nll, latent_distance, spread, spread_over_cells
 
 F64 = torch.float64
+info_nce = partial(contrast.info_nce, temperature=.07)
 
 
 def draw(*shape, seed=0, dtype=F64):
@@ -25,17 +25,17 @@ def draw(*shape, seed=0, dtype=F64):
 # ---- independent references
 # -------------------------------------------------------------------------------------------------
 
-def naive_spread(z, floor=1., eps=1e-4):
+def naive_spread(z):
     "Both moment terms of (N, D) rows by numpy's covariance and a double loop."
     c = np.atleast_2d(np.cov(z.numpy(), rowvar=False))
     d = len(c)
-    hinge = sum(max(0., floor - math.sqrt(c[j, j] + eps)) for j in range(d))/d
+    hinge = sum(max(0., 1 - math.sqrt(c[j, j] + 1e-4)) for j in range(d))/d
     return hinge, sum(c[j, k]**2 for j in range(d) for k in range(d) if j != k)/d
 
 
-def naive_over_cells(z, gene_mask):
-    "Mean over genes of the moments over the cells that show the gene; z (B, G, D)."
-    parts = [naive_spread(z[gene_mask[:, g], g]) for g in range(z.shape[1]) if gene_mask[:, g].sum() > 1]
+def naive_over_cells(z):
+    "Mean over genes of the moments over cells; z (B, G, D)."
+    parts = [naive_spread(z[:, g]) for g in range(z.shape[1])]
     return [sum(p)/len(parts) for p in zip(*parts)]
 
 
@@ -66,9 +66,8 @@ def weighted_case(b, t, d, seed):
 FUNCTIONS = {
     "l1": lambda a, b, c, w: latent_distance(a, b, w, "l1"),
     "mse": lambda a, b, c, w: latent_distance(a, b, w, "mse"),
-    "variance": lambda a, b, c, w: variance_loss(a, w),
-    "covariance": lambda a, b, c, w: covariance_loss(a, w),
-    "spread": lambda a, b, c, w: sum(spread(a, w)),
+    "variance": lambda a, b, c, w: spread(a, w).variance,
+    "covariance": lambda a, b, c, w: spread(a, w).covariance,
     "nll": lambda a, b, c, w: gaussian_nll(a, b, c, w),
 }
 
@@ -126,32 +125,29 @@ def test_distance_is_the_plain_mean_without_weights():
 def test_moments_match_numpy_on_both_sides_of_the_gram_switch(n, d):
     z = 0.7*draw(n, d) + 3
     variance, covariance = naive_spread(z)
-    assert variance_loss(z).item() == pytest.approx(variance, abs=1e-12)
-    assert covariance_loss(z).item() == pytest.approx(covariance, rel=1e-9, abs=1e-12)
     assert [v.item() for v in spread(z)] == pytest.approx([variance, covariance], rel=1e-9, abs=1e-12)
 
 
 @pytest.mark.parametrize("n, d", [(4, 64), (64, 4)])
 def test_covariance_multiplies_through_the_smaller_gram_matrix(n, d):
     z = draw(n, d)
-    with FlopCounterMode(display=False) as counter: covariance_loss(z)
+    with FlopCounterMode(display=False) as counter: spread(z)
     assert counter.get_total_flops() <= 2*min(n, d)**2*max(n, d) + 2*n*d   # the Gram matrix, and the mean
 
 
-def test_floor_and_eps():
+def test_a_constant_has_a_gradient():
     z = torch.zeros(4, 2, dtype=F64, requires_grad=True)
-    assert variance_loss(z).item() == pytest.approx(
-        1 - 0.01)  # sqrt(1e-4) is all that is left of a constant
-    assert variance_loss(z, floor=2., eps=0.25).item() == pytest.approx(1.5)
-    assert torch.isfinite(torch.autograd.grad(variance_loss(z), z)[0]).all()
+    variance = spread(z).variance
+    assert variance.item() == pytest.approx(1 - 0.01)  # sqrt(1e-4) is all that is left of a constant
+    assert torch.isfinite(torch.autograd.grad(variance, z)[0]).all()
 
 
 @pytest.mark.parametrize("n, d", [(4, 7), (7, 4)])
 def test_gradients_of_moments(n, d):
     z, weight = draw(n, d).requires_grad_(), torch.rand(n, dtype=F64) + 0.5
-    for f in (variance_loss, covariance_loss):
-        assert torch.autograd.gradcheck(lambda z: f(z, weight), z)
-        assert torch.autograd.gradgradcheck(lambda z: f(z, weight), z)
+    for part in range(2):
+        assert torch.autograd.gradcheck(lambda z: spread(z, weight)[part], z)
+        assert torch.autograd.gradgradcheck(lambda z: spread(z, weight)[part], z)
 
 
 def test_a_large_mean_does_not_eat_the_moments():
@@ -165,17 +161,15 @@ def test_a_large_mean_does_not_eat_the_moments():
 # -------------------------------------------------------------------------------------------------------------
 
 @settings(max_examples=40, deadline=None)
-@given(b=st.integers(2, 6), g=st.integers(1, 8), t=st.integers(1, 6), d=st.integers(1, 9), ratio=st.floats(0, 1),
+@given(b=st.integers(2, 6), g=st.integers(1, 8), t=st.integers(1, 6), d=st.integers(1, 9),
        piece=st.integers(1, 200), seed=st.integers(0, 10**6))
-def test_over_cells_matches_loops_for_any_sharing_mask_and_piece(b, g, t, d, ratio, piece, seed):
+def test_over_cells_matches_loops_for_any_sharing_and_piece(b, g, t, d, piece, seed):
     gen = torch.Generator().manual_seed(seed)
     z = torch.randn(b, t, d, generator=gen, dtype=F64).requires_grad_()
-    index, mask = torch.randint(t, (b, g), generator=gen), torch.rand(b, g, generator=gen) < ratio
-    if not (mask.sum(0) > 1).any(): mask[:, 0] = True
+    index = torch.randint(t, (b, g), generator=gen)
     every_gene = z[torch.arange(b)[:, None], index]                     # (B, G, D)
-    value = torch.stack(losses._spread_over_cells(z, index, mask, 1., 1e-4, piece))
-    plain = torch.stack(losses._spread_over_cells(every_gene, None, mask, 1., 1e-4))
-    expected = naive_over_cells(every_gene.detach(), mask)
+    value, plain = (torch.stack(s) for s in (spread_over_cells(z, index, piece), spread_over_cells(every_gene)))
+    expected = naive_over_cells(every_gene.detach())
     assert value.tolist() == pytest.approx(expected, rel=1e-9, abs=1e-12)
     assert plain.tolist() == pytest.approx(expected, rel=1e-9, abs=1e-12)
     for v, p in zip(value, plain):
@@ -184,20 +178,9 @@ def test_over_cells_matches_loops_for_any_sharing_mask_and_piece(b, g, t, d, rat
 
 
 def test_gradient_over_cells():
-    z, index, mask = draw(3, 4, 5).requires_grad_(), torch.randint(4, (3, 6)), torch.rand(3, 6) < 0.8
-    mask[:, 0] = True
+    z, index = draw(3, 4, 5).requires_grad_(), torch.randint(4, (3, 6))
     for part in range(2):
-        assert torch.autograd.gradcheck(lambda z: spread(z, over="cells", index=index, gene_mask=mask)[part], z)
-
-
-def test_hidden_genes_cannot_change_the_moments_over_cells():
-    mask = torch.tensor([[1, 1, 0], [1, 0, 1], [1, 1, 1]], dtype=torch.bool)
-    values = []
-    for fill in (0., float("nan")):
-        z = draw(3, 3, 4).masked_fill(~mask[..., None], fill).requires_grad_()
-        value = sum(spread(z, over="cells", gene_mask=mask))
-        values.append((value, torch.autograd.grad(value, z)[0]))
-    assert torch.equal(values[0][0], values[1][0]) and torch.equal(values[0][1], values[1][1])
+        assert torch.autograd.gradcheck(lambda z: spread(z, over="cells", index=index)[part], z)
 
 
 def test_gene_identity_satisfies_tokens_and_fails_cells():
@@ -208,8 +191,7 @@ def test_gene_identity_satisfies_tokens_and_fails_cells():
 @pytest.mark.parametrize("over", ["tokens", "cells"])
 def test_spread_is_both_moment_terms(over):
     z = 0.5*draw(6, 5, 3)
-    parts = naive_spread(z.flatten(0, 1)) if over == "tokens" else naive_over_cells(
-        z, torch.ones(6, 5, dtype=torch.bool))
+    parts = naive_spread(z.flatten(0, 1)) if over == "tokens" else naive_over_cells(z)
     assert [x.item() for x in spread(z, over=over)] == pytest.approx(list(parts), rel=1e-9)
 
 
@@ -241,8 +223,7 @@ def test_autocast_changes_nothing(dtype):
     cases = {
         "tokens": lambda *z: sum(spread(z[0])), "cells": lambda *z: sum(spread(z[0], over="cells")),
         "distance": lambda *z: latent_distance(*z[:2]), "nll": lambda *z: gaussian_nll(*z), "nce":
-        lambda *z: info_nce(z[0].flatten(1), z[1].flatten(1)), "variance": lambda *z: variance_loss(z[0]),
-        "covariance": lambda *z: covariance_loss(z[0])
+        lambda *z: info_nce(z[0].flatten(1), z[1].flatten(1))
     }
     for name, f in cases.items():
         exact = f(a.double(), b.double(), c.double())
@@ -319,9 +300,7 @@ def test_rank_matches_scipy_with_ties():
         assert rank == rankdata(-np.round(cosine[i, [i, *others]].numpy(), 9))[0]
 
 
-def test_accuracy_counts_places():
-    rank = torch.tensor([1., 2.5, 5., 6.])
-    assert [retrieval_accuracy(rank, k).item() for k in (1, 2, 5, 6)] == [0.25, 0.25, 0.75, 1.]
+def test_pairs_of_one_target_do_not_compete():
     assert retrieval_rank(draw(5, 3), draw(5, 3), torch.zeros(5)).tolist() == [1.]*5
 
 
@@ -340,15 +319,10 @@ Z = draw(2, 3, 4)
     (lambda: latent_distance(Z, Z, torch.zeros(2, 3)), "weight: the total is 0, which must exceed 0; were no "
                                                        "genes masked"),
     (lambda: latent_distance(Z, Z, torch.full((2, 3), float("nan"))), "weight: the total is nan"),
-    (lambda: variance_loss(Z[:1, :1]), "weight: the total is 1, which must exceed 1"),
-    (lambda: covariance_loss(Z, torch.tensor([[1, 0, 0], [0, 0, 0]])), "weight: the total is 1, which must "
-                                                                       "exceed 1"),
+    (lambda: spread(Z[:1, :1]), "weight: the total is 1, which must exceed 1"),
+    (lambda: spread(Z, torch.tensor([[1, 0, 0], [0, 0, 0]])), "weight: the total is 1, which must exceed 1"),
     (lambda: spread(Z, over="genes"), "over: found 'genes'"),
-    (lambda: spread(Z[:1], over="cells"), "needs a gene seen in two cells or more, found none in a batch of 1"),
-    (lambda: spread(Z, over="cells", gene_mask=torch.eye(3, dtype=torch.bool)[:2]), "found none in a "
-                                                                                    "batch of 2"),
-    (lambda: spread(Z, over="cells", gene_mask=torch.ones(2, 5, dtype=torch.bool)), "gene_mask: found shape "
-                                                                                    ".2, 5. for .2, 3."),
+    (lambda: spread(Z[:1], over="cells"), "needs two cells or more, found a batch of 1"),
     (lambda: spread(Z, over="cells", index=torch.tensor([[0, 1], [2, 3]])), "index: found 0 to 3; tokens go "
                                                                             "from 0 to 2"),
     (lambda: spread(Z, over="cells", index=torch.tensor([[0, -1], [2, 1]])), "index: found -1 to 2"),

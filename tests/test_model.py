@@ -1,7 +1,5 @@
 "The model against independent references, and the collapse of equal tokens against the naive form."
 import json
-import subprocess
-import sys
 from functools import partial
 
 import pytest
@@ -17,6 +15,7 @@ from biojepa.model import kernels
 from biojepa.model.biojepa import BioJEPA
 from biojepa.model.encoder import CellEncoder
 from biojepa.model.kernels import MLP, Linear, LinearAttention
+from biojepa.model.objectives import dynamics_loss, pretrain_loss
 from biojepa.model.predictor import ActionPredictor
 from biojepa.model.saving import from_pretrained, save_pretrained
 from biojepa.model.tokens import TokenSet, list_genes, random_gene_mask
@@ -138,7 +137,7 @@ def test_linear_maps_without_onednn_give_the_same_step(monkeypatch):
         if not there: monkeypatch.setattr(kernels, "_ONEDNN", None)
         torch.manual_seed(0)
         model, (cells, *_), mask = alive(BioJEPA(SMALL)), make_batch(3, .5, 0), valid_mask(3, .6, 0)
-        loss = model.pretrain_loss(cells, mask).total
+        loss = pretrain_loss(model, cells, mask).total
         loss.backward()
         losses.append((loss, gradients(model)))
     (a, g), (b, h) = losses
@@ -171,35 +170,39 @@ SWITCHES = st.fixed_dictionaries(
 SHARES = st.one_of(st.sampled_from([0., 1.]), st.floats(0, 1))
 
 
+def stage_loss(stage, model, batch, mask, collapse=True):
+    "The loss of \"pretrain\" or \"dynamics\" on `make_batch`'s cells, pairs and actions."
+    cells, pairs, actions = batch
+    if stage == "pretrain": return pretrain_loss(model, cells, mask, collapse=collapse)
+    return dynamics_loss(model, pairs, actions, mask, collapse=collapse)
+
+
 def valid_mask(n, hidden, seed):
-    "A random mask that leaves each cell something to predict and something to predict from; two cells share a hidden gene."
+    "A random mask that leaves each cell something to predict and to predict from; two cells share a hidden gene."
     mask = random_gene_mask(n, G, hidden, generator=torch.Generator().manual_seed(seed))
     mask[:, 0], mask[:, 1] = True, False
     return mask
 
 
-@given(switches=SWITCHES, expressed=SHARES, hidden=SHARES, n=st.integers(2, 5), seed=st.integers(0, 2**20), stage=st.sampled_from(["pretrain", "dynamics"]))
+@given(switches=SWITCHES, expressed=SHARES, hidden=SHARES, n=st.integers(2, 5), seed=st.integers(0, 2**20),
+       stage=st.sampled_from(["pretrain", "dynamics"]))
 @settings(max_examples=60, deadline=None)
 def test_collapsed_losses_and_gradients_are_the_naive_ones(switches, expressed, hidden, n, seed, stage):
     def losses_and_gradients(dtype):
         torch.manual_seed(seed)
         model = alive(BioJEPA(SMALL.changed(**switches))).to(dtype)
-        batch = make_batch(n, expressed, seed)
         mask = valid_mask(n, hidden, seed)
-        cells, pairs, actions = (type(part)(
-            *(t.to(dtype) if torch.is_tensor(t) and t.is_floating_point() else t for t in part))
-                                 for part in batch)
+        cast = lambda t: t.to(dtype) if torch.is_tensor(t) and t.is_floating_point() else t
+        batch = [type(part)(*map(cast, part)) for part in make_batch(n, expressed, seed)]
         for collapse in (False, True):
             model.zero_grad()
-            loss = model.pretrain_loss(cells, mask,
-                                       collapse=collapse) if stage == "pretrain" else model.dynamics_loss(
-                                           pairs, actions, mask, collapse=collapse)
+            loss = stage_loss(stage, model, batch, mask, collapse)
             loss.total.backward()
             yield torch.stack(list(loss)), gradients(model)
     (a, g), (b, h) = losses_and_gradients(torch.float32)
     torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
-    if (g - h).norm() > 1e-4*g.norm(
-    ) + 1e-7:  # a difference within rounding of zero has either sign in an absolute distance: double precision must agree
+    # a difference within rounding of zero has either sign in an absolute distance: double precision must agree
+    if (g - h).norm() > 1e-4*g.norm() + 1e-7:
         assert switches["latent_loss"] == "l1"
         (a, g), (b, h) = losses_and_gradients(torch.float64)
         assert (g - h).norm() <= 1e-9*g.norm()
@@ -246,7 +249,8 @@ def test_a_cell_does_not_depend_on_its_batch():
     torch.testing.assert_close(whole.logvar[:1], alone.logvar, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("switches, n_tokens", [({}, 1), ({}, 3), (dict(mask_keeps_gene=True), 1), (dict(value_embedding="offset"), 2)])
+@pytest.mark.parametrize("switches, n_tokens", [
+    ({}, 1), ({}, 3), (dict(mask_keeps_gene=True), 1), (dict(value_embedding="offset"), 2)])
 def test_prediction_and_energy_are_the_naive_ones(switches, n_tokens):
     torch.manual_seed(0)
     model, (_, pairs, actions) = alive(BioJEPA(SMALL.changed(**switches))), make_batch(4,
@@ -270,11 +274,11 @@ def test_prediction_and_energy_are_the_naive_ones(switches, n_tokens):
 @pytest.mark.parametrize("stage", ["pretrain", "dynamics"])
 def test_recomputed_activations_give_the_same_gradients(stage):
     torch.manual_seed(0)
-    kept, (cells, pairs, actions), mask = alive(BioJEPA(SMALL)), make_batch(3, .4, 1), valid_mask(3, .6, 0)
+    kept, batch, mask = alive(BioJEPA(SMALL)), make_batch(3, .4, 1), valid_mask(3, .6, 0)
     recomputed = BioJEPA(SMALL, checkpoint_activations=True)
     recomputed.load_state_dict(kept.state_dict())
     for m in (kept, recomputed):
-        loss = m.pretrain_loss(cells, mask) if stage == "pretrain" else m.dynamics_loss(pairs, actions, mask)
+        loss = stage_loss(stage, m, batch, mask)
         loss.total.backward()
     torch.testing.assert_close(gradients(recomputed), gradients(kept), atol=1e-7, rtol=1e-5)
 
@@ -282,9 +286,8 @@ def test_recomputed_activations_give_the_same_gradients(stage):
 @pytest.mark.parametrize("stage", ["pretrain", "dynamics"])
 def test_bf16_autocast_is_near_fp32(stage):
     torch.manual_seed(0)
-    model, (cells, pairs, actions), mask = alive(BioJEPA(SMALL)), make_batch(4, .4, 1), valid_mask(4, .6, 0)
-    step = lambda: model.pretrain_loss(cells, mask) if stage == "pretrain" else model.dynamics_loss(
-        pairs, actions, mask)
+    model, batch, mask = alive(BioJEPA(SMALL)), make_batch(4, .4, 1), valid_mask(4, .6, 0)
+    step = lambda: stage_loss(stage, model, batch, mask)
     exact = step().total
     with torch.autocast("cpu", torch.bfloat16): rounded = step().total
     assert rounded.dtype == torch.float32
@@ -295,13 +298,11 @@ def test_bf16_autocast_is_near_fp32(stage):
 @pytest.mark.parametrize("stage", ["pretrain", "dynamics"])
 def test_collapse_is_exact_at_full_size(stage):
     torch.manual_seed(0)
-    model, (cells, pairs, actions) = alive(BioJEPA(preset("paper").model)), make_batch(2, .4, 1, n_genes=5000)
+    model, batch = alive(BioJEPA(preset("paper").model)), make_batch(2, .4, 1, n_genes=5000)
     mask, results = random_gene_mask(2, 5000), []
     for collapse in (False, True):
         model.zero_grad()
-        loss = model.pretrain_loss(cells, mask,
-                                   collapse=collapse) if stage == "pretrain" else model.dynamics_loss(
-                                       pairs, actions, mask, collapse=collapse)
+        loss = stage_loss(stage, model, batch, mask, collapse)
         loss.total.backward()
         results.append((torch.stack(list(loss)).detach(), gradients(model)))
     (a, g), (b, h) = results
@@ -328,7 +329,7 @@ def test_a_hidden_value_cannot_change_any_output():
             z, y = (model.encoder(x, pairs.log_library_size_ctrl, mask, collapse)
                     for x in (pairs.x_ctrl, other))
             assert torch.equal(z.x, y.x)
-            a, b = (model.dynamics_loss(pairs._replace(x_ctrl=x), actions, mask, collapse=collapse).total
+            a, b = (dynamics_loss(model, pairs._replace(x_ctrl=x), actions, mask, collapse=collapse).total
                     for x in (pairs.x_ctrl, other))
             assert torch.equal(a, b)
 
@@ -337,14 +338,14 @@ def test_one_action_token_leaves_queries_and_keys_without_gradient():
     config = SMALL.changed(d_model=16)
     torch.manual_seed(0)
     model, (_, pairs, actions), mask = alive(BioJEPA(config)), make_batch(4, .5, 0), valid_mask(4, .6, 0)
-    model.dynamics_loss(pairs, actions, mask).total.backward()
+    dynamics_loss(model, pairs, actions, mask).total.backward()
     for block in model.predictor.blocks:
         assert all(p.grad is None for part in (block.cross.q, block.cross.k, block.cross.norm)
                    for p in part.parameters())
         assert all(p.grad.any() for part in (block.cross.v, block.cross.out) for p in part.parameters())
     model.zero_grad()
     _, pairs, actions = make_batch(4, .5, 0, n_tokens=2)
-    model.dynamics_loss(pairs, actions, mask).total.backward()
+    dynamics_loss(model, pairs, actions, mask).total.backward()
     assert all(block.cross.q.weight.grad.any() and block.cross.k.weight.grad.any()
                for block in model.predictor.blocks)
 
@@ -352,7 +353,7 @@ def test_one_action_token_leaves_queries_and_keys_without_gradient():
 def test_naive_single_token_gradient_of_queries_and_keys_is_zero():
     torch.manual_seed(0)
     model, (_, pairs, actions), mask = alive(BioJEPA(SMALL)), make_batch(4, .5, 0), valid_mask(4, .6, 0)
-    model.dynamics_loss(pairs, actions, mask, collapse=False).total.backward()
+    dynamics_loss(model, pairs, actions, mask, collapse=False).total.backward()
     largest = max(p.grad.abs().max().item() for block in model.predictor.blocks
                   for part in (block.cross.q, block.cross.k) for p in part.parameters())
     reference = min(block.cross.v.weight.grad.abs().max().item() for block in model.predictor.blocks)
@@ -391,19 +392,19 @@ def test_masks_have_the_asked_share():
 
 def test_bad_input_is_refused_by_name():
     model, (cells, pairs, actions), mask = alive(BioJEPA(SMALL)), make_batch(3, .5, 0), valid_mask(3, .6, 0)
+    over_cells = BioJEPA(SMALL.changed(vicreg_over="cells"))
+    one_cell, one_pair = (type(batch)(*(t[:1] for t in batch)) for batch in (cells, pairs))
     for call, message in [
-        (lambda: model.dynamics_loss(pairs, actions._replace(features=actions.features[..., :100])), "100"),
-        (lambda: model.pretrain_loss(cells, torch.ones_like(mask)), "all genes are masked"),
-        (lambda: model.pretrain_loss(cells, torch.zeros_like(mask)), "no genes are masked"),
+        (lambda: dynamics_loss(model, pairs, actions._replace(features=actions.features[..., :100])), "100"),
+        (lambda: pretrain_loss(model, cells, torch.ones_like(mask)), "all genes are masked"),
+        (lambda: pretrain_loss(model, cells, torch.zeros_like(mask)), "no genes are masked"),
         (lambda: SMALL.changed(d_model=10), "not divisible by n_heads"),
-        (lambda: BioJEPA(SMALL.changed(vicreg_over="cells")).pretrain_loss(
-            CellBatch(*(t[:1] for t in cells)), mask[:1]), "batch of 1"),
-        (lambda: BioJEPA(SMALL.changed(vicreg_over="cells")).dynamics_loss(
-            PairBatch(*(t[:1] for t in pairs)), actions.take([0]), mask[:1]), "batch of 1"),
-        (lambda: model.pretrain_loss(cells._replace(x=cells.x/0)), "replace NaN"),
-        (lambda: model.dynamics_loss(pairs._replace(log_library_size_pert=torch.full(
+        (lambda: pretrain_loss(over_cells, one_cell, mask[:1]), "batch of 1"),
+        (lambda: dynamics_loss(over_cells, one_pair, actions.take([0]), mask[:1]), "batch of 1"),
+        (lambda: pretrain_loss(model, cells._replace(x=cells.x/0)), "replace NaN"),
+        (lambda: dynamics_loss(model, pairs._replace(log_library_size_pert=torch.full(
             (3, ), float("inf"))), actions), "log_library_size: found inf"),
-        (lambda: model.pretrain_loss(cells._replace(x=cells.x[:, :7])), "(3, 7)"),
+        (lambda: pretrain_loss(model, cells._replace(x=cells.x[:, :7])), "(3, 7)"),
     ]:
         with pytest.raises(ValueError) as error:
             call()
@@ -425,7 +426,8 @@ def edit(path, change):
 
 @pytest.mark.parametrize("damage, message", [
     (lambda f: (f/"model.safetensors").unlink(), "model.safetensors: missing"),
-    (lambda f: (f/"model.safetensors").write_bytes((f/"model.safetensors").read_bytes()[:-100]), "model.safetensors: damaged"),
+    (lambda f: (f/"model.safetensors").write_bytes((f/"model.safetensors").read_bytes()[:-100]),
+     "model.safetensors: damaged"),
     (lambda f: (f/"config.json").write_text("{"), "config.json: not readable"),
     (lambda f: edit(f/"config.json", lambda c: {**c, "format": 2}), "format 1"),
     (lambda f: edit(f/"config.json", lambda c: {**c, "model": {**c["model"], "n_encoder_layers": 3}}), "do not "
@@ -447,18 +449,6 @@ def test_saved_model_predicts_the_same(saved):
     a, b = (m.predict_latent(pairs.x_ctrl, pairs.log_library_size_ctrl, actions)
             for m in (original, loaded.model))
     assert torch.equal(a.mean, b.mean) and torch.equal(a.logvar, b.logvar)
-
-
-@pytest.mark.slow
-def test_compiled_blocks_give_the_same_loss():
-    torch.manual_seed(0)
-    model, (cells, pairs, actions), mask = alive(BioJEPA(SMALL)), make_batch(3, .5, 0), valid_mask(3, .6, 0)
-    expected = model.pretrain_loss(cells, mask).total, model.dynamics_loss(pairs, actions, mask).total
-    model.compile_blocks()
-    for a, b in zip(
-        (model.pretrain_loss(cells, mask).total, model.dynamics_loss(pairs, actions, mask).total),
-            expected):
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
 def test_padding_to_few_widths_changes_nothing(monkeypatch):

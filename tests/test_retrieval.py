@@ -261,7 +261,8 @@ def test_model_answers_as_the_naive_form_and_encodes_each_cell_once(case, model,
                                                  size,
                                                  actions.take(torch.full((3, ), p)),
                                                  collapse=False).mean
-                expected = model.readout.delta(predicted, model.control_latents(x, size, False).x).mean(0)
+                control = getattr(model, model.config.delta_from)(x, size, None, False).x
+                expected = model.readout.delta(predicted, control).mean(0)
             assert answer.delta[i] == pytest.approx(expected.numpy(), abs=1e-5)
 
 

@@ -1,9 +1,7 @@
-"Searching for actions: many actions from one context, energies of states, rankings, recovery, and screens that are interrupted."
-import json
+"Searching for actions: many actions from one context, energies, rankings, recovery, interrupted screens."
 import os
 import signal
 import time
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -20,11 +18,11 @@ from biojepa.evaluate.retrieval import retrieval_table
 from biojepa.explore import search
 from biojepa.explore.search import (
     Measure, TargetState, measure_of, optimise_action, pair_actions, rank_actions, ranking, recovered,
-    screen_energies, state_energy, target_state, wanted_states
+    screen_energies, target_state, wanted_states
 )
-from biojepa.model.biojepa import BioJEPA
+from biojepa.model.biojepa import BioJEPA, Context
 from biojepa.model.saving import Pretrained, save_pretrained
-from biojepa.predict.many import encode_context, predict_many, predict_naively, time_forms
+from biojepa.predict.many import predict_many, predict_naively, time_forms
 
 G = 40
 torch.set_num_threads(1)
@@ -78,13 +76,15 @@ def planted(model, adata, table, actions, rows):
     "States that the model itself says these actions lead to."
     x, library = source(adata, controls(adata).n_obs)
     ends = predict_many(model,
-                        encode_context(model, x, library),
+                        Context(model, x, library),
                         actions.take(torch.tensor(rows)),
                         relative=True).mean(1)
     return {table.perturbation[r]: TargetState(end[None].clone(), True, 1) for r, end in zip(rows, ends)}
 
 
-@pytest.mark.parametrize("switches", [dict(), dict(intervenes=False), dict(predicts="latent", intervenes=False), dict(n_predictor_layers=1), dict(n_predictor_layers=3, value_embedding="offset"), dict(n_heads=1)])
+@pytest.mark.parametrize("switches", [
+    dict(), dict(intervenes=False), dict(predicts="latent", intervenes=False), dict(n_predictor_layers=1),
+    dict(n_predictor_layers=3, value_embedding="offset"), dict(n_heads=1)])
 @pytest.mark.parametrize("n_tokens", [1, 2])
 def test_many_actions_are_the_models_own(data, switches, n_tokens):
     adata, _, _, actions = data
@@ -92,7 +92,7 @@ def test_many_actions_are_the_models_own(data, switches, n_tokens):
     some = ActionBatch(*(t if t is None else t[:9, :n_tokens].clone() for t in actions))
     some.present[1, 0] = False      # a missing token, or no token at all
     naive = predict_naively(model, x, library, some)
-    context = encode_context(model, x, library)
+    context = Context(model, x, library)
     torch.testing.assert_close(predict_many(model, context, some), naive, atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(predict_many(model, context, some, relative=True),
                                naive - context.h,
@@ -104,7 +104,7 @@ def test_many_actions_are_the_models_own(data, switches, n_tokens):
 def test_inputs_are_left_as_they_were(data, model):
     adata, _, _, actions = data
     x, library = source(adata)
-    context = encode_context(model, x, library)
+    context = Context(model, x, library)
     before = [t.clone() for t in (context.x, context.h, context.z.x, actions.features)
               ] + [p.detach().clone() for p in model.parameters()]
     first, second = (predict_many(model, context, actions) for _ in range(2))
@@ -180,7 +180,7 @@ def test_only_the_named_genes_count(data, model):
     x, library = source(adata)
     state = target_state(model, adata[adata.obs.condition == table.condition[3]], controls(adata))
     some = torch.tensor([1, 5, 8])
-    moved = predict_many(model, encode_context(model, x, library), actions, relative=True)[:, :, some]
+    moved = predict_many(model, Context(model, x, library), actions, relative=True)[:, :, some]
     energy = screen_energies(model, x, library, actions, [state], Measure(genes=some), progress=False)
     np.testing.assert_allclose(energy[1:, :, 0], (moved - state.latent[0, some]).abs().mean((2, 3)), rtol=1e-4)
     options = dict(n_cells=5, progress=False)
@@ -190,7 +190,9 @@ def test_only_the_named_genes_count(data, model):
                 rank_actions(model, controls(adata), state, actions, table, **options).energy)
 
 
-@pytest.mark.parametrize("switches", [dict(), dict(readout="per_gene", latent_loss="mse"), dict(intervenes=False), dict(predicts="latent", intervenes=False)])
+@pytest.mark.parametrize("switches", [
+    dict(), dict(readout="per_gene", latent_loss="mse"), dict(intervenes=False),
+    dict(predicts="latent", intervenes=False)])
 @pytest.mark.parametrize("space", ["latent", "expression"])
 @pytest.mark.parametrize("relative", [True, False])
 @torch.inference_mode()
@@ -242,7 +244,7 @@ def test_expression_is_what_the_readout_says(data, model):
                              actions, [state],
                              measure_of(model, "expression", some),
                              progress=False)
-    ends = model.readout(predict_many(model, encode_context(model, x, library), actions).flatten(0, 1))
+    ends = model.readout(predict_many(model, Context(model, x, library), actions).flatten(0, 1))
     wanted = model.readout(state.latent)
     by_hand = (ends[:, None, some] - wanted[None, :, some]).abs().mean((1, 2)).unflatten(0, (-1, 5))
     np.testing.assert_allclose(energy[1:, :, 0], by_hand, rtol=1e-3)
@@ -430,7 +432,8 @@ def test_wanted_states_are_changes_against_the_controls_of_their_batches(data, m
 
 
 @pytest.mark.parametrize("space", ["latent", "expression"])
-@pytest.mark.parametrize("switches", [dict(intervenes=False), dict(predicts="latent", intervenes=False, latent_loss="mse")])
+@pytest.mark.parametrize("switches", [
+    dict(intervenes=False), dict(predicts="latent", intervenes=False, latent_loss="mse")])
 def test_gradient_finds_a_planted_action(data, switches, space):
     adata, _, table, actions = data
     model, row = small(**switches), int(np.flatnonzero(~data[2].is_control)[0])
@@ -462,6 +465,28 @@ def test_gradient_finds_a_planted_action(data, switches, space):
                               progress=False)
     assert at_once.nearest.perturbation[0] == name and abs(at_once.nearest.distance[0]) < 1e-4
     assert abs(at_once.nearest.gain[0] - at_once.nearest.gain.iloc[-1]) < 1e-4
+
+
+@pytest.mark.parametrize("switches", [dict(), dict(intervenes=False), dict(predicts="latent", intervenes=False)])
+def test_gains_of_a_search_are_those_of_the_screen(data, switches):
+    "What an action gains is one number, however it is asked; with `intervenes` the targeted gene is part of it."
+    adata, _, table, actions = data
+    model, cells = small(**switches), controls(adata)
+    wanted = target_state(model, adata[adata.obs.condition == table.condition[3]], cells)
+    name = table.perturbation[int(np.flatnonzero(~table.is_control)[4])]
+    options = dict(n_cells=None, progress=False)
+    screen = rank_actions(model, cells, wanted, actions, table, **options).set_index("perturbation")
+    searched = optimise_action(model, cells, wanted, actions, table, start=name, steps=0, n_nearest=12, **options)
+    real = searched.nearest[:-1].set_index("perturbation")
+    assert len(real) == 12 and real.gain.std() > 1e-3
+    np.testing.assert_allclose(real.energy, screen.energy[real.index], rtol=1e-4)
+    np.testing.assert_allclose(real.gain, screen.gain[real.index], atol=1e-4)
+    assert abs(searched.history.gain[0] - screen.gain[name]) < 1e-4     # where the search begins, too
+    if model.config.intervenes:     # without the targeted gene the gains would be others
+        blind = small(**switches)
+        blind.intervention[0] = torch.tensor([1., 0.])
+        other = rank_actions(blind, cells, wanted, actions, table, **options).set_index("perturbation")
+        assert (other.gain[real.index] - real.gain).abs().max() > 1e-2
 
 
 def test_pull_keeps_the_search_among_real_actions(data, model):

@@ -9,20 +9,18 @@ from training_cases import small_data
 
 from biojepa.actions.featurizers import action_batch, featurize
 from biojepa.actions.vocabulary import ActionTable, Modality, Mode
-from biojepa.config import ModelConfig, StageConfig, preset
-from biojepa.data.batches import cell_loader, dense_rows, match_controls
+from biojepa.config import ModelConfig, StageConfig
+from biojepa.data.batches import cell_loader, dense_rows
 from biojepa.data.datasets import load_dataset
 from biojepa.data.preprocess import prepare
 from biojepa.data.splits import make_split
 from biojepa.model.biojepa import BioJEPA
-from biojepa.training.align import align_stage, align_step, hold_out_targets, retrieval_report
-from biojepa.training.dynamics import (
-    dynamics_stage, dynamics_step, gene_maps, mean_changes, mean_targets, noisy
-)
+from biojepa.training.align import align_stage, retrieval_report
+from biojepa.training.dynamics import dynamics_stage, gene_maps, mean_changes, mean_targets, noisy
 from biojepa.training.loop import fit
 from biojepa.training.monitor import CollapseMonitor
-from biojepa.training.pretrain import pretrain, pretrain_stage, pretrain_step
-from biojepa.training.readout import readout_stage, readout_step
+from biojepa.training.pretrain import pretrain_stage
+from biojepa.training.readout import readout_stage
 
 SHORT = StageConfig(epochs=1, batch_size=256, lr=1e-3)
 
@@ -74,8 +72,8 @@ def changed(model, before):
     return {k.split(".")[0] for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
 
 
-@pytest.mark.parametrize("name, parts", [("pretrain", {"encoder", "masked_predictor", "teacher"}), ("align", {"composer"}),
-                                         ("dynamics", {"predictor", "composer"}), ("readout", {"readout"})])
+@pytest.mark.parametrize("name, parts", [("pretrain", {"encoder", "masked_predictor", "teacher"}),
+                                         ("align", {"composer"}), ("dynamics", {"predictor", "composer"}), ("readout", {"readout"})])
 def test_a_stage_changes_its_parts_and_no_other(screen, tmp_path, name, parts):
     model = small()
     before, required = values(model), [p.requires_grad for p in model.parameters()]
@@ -220,8 +218,7 @@ def test_what_is_refused(screen):
         dynamics_stage(model, screen.adata, screen.split, screen.actions.take(torch.arange(3)), SHORT)
     with pytest.raises(ValueError, match="every perturbation's mean change is zero"):
         mean_targets(torch.zeros(3, 2, 4), torch.ones(2, 4))
-    with pytest.raises(ValueError, match="held_out: found 1"):
-        hold_out_targets(np.arange(4), np.arange(4), share=1)
+    with pytest.raises(ValueError, match="held_out\\n.*less than 1"): SHORT.changed(held_out=1)
 
 
 def test_without_vicreg_the_monitor_fires(tmp_path):
@@ -247,14 +244,8 @@ def test_without_vicreg_the_monitor_fires(tmp_path):
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             stage = StageConfig(epochs=120, batch_size=32, lr=2e-2)
-            log = pretrain(model,
-                           data["adata"],
-                           data["split"],
-                           stage,
-                           tmp_path/name,
-                           monitor=monitor,
-                           progress=False,
-                           validate_every=100)
+            stage = pretrain_stage(model, data["adata"], data["split"], stage, monitor=monitor)
+            log = fit(model, stage, tmp_path/name, progress=False, validate_every=100)
         found[name] = (log.collapsed.max(), log.std_teacher.min()/monitor.start["std_teacher"],
                        any("std_teacher" in str(w.message) for w in said))
     assert found["with_vicreg"][0] == 0 and found["with_vicreg"][1] > .9 and not found["with_vicreg"][2]
@@ -262,10 +253,10 @@ def test_without_vicreg_the_monitor_fires(tmp_path):
 
 
 def test_a_finished_readout_is_read_on_a_machine_that_rounds_otherwise(screen, tmp_path, monkeypatch):
-    "Where the readout begins is computed from latents; a finished stage must not depend on computing it again to the last bit."
+    "Where the readout begins is computed from latents; a finished stage must not depend on the last bit of it."
     begun, weights = [], []
     monkeypatch.setattr(
-        "biojepa.training.readout.gene_maps", lambda model, *_: begun.append(1) or torch.full(
+        "biojepa.training.readout.training_maps", lambda model, *_: begun.append(1) or torch.full(
             (60, model.config.d_model), .5 + 1e-3*len(begun)))
     for _ in range(2):
         torch.manual_seed(0)

@@ -32,7 +32,7 @@ from tqdm import tqdm
 from ..data.batches import dense_rows, row_source
 from ..data.companions import read_table
 from ..evaluate.statistics import bootstrap_ci, paired_bootstrap
-from ..model.biojepa import BioJEPA
+from ..model.biojepa import BioJEPA, latents_of
 from ..model.tokens import TokenSet
 from ..predict.means import group_means
 from ..predict.sets import PredictionSet
@@ -92,13 +92,9 @@ def cell_latents(
             f"adata: found {adata.n_vars} genes, the model reads {model.config.n_genes}; give the genes it was "
             f"trained on"
         )
-    read, device, X = getattr(model, part), next(model.parameters()).device, row_source(adata)
-    size, out = adata.obs["log_library_size"].to_numpy(np.float32), []
-    for at in tqdm(range(0, len(rows), batch_size), desc="latents", disable=not progress):
-        some = np.asarray(rows[at:at + batch_size])
-        x, log_size = dense_rows(X, some).to(device), torch.from_numpy(size[some]).to(device)
-        out.append(summary(read(x, log_size)).float().cpu().numpy())
-    return np.concatenate(out)
+    batches = latents_of(model, adata, np.asarray(rows), batch_size, part)
+    bar = tqdm(batches, desc="latents", total=-(-len(rows)//batch_size), disable=not progress)
+    return np.concatenate([summary(tokens).float().cpu().numpy() for _, tokens in bar])
 
 # %% ../../nbs/7_explore/01_probes.ipynb #13edbf47
 def cell_components(

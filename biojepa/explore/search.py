@@ -28,10 +28,10 @@ from ..config import config_hash
 from ..core import atomic_path, object_hash
 from ..data.batches import ActionBatch, align_genes, dense_rows, row_source
 from ..data.conditions import condition_name
-from ..model.biojepa import BioJEPA
-from ..model.readout import _decode
+from ..model.biojepa import BioJEPA, Context, latents_of
+from ..model.readout import decode
 from ..predict.anndata import _model_and_genes
-from ..predict.many import Context, encode_context, predict_many
+from ..predict.many import predict_many
 from ..predict.model import check_model
 from ..predict.sets import expression_space
 
@@ -51,12 +51,9 @@ def state_latents(
 )->Tensor:                  # (K, G, D); K = 1 for the mean
     "The teacher's latents of some cells."
     if not cells.n_obs: raise ValueError("cells: found none; a state is made of at least one cell")
-    found, X, device = [], row_source(cells), next(model.parameters()).device
-    size = torch.from_numpy(cells.obs["log_library_size"].to_numpy(np.float32))
-    for rows in np.array_split(np.arange(cells.n_obs), -(-cells.n_obs//batch_size)):
-        h = model.teacher(dense_rows(X, rows).to(device), size[rows].to(device)).genes()
-        found.append(h.sum(0, keepdim=True, dtype=torch.float64) if mean else h)
-    return (sum(found)/cells.n_obs).float() if mean else torch.cat(found)
+    batches = (h.genes() for _, h in latents_of(model, cells, np.arange(cells.n_obs), batch_size))
+    if not mean: return torch.cat([*batches])
+    return (sum(h.sum(0, keepdim=True, dtype=torch.float64) for h in batches)/cells.n_obs).float()
 
 def target_state(
     model,                          # BioJEPA, Pretrained, folder of save_pretrained, or finished Run
@@ -144,7 +141,7 @@ class Measure(NamedTuple):
 
     def seen(self, x:Tensor)->Tensor:   # (N, g·D) or (N, g)
         "What counts of some latents (N, G, D)."
-        x = x if self.weight is None else _decode(x, self.weight, None)
+        x = x if self.weight is None else decode(x, self.weight, None)
         return (x if self.genes is None else x[:, self.genes]).flatten(1)
 
 def measure_of(
@@ -285,7 +282,7 @@ def screen_energies(
             screen_identity(model, x, log_library_size, states, actions, measure) | dict(block=str(block)))
     states = [s._replace(latent=s.latent.to(device)) for s in states]
     contexts = [
-        encode_context(model, a.to(device), b.to(device))
+        Context(model, a.to(device), b.to(device))
         for a, b in zip(x.split(batch_size), log_library_size.split(batch_size))
     ]
     at_once = -(-batch_size//min(C, batch_size))
@@ -491,7 +488,7 @@ class OptimisedAction(NamedTuple):
     "An action found by gradient."
     latent:Tensor           # (A, d_action) its tokens
     history: pd.DataFrame  # step, energy, gain, distance (root mean square, in standard deviations of the real latents, from their mean)
-    nearest: pd.DataFrame  # real actions, nearest in direction first: perturbation, condition, cosine, distance, energy, gain (of the latent alone); the last row is the found one
+    nearest: pd.DataFrame  # real actions, nearest in direction first: perturbation, condition, cosine, distance, energy, gain (as in a screen); the last row is the found one
 
 def optimise_action(
     model,                              # as in `rank_actions`
@@ -501,7 +498,7 @@ def optimise_action(
     table:ActionTable|None=None,        # their names
     reference:AnnData|None=None,        # cells that those of `target_state` were like before
     space:Literal["latent", "expression"]="latent",     # as in `rank_actions`
-    start:str|None=None,                # perturbation to begin at; the mean of all real actions if None
+    start:str|None=None,                # perturbation to begin at, whose genes stay targeted; the mean of all real actions, and no gene, if None
     steps:int=50,                       # of Adam
     lr:float=.1,                        # of Adam, in standard deviations of the real latents
     pull:float=.01,                     # weight of the squared distance from the mean real action
@@ -516,10 +513,10 @@ def optimise_action(
     module, order = _model_and_genes(model)
     x, library = _source(_ready(module, order, source_cells, "source_cells"), n_cells, seed)
     device = next(module.parameters()).device
-    context, state, x = encode_context(
-        module, x.to(device),
-        library.to(device)), state._replace(latent=state.latent.to(device)), x.to(device)
-    with torch.no_grad(): real = module.composer(actions.to(device))
+    context = Context(module, x.to(device), library.to(device))
+    state = state._replace(latent=state.latent.to(device))
+    actions = actions.to(device)
+    with torch.no_grad(): real = module.composer(actions)
     whole = actions.present.all(1).to(device)
     if whole.sum() < 3:
         raise ValueError(
@@ -527,16 +524,17 @@ def optimise_action(
             f"know how actions are spread"
         )
     centre, spread = real[whole].mean(0), real[whole].std(0).clamp(min=1e-6)
-    u = torch.zeros_like(centre) if start is None else (real[_row_of(table, start)] - centre)/spread
+    u, own = torch.zeros_like(centre), None
+    if start is not None:
+        own = actions.take([_row_of(table, start)])
+        u = (real[_row_of(table, start)] - centre)/spread
     measure = measure_of(module, space)
-    u, history = _descend(module, context, state, measure, u, centre, spread, steps, lr, pull, progress)
+    u, history = _descend(module, context, state, measure, own, u, centre, spread, steps, lr, pull, progress)
     cosine, apart = _likeness(module, real, centre + spread*u, whole)
     near = np.argsort(np.where(whole.cpu(), -cosine, np.inf), kind="stable")[:n_nearest]
     with torch.no_grad():
-        energies = [
-            _latent_energy(module, context, state, measure, a).item()
-            for a in (*real[near], centre + spread*u)
-        ]
+        asked = [(real[i], actions.take([i])) for i in near.tolist()] + [(centre + spread*u, own)]
+        energies = [_latent_energy(module, context, state, measure, *a).item() for a in asked]
     names = [
         *table.frame.iloc[near][["perturbation", "condition"]].to_dict("records"),
         dict(perturbation="(found by gradient)", condition="")
@@ -576,15 +574,17 @@ def _latent_energy(
     context:Context,
     state:TargetState,
     measure:Measure,
-    latent:Tensor,      # (A, d_action)
-)->Tensor:              # scalar, with a gradient
+    latent:Tensor,              # (A, d_action)
+    own:ActionBatch|None=None,  # one action, whose genes are targeted; None: no gene is
+)->Tensor:                      # scalar, with a gradient
     "Energy of an action that is given as a latent, mean over source cells."
-    says = model.predictor(context.z, latent.expand(context.n_cells, -1, -1)).mean
-    moved = says if model.config.predicts == "change" else says - context.h
+    C = len(context.x)
+    moved = model.shift(context, own and own.take([0]*C), latent=latent.expand(C, -1, -1)).mean
     return state_energy(moved, context.h, [state], measure).mean()
 
 def _descend(
     model:BioJEPA, context:Context, state:TargetState, measure:Measure,
+    own:ActionBatch|None,           # one action, whose genes stay targeted
     u:Tensor,                       # (A, d_action) start, standardised
     centre:Tensor, spread:Tensor,   # (A, d_action) of the real latents
     steps:int, lr:float, pull:float, progress:bool,
@@ -594,7 +594,7 @@ def _descend(
     u, best, rows = u.clone().requires_grad_(), (math.inf, u), []
     optimiser = torch.optim.Adam([u], lr)
     for step in tqdm(range(steps + 1), desc="optimise", disable=not progress):
-        energy = _latent_energy(model, context, state, measure, centre + spread*u)
+        energy = _latent_energy(model, context, state, measure, centre + spread*u, own)
         far = u.square().mean()
         loss = energy/nothing + pull*far
         rows.append(

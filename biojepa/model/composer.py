@@ -69,7 +69,7 @@ def check_action_batch(
 
 # %% ../../nbs/3_model/06_composer.ipynb #f58b1dff
 def _refuse(
-    problems:list[tuple[Tensor, Tensor, str]],  # tokens at fault (B, A), what they hold (B, A), message with places for value and token
+    problems:list[tuple[Tensor, Tensor, str]],  # tokens at fault (B, A), what they hold (B, A), message
 ):
     "Raise a ValueError about the first token at fault; one look at the device if there is none."
     if not torch.stack([bad.any() for bad, *_ in problems]).any(): return

@@ -7,7 +7,6 @@ __all__ = ['EMATeacher']
 
 # %% ../../nbs/3_model/05_teacher.ipynb #89f824d5
 import copy
-import math
 
 import torch
 from torch import Tensor, nn
@@ -72,12 +71,3 @@ class EMATeacher(nn.Module):
         for b, s in zip(*_matched([*self.model.named_buffers()], [*student.named_buffers()], "buffers")):
             b.copy_(s)
         return self
-
-    def momentum_at(self,
-        step:int,   # steps done
-        total:int,  # steps of the whole training
-    )->float:       # m, from `self.momentum` at the start to 1 at the end
-        "Half a cosine from m to 1 (BYOL); not used by the release, which keeps m constant."
-        if not 0 <= step <= total or total < 1:
-            raise ValueError(f"step: found {step} of total {total}; need 0 <= step <= total and total >= 1")
-        return 1 - (1 - self.momentum) * (1 + math.cos(math.pi * step / total)) / 2

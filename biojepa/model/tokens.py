@@ -50,6 +50,12 @@ class TokenSet(NamedTuple):
         counts = torch.zeros(self.x.shape[:2], device=genes.device)
         return counts.scatter_add_(1, self.index, genes.to(counts.dtype))
 
+    def take(self,
+        rows:Tensor,  # (N,) cells, repeats allowed
+    )->"TokenSet":
+        "The tokens of some cells."
+        return TokenSet(*(None if t is None else t[rows] for t in self[:3]), self.mask_token)
+
 # %% ../../nbs/3_model/03_tokens.ipynb #5c1f4aa5
 def take_tokens(
     x:Tensor,      # (B, T, D) tokens
@@ -98,7 +104,8 @@ class GeneTokenizer(nn.Module):
         super().__init__()
         if value_embedding not in ("scale", "offset"):
             raise ValueError(f"value_embedding: found {value_embedding!r}; choose 'scale' or 'offset'")
-        self.value_embedding, self.mask_keeps_gene, self.library_norm = value_embedding, mask_keeps_gene, library_norm
+        self.value_embedding, self.mask_keeps_gene = value_embedding, mask_keeps_gene
+        self.library_norm = library_norm
         self.gene, self.library = nn.Embedding(n_genes, d_model), init_weights_(nn.Linear(1, d_model))
         self.mask_token = nn.Parameter(torch.empty(d_model))
         for weight in (self.gene.weight, self.mask_token):

@@ -36,7 +36,7 @@ def _functions(pairs, cells, actions):
     both = ActionPairBatch(actions, actions,
                            torch.arange(len(actions.features), device=actions.features.device))
     return dict(pretrain=(pretrain_step, cells),
-                align=(lambda model, batch, generator: align_step(model, batch, generator), both),
+                align=(partial(align_step, config=preset("paper").align), both),
                 dynamics=(partial(dynamics_step, actions=actions), pairs),
                 readout=(partial(readout_step, actions=actions), pairs))
 

@@ -33,6 +33,7 @@ from ..core import PATHS, atomic_path, default_device, keep_freed_memory
 from ..data.batches import ActionBatch, CellBatch, PairBatch
 from ..model.biojepa import BioJEPA
 from ..model.kernels import LinearAttention, flop_counter, textbook_
+from ..model.objectives import dynamics_loss, pretrain_loss
 from ..plots.style import STYLE
 from .manifest import Report
 
@@ -83,9 +84,8 @@ def training_step(
         model.zero_grad()
         with torch.autocast(case.device, torch.bfloat16, enabled=case.precision == "bf16"):
             collapse = case.form == "collapsed"
-            loss = model.pretrain_loss(
-                cells, mask, collapse=collapse) if case.stage == "pretrain" else model.dynamics_loss(
-                    pairs, actions, mask, collapse=collapse)
+            if case.stage == "pretrain": loss = pretrain_loss(model, cells, mask, collapse=collapse)
+            else: loss = dynamics_loss(model, pairs, actions, mask, collapse=collapse)
         loss.total.backward()
         return loss.total.detach()
     return step
