@@ -28,6 +28,7 @@ from ..config import config_hash
 from ..core import atomic_path, object_hash
 from ..data.batches import ActionBatch, align_genes, dense_rows, row_source
 from ..data.conditions import condition_name
+from ..data.means import match_groups, matched_means
 from ..model.biojepa import BioJEPA
 from ..model.readout import _decode
 from ..predict.anndata import _model_and_genes
@@ -103,7 +104,7 @@ def wanted_states(
     part, line = split.part_of(adata), adata.obs["cell_type"].astype(str).to_numpy()
     if cell_type is None:
         cell_type = pd.Series(line[part == "test"] if (part == "test").any() else line).mode()[0]
-    condition, batch = (adata.obs[c].astype(str).to_numpy() for c in ("condition", "batch"))
+    condition = adata.obs["condition"].astype(str).to_numpy()
     rows = np.flatnonzero((line == cell_type) & (part != ""))
     control = rows[condition[rows] == "ctrl"]
     if not len(control):
@@ -114,14 +115,14 @@ def wanted_states(
     about = _conditions(
         pd.DataFrame(dict(condition=condition, part=part)).iloc[np.setdiff1d(rows, control)], n_states,
         min_cells, seed)
-    latents = lambda at: state_latents(model, adata[at])
-    before = {b: latents(control[batch[control] == b]) for b in np.unique(batch[control])}
-    whole, states = latents(control), {}
-    for name in tqdm(about["condition"], desc="states", disable=not progress):
-        own = rows[condition[rows] == name]
-        share = pd.Series(batch[own]).value_counts(normalize=True)
-        states[name] = TargetState(
-            latents(own) - sum(w*before.get(b, whole) for b, w in share.items()), True, len(own))
+    own = rows[np.isin(condition[rows], about["condition"])]
+    code = pd.Index(about["condition"]).get_indexer(condition[own])
+    order = np.argsort(code, kind="stable")
+    def read(at):
+        return (state_latents(model, adata[some], False).double() for some in np.array_split(at, -(-len(at)//64)))
+    found, states = matched_means(match_groups(adata, own[order], code[order], control), read), {}
+    for p, mean, before in tqdm(found, desc="states", total=len(about), disable=not progress):
+        states[about["condition"][p]] = TargetState((mean - before)[None].float(), True, int((code == p).sum()))
     return states, about.assign(cell_type=cell_type,
                                 effect=[s.latent.square().mean().sqrt().item() for s in states.values()])
 

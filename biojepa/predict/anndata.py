@@ -23,7 +23,7 @@ from ..data.batches import ActionBatch, align_genes, row_source
 from ..data.preprocess import validate
 from ..model.biojepa import BioJEPA
 from ..model.saving import Pretrained, from_pretrained
-from .means import sparse_rows
+from ..data.means import sparse_rows
 from .model import add_rows_, changes, check_model
 from .sets import expression_space
 

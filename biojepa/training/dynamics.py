@@ -4,12 +4,10 @@
 
 # %% auto #0
 __all__ = ['actions_of', 'dynamics_step', 'mean_changes', 'gene_maps', 'MeanTargets', 'mean_targets', 'noisy',
-           'mean_dynamics_step', 'targeted_values', 'learn_interventions_', 'dynamics_stage', 'train_dynamics']
+           'mean_dynamics_step', 'learn_interventions_', 'dynamics_stage', 'train_dynamics']
 
 # %% ../../nbs/4_training/06_dynamics.ipynb #b2fb4a96
 from functools import partial
-from itertools import groupby
-from operator import itemgetter
 from pathlib import Path
 from typing import Callable, Iterable, Iterator, NamedTuple
 
@@ -19,8 +17,11 @@ import torch
 from anndata import AnnData
 from torch import Tensor
 
+from ..actions.vocabulary import Mode
 from ..config import StageConfig
-from ..data.batches import ActionBatch, PairBatch, dense_rows, match_controls, pair_loader, row_source
+from ..data.batches import ActionBatch, PairBatch, dense_rows, pair_loader, row_source
+from ..data.means import match_groups, matched_means
+from ..data.own_gene import own_gene_effects
 from ..model.biojepa import BioJEPA, check_mask
 from ..model.losses import gaussian_nll, latent_distance
 from .loop import Stage, StepOutput, fit
@@ -60,18 +61,6 @@ def _teacher_latents(
             x, log_size = dense_rows(X, at).to(device), torch.from_numpy(size[at]).to(device)
             yield i, at, model.teacher(x, log_size).genes().float()
 
-def _mean_latents(
-    model:BioJEPA,
-    adata:AnnData,
-    groups:Iterable[np.ndarray],    # cells
-    batch_size:int,
-)->Iterator[Tensor]:                # (G, D) float32 of each group
-    "Mean latents of groups of cells, one group in memory at a time."
-    for _, batches in groupby(_teacher_latents(model, adata, groups, batch_size), key=itemgetter(0)):
-        n, total = 0, 0.
-        for _, rows, h in batches: n, total = n + len(rows), total + h.sum(0)
-        yield (total/n).cpu()
-
 # %% ../../nbs/4_training/06_dynamics.ipynb #4ec2606a
 @torch.no_grad()
 def mean_changes(
@@ -82,18 +71,13 @@ def mean_changes(
     batch_size:int=64,
 )->Tensor:                  # (P, G, D) float16; zero where a perturbation has no training cell
     "Mean change of the teacher's latents by each training perturbation, beside the mean control of each cell's gem group."
-    train = np.asarray(split.cells(adata, "train"))
-    controls = np.sort(np.asarray(split.controls(adata, "train")))
-    pools = match_controls(adata, train, controls)
-    spans, group = np.unique(np.stack([pools.start, pools.size], 1), axis=0, return_inverse=True)
-    control = torch.stack([*_mean_latents(model, adata, (pools.pool[a:a + n] for a, n in spans), batch_size)])
-    code = adata.obs["perturbation"].astype("category").cat.codes.to_numpy()[pools.cells]
-    of = {int(p): np.flatnonzero(code == p) for p in np.unique(code)}
-    means = _mean_latents(model, adata, (pools.cells[at] for at in of.values()), batch_size)
-    change = torch.zeros(n_perturbations, *control.shape[1:], dtype=torch.float16)
-    for (p, at), mean in zip(of.items(), means):
-        share = np.bincount(group.ravel()[at], minlength=len(spans))/len(at)
-        change[p] = mean - torch.tensordot(torch.from_numpy(share).float(), control, 1)
+    rows = split.cells(adata, "train")
+    code = adata.obs["perturbation"].astype("category").cat.codes.to_numpy()[rows].astype(int)
+    order = np.argsort(code, kind="stable")     # one perturbation in memory at a time
+    matched = match_groups(adata, rows[order], code[order], split.controls(adata, "train"))
+    def read(rows): return (h for _, _, h in _teacher_latents(model, adata, [rows], batch_size))
+    change = torch.zeros(n_perturbations, model.config.n_genes, model.config.d_model, dtype=torch.float16)
+    for p, mean, control in matched_means(matched, read): change[p] = (mean - control).cpu()
     return change
 
 # %% ../../nbs/4_training/06_dynamics.ipynb #6ea69674
@@ -188,51 +172,15 @@ def mean_dynamics_step(
     loss = parts["delta"] + 0.1*(parts["change"] + parts["nll"])
     return StepOutput(loss, {k: v.detach() for k, v in parts.items()}, len(x))
 
-# %% ../../nbs/4_training/06_dynamics.ipynb #fd5ce69f
-def _group_controls(adata:AnnData, pools)->dict:    # (start, size) of a pool -> (G,) mean control
-    "Mean expression of each pool of controls."
-    X = row_source(adata)
-    return {(a, n): dense_rows(X, pools.pool[a:a + n]).mean(0)
-            for a, n in set(zip(pools.start.tolist(), pools.size.tolist()))}
-
-def targeted_values(
-    adata:AnnData,              # prepared
-    split,                      # only its training part is read
-    actions:ActionBatch,        # (P, A, F) with genes
-)->pd.DataFrame:                # one row per training perturbation and targeted gene: perturbation, gene, mode, control, perturbed
-    "Mean value of targeted genes in controls of the same gem group and in perturbed cells."
-    if actions.genes is None:
-        raise ValueError(
-            "actions.genes: missing; make the actions with action_batch(table, banks, genes=adata.var_names)"
-        )
-    pools = match_controls(adata, np.asarray(split.cells(adata, "train")),
-                           np.sort(np.asarray(split.controls(adata, "train"))))
-    control, X, rows = _group_controls(adata, pools), row_source(adata), []
-    code = adata.obs["perturbation"].astype("category").cat.codes.to_numpy()[pools.cells]
-    for p in np.unique(code):
-        genes, at = [g for g in actions.genes[p].tolist() if g >= 0], np.flatnonzero(code == p)
-        if not genes: continue
-        before = torch.stack([control[int(pools.start[i]), int(pools.size[i])][genes] for i in at]).mean(0)
-        after = dense_rows(X, pools.cells[at])[:, genes].mean(0)
-        mode = int(actions.mode[p][actions.present[p]][0]) if actions.present[p].any() else -1
-        rows += [
-            dict(perturbation=int(p), gene=g, mode=mode, control=float(b), perturbed=float(a))
-            for g, b, a in zip(genes, before, after) if mode >= 0
-        ]
-    return pd.DataFrame(rows, columns=["perturbation", "gene", "mode", "control", "perturbed"])
-
 # %% ../../nbs/4_training/06_dynamics.ipynb #e2ddc5d0
 def learn_interventions_(
     model:BioJEPA,              # with `intervenes`; its buffer `intervention` is set in place
     adata:AnnData,              # prepared
     split,                      # training targets are read
-    actions:ActionBatch,        # (P, A, F) with genes
 )->BioJEPA:                     # itself
     "What each mode does to a targeted gene itself."
-    for mode, t in targeted_values(adata, split, actions).groupby("mode"):
-        lowers = t.perturbed.sum() <= t.control.sum()
-        factor = (t.perturbed*t.control).sum()/max((t.control**2).sum(), 1e-12) if lowers else 1.
-        model.intervention[mode] = torch.tensor([factor, 0. if lowers else (t.perturbed - t.control).mean()])
+    for mode, own in own_gene_effects(adata, split).iterrows():
+        model.intervention[Mode.parse(mode)] = torch.tensor([own.factor, own.summand])
     return model
 
 # %% ../../nbs/4_training/06_dynamics.ipynb #a685d512
@@ -250,7 +198,7 @@ def dynamics_stage(
             f"actions: found {len(actions.features)} rows for {n} perturbations of adata; make them with "
             f"action_batch(ActionTable.from_anndata(adata), banks)"
         )
-    if model.config.intervenes: learn_interventions_(model, adata, split, actions)
+    if model.config.intervenes: learn_interventions_(model, adata, split)
     loader = pair_loader(adata, split, "train", batch_size=config.batch_size, seed=seed,
                          fixed_controls=config.fixed_controls, drop_last=config.drop_last)
     step = partial(dynamics_step, actions=actions)
