@@ -28,7 +28,7 @@ def two_lines(effect=2., apart=3., n=(30, 10), noise=0.):
 
 @pytest.mark.parametrize("n", [(30, 10), (20, 20), (40, 0)])
 def test_the_effect_of_a_condition_does_not_mix_cell_lines(n):
-    "One gene of four moves by 2: the root mean square is 1, however far apart the lines are and wherever the cells are."
+    "One gene of four moves by 2: the root mean square is 1, however far apart the lines are."
     adata = two_lines(n=n)
     parts = np.where(adata.obs["condition"] == "A+ctrl", "test", "train")
     table = condition_table(adata, SimpleNamespace(part_of=lambda _: parts))

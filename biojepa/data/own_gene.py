@@ -44,7 +44,7 @@ def own_gene_effects(
     adata:AnnData,      # prepared
     split,              # Split; only its training part is read
 )->pd.DataFrame:        # mode × factor, summand
-    "What a mode does to a targeted gene itself: factor · control where targets are lowered, control + summand where raised."
+    "A targeted gene under each mode: factor · control where targets are lowered, control + summand where raised."
     effects = {}
     for mode, t in targeted_values(adata, split).groupby("mode"):
         lowered = t["perturbed"].sum() <= t["control"].sum()

@@ -31,7 +31,7 @@ from ..data.conditions import condition_name
 from ..data.means import match_groups, matched_means
 from ..model.biojepa import BioJEPA
 from ..model.readout import _decode
-from ..predict.anndata import _model_and_genes
+from ..predict.anndata import model_and_genes
 from ..predict.many import Context, encode_context, predict_many
 from ..predict.model import check_model
 from ..predict.sets import expression_space
@@ -67,7 +67,7 @@ def target_state(
     batch_size:int=64,              # cells encoded at once
 )->TargetState:
     "A state to search for."
-    model, genes = _model_and_genes(model)
+    model, genes = model_and_genes(model)
     latent = state_latents(model, _ready(model, genes, cells, "target_state"), not each, batch_size)
     if reference is None: return TargetState(latent, False, cells.n_obs)
     return TargetState(
@@ -381,7 +381,7 @@ def rank_actions(
     "Rank actions, and pairs of them, by how near they bring cells to a state (report §2.1)."
     actions, table = _candidates(model, actions, table)
     states = _states(model, target_state, reference, each, batch_size)
-    module, order = _model_and_genes(model)
+    module, order = model_and_genes(model)
     cells = _ready(module, order, source_cells, "source_cells")
     x, library = _source(cells, n_cells, seed)
     options = dict(measure=measure_of(module, space, _places(cells, genes)),
@@ -514,7 +514,7 @@ def optimise_action(
     "The action latent with the lowest energy that gradient descent finds, and the real actions beside it."
     actions, table = _candidates(model, actions, table)
     (state,) = _states(model, target_state, reference, False, 64).values()
-    module, order = _model_and_genes(model)
+    module, order = model_and_genes(model)
     x, library = _source(_ready(module, order, source_cells, "source_cells"), n_cells, seed)
     device = next(module.parameters()).device
     context, state, x = encode_context(

@@ -50,7 +50,7 @@ def relation_graph(
 )->pd.DataFrame:                # source, target, importance; genes without relations are left out
     "Similarity of neighbourhoods, by the rule with which GEARS compares GO terms."
     if not {"a", "b"} <= set(relations.columns):
-        raise ValueError(f"relations: found columns {list(relations.columns)}; give 'a' and 'b', names of related genes")
+        raise ValueError(f"relations: found columns {list(relations.columns)}; give 'a' and 'b', related genes")
     pairs = relations[["a", "b"]].dropna().astype(str)
     code, names = pd.factorize(np.r_[pairs["a"], pairs["b"]], sort=True)
     i, j = np.split(code, 2)
@@ -288,7 +288,7 @@ def _task(
     relations:pd.DataFrame|None,
     asked:Sequence[str],        # conditions
     settings:Gears,
-)->tuple[_Task, dict[str, list[int]], bool]:    # condition -> its nodes, for those that can be answered; no validation part
+)->tuple[_Task, dict[str, list[int]], bool]:    # task, nodes of each condition it can answer, validation was spared
     "What GEARS learns from: cells whose targets are in the graph, both graphs, mean control."
     genes, rng, X = list(map(str, adata.var_names)), np.random.default_rng(settings.seed), adata.X
     rows, val = split.cells(adata, "train"), split.cells(adata, "val")
@@ -321,8 +321,8 @@ def gears_predictions(
 )->PredictionSet:                       # named "gears"
     "Train GEARS and answer the template; `provenance` names what the train mean answers instead."
     if tuple(map(str, adata.var_names)) != template.genes:
-        raise ValueError(f"adata: its {adata.n_vars} genes are not the template's {len(template.genes)} in their order; "
-                         "make the template from this AnnData")
+        raise ValueError(f"adata: its {adata.n_vars} genes are not the template's {len(template.genes)} in their "
+                         "order; make the template from this AnnData")
     least = dict(epochs=1, hidden=1, batch_size=2)
     if low := [k for k, n in least.items() if getattr(settings, k) < n]:
         raise ValueError(f"{low[0]}: found {getattr(settings, low[0])}; give at least {least[low[0]]}")

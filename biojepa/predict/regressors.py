@@ -57,8 +57,9 @@ def sum_features(
 )->tuple[np.ndarray, np.ndarray]:       # (n, F) and (n,) bool: which are known
     "Features of conditions; zeros where they are not known."
     known = np.array([bool(t) and all(g in features.index for g in t) for t in targets], bool)
-    none = np.zeros(features.shape[1])
-    return np.stack([features.loc[list(t)].to_numpy(float).sum(0) if k else none for t, k in zip(targets, known)]), known
+    summed = np.zeros((len(known), features.shape[1]))
+    for i in np.flatnonzero(known): summed[i] = features.loc[list(targets[i])].to_numpy(float).sum(0)
+    return summed, known
 
 # %% ../../nbs/5_predict/07_regressors.ipynb #2bcf5d54
 def _correlation(
