@@ -15,6 +15,7 @@ from biojepa.actions.featurizers import FeatureBank
 from biojepa.actions.gene_tables import spectral_embedding
 from biojepa.actions.vocabulary import ActionTable, Modality
 from biojepa.data.datasets import load_dataset
+from biojepa.data.means import group_means, train_mean_delta
 from biojepa.data.preprocess import prepare
 from biojepa.data.simulate import SimulationSpec, simulate_perturb_seq
 from biojepa.data.splits import make_split
@@ -30,7 +31,6 @@ from biojepa.predict.processes import (
 from biojepa.predict.regressors import (
     Forest, choose, nearest_neighbours, random_forest, ridge, shuffle_features, sum_features, target_features
 )
-from biojepa.data.means import group_means, train_mean_delta
 from biojepa.predict.sets import PredictionSet, pseudobulk, test_set
 
 

@@ -14,7 +14,7 @@ from biojepa.predict.baselines import train_mean, with_own_gene
 from biojepa.predict.model import predictions
 from biojepa.predict.sets import test_set
 from biojepa.training.align import jittered
-from biojepa.training.dynamics import learn_interventions_, mean_changes
+from biojepa.training.dynamics import learn_interventions_
 
 G = 40
 

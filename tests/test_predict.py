@@ -12,15 +12,15 @@ from training_cases import alive
 from biojepa.actions.featurizers import FeatureBank, MissingFeatureError, action_batch
 from biojepa.actions.vocabulary import ActionTable, Modality, Mode
 from biojepa.config import ModelConfig, preset
+from biojepa.data import means as means_module
 from biojepa.data.batches import pair_loader
+from biojepa.data.means import (
+    expression_blocks, group_means, match_groups, matched_means, means_of_groups, train_mean_delta
+)
 from biojepa.data.splits import make_split
 from biojepa.model.biojepa import BioJEPA
 from biojepa.model.saving import Pretrained, save_pretrained
 from biojepa.predict.anndata import predict
-from biojepa.data import means as means_module
-from biojepa.data.means import (
-    expression_blocks, group_means, match_groups, matched_means, means_of_groups, train_mean_delta
-)
 from biojepa.predict.model import changes, predictions
 from biojepa.predict.sets import PredictionSet, pseudobulk, test_set
 from biojepa.training.run import Run
