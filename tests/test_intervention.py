@@ -5,15 +5,16 @@ import torch
 from training_cases import small_data
 
 from biojepa.actions.featurizers import action_batch, featurize
-from biojepa.actions.vocabulary import ActionTable, Modality
+from biojepa.actions.vocabulary import ActionTable, Modality, Mode
 from biojepa.config import ModelConfig
 from biojepa.data.batches import ActionBatch, match_controls
+from biojepa.data.own_gene import own_gene_effects, targeted_values
 from biojepa.model.biojepa import BioJEPA
-from biojepa.predict.baselines import own_changes, train_mean, with_own_gene
+from biojepa.predict.baselines import train_mean, with_own_gene
 from biojepa.predict.model import predictions
 from biojepa.predict.sets import test_set
 from biojepa.training.align import jittered
-from biojepa.training.dynamics import learn_interventions_, mean_changes, targeted_values
+from biojepa.training.dynamics import learn_interventions_
 
 G = 40
 
@@ -104,45 +105,54 @@ def test_collapse_stays_exact(genes):
 
 
 def test_learned_from_training_targets_by_least_squares(screen):
-    adata, split, table, actions = screen
-    t, model = targeted_values(adata, split, actions), small()
-    assert set(t.perturbation) <= set(table.rows(adata, split, "train"))
+    adata, split, table, _ = screen
+    t, model = targeted_values(adata, split), small()
+    number = {p: i for i, p in enumerate(table.perturbation)}
+    assert {number[p] for p in t.perturbation} <= set(table.rows(adata, split, "train"))
     X, code = adata.X.toarray(), table.codes(adata)
     rows, controls = split.cells(adata, "train"), split.controls(adata, "train")
     pools = match_controls(adata, rows, np.sort(controls))
     for p, g, control, perturbed in t[["perturbation", "gene", "control", "perturbed"]].itertuples(index=False):
-        at = np.flatnonzero(code[pools.cells] == p)
+        at, g = np.flatnonzero(code[pools.cells] == number[p]), adata.var_names.get_loc(g)
         assert abs(X[pools.cells[at], g].mean() - perturbed) < 1e-5
         assert abs(
             np.mean([X[pools.pool[pools.start[i]:pools.start[i] + pools.size[i]], g].mean()
                      for i in at]) - control) < 1e-5
-    learn_interventions_(model, adata, split, actions)
-    mode = int(t["mode"].iloc[0])
+    learn_interventions_(model, adata, split)
+    mode = int(Mode.parse(t["mode"].iloc[0]))
     expected = np.linalg.lstsq(t.control.to_numpy()[:, None], t.perturbed.to_numpy(), rcond=None)[0][0]
     assert abs(model.intervention[mode, 0].item() - expected) < 1e-5 and 0 < expected < 1
     others = [m for m in range(10) if m != mode]
     assert (model.intervention[others] == torch.tensor([1., 0.])).all()
 
 
+def test_model_and_baselines_are_told_the_same(screen):
+    adata, split, *_ = screen
+    model = learn_interventions_(small(), adata, split)
+    told = with_own_gene(train_mean(test_set(adata, split)), adata, split).provenance["own_gene"]
+    assert set(told) == {"crispri"}
+    np.testing.assert_allclose(model.intervention[Mode.CRISPRI], [*told["crispri"].values()], rtol=1e-7)
+
+
 def test_prediction_lowers_the_unseen_target_and_a_baseline_can_too(screen):
     adata, split, table, actions = screen
     model = small()
-    learn_interventions_(model, adata, split, actions)
+    learn_interventions_(model, adata, split)
     template = test_set(adata, split)
     with torch.no_grad():
         for g in range(G):
             model.readout.linear.weight[g] = torch.randn(8, generator=torch.Generator().manual_seed(g))
     ps = predictions(model, adata, split, actions, table, progress=False)
     informed = with_own_gene(train_mean(template, adata, split), adata, split)
-    own = own_changes(template, adata, split)
+    own = own_gene_effects(adata, split)
     names = list(adata.var_names)
     for i, c in enumerate(template.groups["condition"]):
         g = names.index(c.split("+")[0])
-        assert np.abs(ps.delta[i]).max() > 0 and own.factor.iloc[0] < 0
+        assert np.abs(ps.delta[i]).max() > 0 and own.factor.iloc[0] < 1
         moved = informed.delta[i] - template.train_delta
         assert np.flatnonzero(np.abs(moved) > 1e-9).tolist() == [
             g
-        ] and abs(moved[g] - own.factor.iloc[0]*template.control_mean[i, g]) < 1e-9
+        ] and abs(moved[g] - (own.factor.iloc[0] - 1)*template.control_mean[i, g]) < 1e-9
     # per pair, by hand
     first = template.cells.index[0]
     x = torch.from_numpy(adata[template.cells.control.iloc[0]].X.toarray())
@@ -154,14 +164,11 @@ def test_prediction_lowers_the_unseen_target_and_a_baseline_can_too(screen):
     assert np.allclose(delta, ps.cell_delta[0], atol=1e-5), first
 
 
-def test_what_is_refused(screen):
-    adata, split, _, actions = screen
+def test_what_is_refused():
     x, size = cells()
     with pytest.raises(ValueError, match="needs predicts='change'"): small(predicts="latent")
     with pytest.raises(ValueError, match="actions.genes: missing"):
         small().predict_latent(x, size, acts([[3], [3], [3]])._replace(genes=None))
-    with pytest.raises(ValueError, match="actions.genes: missing"):
-        targeted_values(adata, split, actions._replace(genes=None))
 
 
 def test_noise_on_features_stays_inside_the_token():

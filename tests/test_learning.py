@@ -9,8 +9,9 @@ from biojepa.actions.vocabulary import Modality
 from biojepa.config import preset
 from biojepa.data.batches import cell_loader
 from biojepa.model.biojepa import BioJEPA
-from biojepa.predict.baselines import nearest_neighbours, ridge, target_features, train_mean, with_own_gene
+from biojepa.predict.baselines import train_mean, with_own_gene
 from biojepa.predict.model import predictions
+from biojepa.predict.regressors import nearest_neighbours, ridge, target_features
 from biojepa.predict.sets import pseudobulk, test_set
 from biojepa.training.monitor import effective_rank, encoder_latents
 

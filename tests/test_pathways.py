@@ -15,7 +15,7 @@ from biojepa.explore import pathways as g
 from biojepa.explore.genesets import gene_relation, label_relation, released_neighbours, released_ratio
 from biojepa.explore.probes import gene_embeddings
 from biojepa.model.biojepa import BioJEPA
-from biojepa.predict.means import group_means
+from biojepa.data.means import group_means
 from biojepa.predict.model import predictions
 
 

@@ -16,7 +16,7 @@ from biojepa.data.simulate import SimulationSpec, simulate_perturb_seq
 from biojepa.data.splits import make_split
 from biojepa.evaluate.metrics import pds
 from biojepa.predict import peers
-from biojepa.predict.peers import coexpression, gears_predictions, relation_graph
+from biojepa.predict.peers import Gears, coexpression, gears_predictions, relation_graph
 from biojepa.predict.sets import pseudobulk, test_set
 
 
@@ -49,22 +49,14 @@ def spy(monkeypatch):
             x = batch.x.reshape(len(batch.pert_idx), -1)
             return x + torch.tensor([float(sum(p)) for p in batch.pert_idx])[:, None]
 
-    def fake(train, val, expressed, graphs, nodes, genes, control, *settings):
-        seen.update(train=train,
-                    val=val,
-                    expressed=expressed,
-                    graphs=graphs,
-                    nodes=nodes,
-                    genes=genes,
-                    control=control,
-                    settings=settings)
+    def fake(task, *settings):
+        seen.update(task._asdict(), settings=settings)
         return Network(), [2., 1., 3.]
     monkeypatch.setattr(peers, "_gears", fake)
     return seen
 
 
-# --- graphs
-# -----------------------------------------------------------------------------------------------------------
+# ---- graphs ----
 
 def slow_graph(relations, genes, k, above):
     "Sets, gene by gene."
@@ -109,8 +101,7 @@ def test_coexpression_is_pearsons(adata):
     assert np.abs(found - naive).max() < 1e-4 and (found[3] == 0).all()
 
 
-# --- what it is given
-# -------------------------------------------------------------------------------------------------
+# ---- what it is given ----
 
 def test_test_cells_are_never_given(adata, spy):
     split = holding(adata)
@@ -181,8 +172,7 @@ def test_batches(adata, spy):
                                                  rel=1e-5)
 
 
-# --- what is made of its answers
-# --------------------------------------------------------------------------------------
+# ---- what is made of its answers ----
 
 def test_answers_are_read_by_condition(adata, spy):
     split = holding(adata)
@@ -238,28 +228,30 @@ def test_refusals(adata, spy):
     template = test_set(adata, split)
     with pytest.raises(ValueError, match="are not the template's 120"):
         gears_predictions(template, adata[:, ::-1], split)
-    with pytest.raises(ValueError, match="found 0, 32, 32"): gears_predictions(template, adata, split, epochs=0)
+    with pytest.raises(ValueError, match="epochs: found 0"):
+        gears_predictions(template, adata, split, settings=Gears(epochs=0))
+    with pytest.raises(ValueError, match="batch_size: found 1; give at least 2"):
+        gears_predictions(template, adata, split, settings=Gears(batch_size=1))
 
 
-# --- the shipped network
-# ----------------------------------------------------------------------------------------------
+# ---- the shipped network ----
 
 @pytest.mark.slow
 def test_gears_leaves_no_trace_and_repeats(adata, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     split = holding(adata)
-    template, settings = test_set(adata, split), dict(epochs=2, hidden=8, progress=False)
+    template, settings = test_set(adata, split), Gears(epochs=2, hidden=8)
     torch.manual_seed(5); np.random.seed(5); random.seed(5)
     states = (torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate())
     filters = list(warnings.filters)
-    first = gears_predictions(template, adata, split, **settings)
+    first = gears_predictions(template, adata, split, settings=settings, progress=False)
     assert torch.equal(states[0], torch.get_rng_state()) and (
         states[1] == np.random.get_state()[1]).all() and states[2] == random.getstate()
     assert warnings.filters == filters and os.listdir(tmp_path) == []
-    again = gears_predictions(template, adata, split, **settings)
+    again = gears_predictions(template, adata, split, settings=settings, progress=False)
     assert first.delta == pytest.approx(again.delta, abs=1e-6) and len(
         first.provenance["validation_error"]) == 2
-    other = gears_predictions(template, adata, split, **settings | dict(seed=1))
+    other = gears_predictions(template, adata, split, settings=settings._replace(seed=1), progress=False)
     assert np.abs(first.delta - other.delta).max() > 1e-3
 
 
@@ -268,7 +260,7 @@ def test_gears_answer_does_not_depend_on_the_control_cell(adata, monkeypatch):
     split, networks = holding(adata), []
     keep = peers._gears
     monkeypatch.setattr(peers, "_gears", lambda *a: networks.append(keep(*a)) or networks[-1])
-    gears_predictions(test_set(adata, split), adata, split, epochs=1, hidden=8, progress=False)
+    gears_predictions(test_set(adata, split), adata, split, settings=Gears(epochs=1, hidden=8), progress=False)
     network = networks[0][0]
     nodes, cells = [[3], [5, 9], [40]], adata.X[split.controls(adata, "test")[:3]].toarray()
     empty = peers._ask(network, nodes, adata.n_vars, torch.device("cpu"))
@@ -285,7 +277,7 @@ def test_gears_learns_what_it_sees():
     adata = screen(n_cells=2000, effect_size=3.)
     split = holding(adata)
     template = test_set(adata, split, part="train")
-    found = gears_predictions(template, adata, split, epochs=4, hidden=32, batch_size=8, progress=False)
+    found = gears_predictions(template, adata, split, settings=Gears(epochs=4, batch_size=8), progress=False)
     pb = pseudobulk(found)
     r = [np.corrcoef(p, o)[0, 1] for p, o in zip(pb.predicted, pb.observed)]
     assert np.mean(r) > .5 and np.mean(pds(pb)) > .7

@@ -1,4 +1,4 @@
-"Prediction sets against the plain way, damaged in every field, on disk; predictions of a model against the model itself."
+"Prediction sets: the plain way, damaged fields, the disk; a model's predictions against the model itself."
 from dataclasses import replace
 
 import anndata as ad
@@ -12,12 +12,15 @@ from training_cases import alive
 from biojepa.actions.featurizers import FeatureBank, MissingFeatureError, action_batch
 from biojepa.actions.vocabulary import ActionTable, Modality, Mode
 from biojepa.config import ModelConfig, preset
+from biojepa.data import means as means_module
 from biojepa.data.batches import pair_loader
+from biojepa.data.means import (
+    expression_blocks, group_means, match_groups, matched_means, means_of_groups, train_mean_delta
+)
 from biojepa.data.splits import make_split
 from biojepa.model.biojepa import BioJEPA
 from biojepa.model.saving import Pretrained, save_pretrained
 from biojepa.predict.anndata import predict
-from biojepa.predict.means import group_means, train_mean_delta
 from biojepa.predict.model import changes, predictions
 from biojepa.predict.sets import PredictionSet, pseudobulk, test_set
 from biojepa.training.run import Run
@@ -26,7 +29,7 @@ TRAIN, VAL, TEST = ["A+ctrl", "B+ctrl", "A+B"], ["C+ctrl"], ["D+ctrl", "E+ctrl",
 
 
 def screen(lines=("x", "y"), genes=7, per=5, seed=0):
-    "A prepared AnnData: two guides for each single, two gem groups in each line, log values drawn at random, one zero in three."
+    "A prepared AnnData: two guides for each single, two gem groups in each line, random values, one zero in three."
     rng, rows = np.random.default_rng(seed), []
     for line in lines:
         for condition in ["ctrl"]*3 + TRAIN + VAL + TEST:
@@ -81,14 +84,46 @@ def test_group_means_are_those_of_a_loop(case, control, by):
 
 
 def test_blocks_do_not_matter(case, monkeypatch):
-    from biojepa.predict import means as module
     adata, split = case
-    rows, whole = split.cells(adata, "test"), module._group_sums
-    monkeypatch.setattr(module, "_group_sums", lambda *a: whole(*a, block=3))
-    small = group_means(adata, rows, split.controls(adata, "test"))
-    monkeypatch.undo()
-    large = group_means(adata, rows, split.controls(adata, "test"))
+    rows, controls = split.cells(adata, "test"), split.controls(adata, "test")
+    large, seen = group_means(adata, rows, controls), []
+    def small_blocks(source, rows):
+        for block in expression_blocks(source, rows, block=3): seen.append(block.shape[0]); yield block
+    monkeypatch.setattr(means_module, "expression_blocks", small_blocks)
+    small = group_means(adata, rows, controls)
+    assert max(seen) == 3 and len(seen) > 20
     np.testing.assert_allclose(small.delta, large.delta, atol=1e-12)
+
+
+def test_latents_are_averaged_like_expression_one_group_in_memory(case):
+    adata, split = case
+    rows, x = split.cells(adata, "train"), torch.from_numpy(adata.X.toarray()).double()
+    code = adata.obs["perturbation"].astype("category").cat.codes.to_numpy()[rows].astype(int)  # with gaps
+    order, weight = np.argsort(code, kind="stable"), torch.randn(adata.n_vars, 3, 2, dtype=torch.float64)
+    matched = match_groups(adata, rows[order], code[order], split.controls(adata, "train"))
+    read_to = []
+    def latents(rows):
+        for a in range(0, len(rows), 4):
+            read_to.append(a + 4)
+            yield torch.einsum("bg,gij->bij", x[rows[a:a + 4]], weight)
+    batch = adata.obs["batch"].astype(str).to_numpy()
+    control = (adata.obs["condition"] == "ctrl").to_numpy()
+    seen = []
+    for p, mean, beside in matched_means(matched, latents):
+        mine = rows[code == p]
+        seen.append(p)
+        assert read_to[-1] < np.searchsorted(code[order], p, "right") + 4     # no row of a later group than its block's
+        torch.testing.assert_close(mean, torch.einsum("bg,gij->ij", x[mine], weight)/len(mine))
+        like = torch.stack([x[control & (batch == batch[i])].mean(0) for i in mine]).mean(0)
+        torch.testing.assert_close(beside, torch.einsum("g,gij->ij", like, weight))
+    assert seen == np.unique(code).tolist() and max(seen) >= len(seen)
+
+
+def test_a_mean_is_given_when_its_last_row_was_read():
+    code, read = np.array([1, 0, 1, 2, 0, 2]), []
+    blocks = (read.append(i) or np.full((1, 2), i, float) for i in range(6))
+    found = [(g, len(read), mean.tolist()) for g, mean in means_of_groups(code, blocks)]
+    assert found == [(1, 3, [1, 1]), (0, 5, [2.5, 2.5]), (2, 6, [4, 4])]
 
 
 def test_backed_data_give_the_same_set(case, template, tmp_path):
@@ -316,14 +351,17 @@ def plain_change(model, adata, cell, actions, p):
     "One pair through the model's public interface, without the collapse."
     x, size = torch.from_numpy(adata[cell].X.toarray()), torch.tensor([float(adata.obs.log_library_size[cell])])
     predicted = model.predict_latent(x, size, actions.take([p]), collapse=False)
-    h = getattr(model, model.config.delta_from)(x, size, collapse=False)
-    return model.readout.delta(predicted.mean, h.genes())[0].numpy(), model.readout.variance(
-        predicted.logvar.exp())[0].numpy()
+    look = model.encoder if model.config.delta_from == "encoder" else model.teacher
+    delta = model.readout.delta(predicted.mean, look(x, size, collapse=False).genes())
+    return delta[0].numpy(), model.readout.variance(predicted.logvar.exp())[0].numpy()
 
 
-@pytest.mark.parametrize("switches", [
-    {}, dict(predicts="change", readout="per_gene", library_norm=(7., 15.), delta_from="teacher"),
-    dict(value_embedding="offset", mask_keeps_gene=True)], ids=["released", "laptop", "naive"])
+SWITCHES = dict(released={},
+                laptop=dict(predicts="change", readout="per_gene", library_norm=(7., 15.), delta_from="teacher"),
+                naive=dict(value_embedding="offset", mask_keeps_gene=True))
+
+
+@pytest.mark.parametrize("switches", SWITCHES.values(), ids=SWITCHES)
 def test_predictions_are_the_models_own_pair_by_pair(case, switches):
     adata, split = case
     model, (table, actions) = made(**switches), described(adata)

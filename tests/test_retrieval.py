@@ -15,7 +15,8 @@ from biojepa.data.simulate import SimulationSpec, simulate_perturb_seq
 from biojepa.data.splits import make_split
 from biojepa.evaluate import retrieval as r
 from biojepa.model.biojepa import BioJEPA
-from biojepa.predict.baselines import oracle, ridge, target_features, train_mean
+from biojepa.predict.baselines import oracle, train_mean
+from biojepa.predict.regressors import ridge, target_features
 from biojepa.predict.sets import pseudobulk, test_set
 
 torch.set_num_threads(1)

@@ -20,7 +20,7 @@ from ..data.batches import ActionBatch
 from ..data.conditions import parse_condition
 from .statistics import bootstrap_ci
 from ..model.biojepa import BioJEPA
-from ..predict.means import group_means
+from ..data.means import group_means
 from ..predict.model import add_rows_, changes
 from ..predict.sets import PredictionSet, Pseudobulk
 

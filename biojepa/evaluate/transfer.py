@@ -32,7 +32,7 @@ from ..data.simulate import SimulationSpec
 from ..data.splits import Split, make_split
 from .metrics import METRICS, evaluate
 from .statistics import bootstrap_ci, paired_bootstrap
-from ..predict.baselines import Answer, answer_lines, training_deltas
+from ..predict.baselines import Guess, guess_by_line, training_deltas
 from ..predict.methods import all_methods, relations_of
 from ..predict.sets import PredictionSet
 from ..training.run import Run, load_data, run_stages
@@ -252,11 +252,11 @@ def seen_elsewhere(
     name:str="seen_elsewhere",
 )->PredictionSet:
     "The same condition's mean Δ in training, by another guide or in another line (modes are not told apart); the train mean where it is new."
-    def answer(targets, delta, asked):
+    def guess(targets, delta, asked):
         rows = [[i for i, t in enumerate(targets) if t == a] for a in asked]
-        return Answer(np.stack([delta[r].mean(0) if r else delta.mean(0) for r in rows]),
-                      np.array([bool(r) for r in rows]))
-    return answer_lines(name, template, training_deltas(template, adata, split), answer)
+        return Guess(np.stack([delta[r].mean(0) if r else delta.mean(0) for r in rows]),
+                     np.array([bool(r) for r in rows]))
+    return guess_by_line(name, template, training_deltas(template, adata, split), guess)
 
 def case_methods(
     run:Run,
@@ -270,9 +270,9 @@ def case_methods(
                                         for b in ("ridge", "nearest_neighbours", "gaussian_process"))
     ]
     if any(len(parse_condition(c)) > 1 for c in set(tested)): names.append("additive")
-    names += ["ceiling", *(["oracle"] if {"truth", "true_log_fold"} & set(run.adata.uns) else [])]
+    names += ["half_of_the_cells", *(["oracle"] if {"truth", "true_log_fold"} & set(run.adata.uns) else [])]
     sets = all_methods(run, names, seed=run.experiment.seed, progress=progress)
-    bounds = [s for s in sets if s.name in ("ceiling", "oracle")]
+    bounds = [s for s in sets if s.name in ("half_of_the_cells", "oracle")]
     template = next(s for s in sets if s.name == "control_mean")
     return [*(s for s in sets if s not in bounds), seen_elsewhere(template, run.adata, run.split), *bounds]
 
@@ -385,7 +385,7 @@ def run_cases(
     return Transfer(pd.concat(scores, ignore_index=True), pd.DataFrame(about))
 
 # %% ../../nbs/6_evaluate/07_transfer.ipynb #b7eed533
-_NO_BASELINE = ("biojepa", "ceiling", "oracle")    # and their variants
+_NO_BASELINE = ("biojepa", "half_of_the_cells", "oracle")    # and their variants
 
 def _interval(values)->dict:
     "Mean with its interval; one value has none."

@@ -27,7 +27,7 @@ from biojepa.explore.genesets import (
 from .probes import expression_level, gene_embeddings, gene_loadings
 from ..model.biojepa import BioJEPA
 from ..model.composer import pooled
-from ..predict.means import group_means
+from ..data.means import group_means
 from ..predict.model import changes
 from ..predict.sets import PredictionSet
 

@@ -34,7 +34,7 @@ from ..data.companions import read_table
 from ..evaluate.statistics import bootstrap_ci, paired_bootstrap
 from ..model.biojepa import BioJEPA, latents_of
 from ..model.tokens import TokenSet
-from ..predict.means import group_means
+from ..data.means import group_means
 from ..predict.sets import PredictionSet
 
 # %% ../../nbs/7_explore/01_probes.ipynb #f4e4ebcf

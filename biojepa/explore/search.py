@@ -28,9 +28,10 @@ from ..config import config_hash
 from ..core import atomic_path, object_hash
 from ..data.batches import ActionBatch, align_genes, dense_rows, row_source
 from ..data.conditions import condition_name
+from ..data.means import match_groups, matched_means
 from ..model.biojepa import BioJEPA, Context, latents_of
 from ..model.readout import decode
-from ..predict.anndata import _model_and_genes
+from ..predict.anndata import model_and_genes
 from ..predict.many import predict_many
 from ..predict.model import check_model
 from ..predict.sets import expression_space
@@ -63,7 +64,7 @@ def target_state(
     batch_size:int=64,              # cells encoded at once
 )->TargetState:
     "A state to search for."
-    model, genes = _model_and_genes(model)
+    model, genes = model_and_genes(model)
     latent = state_latents(model, _ready(model, genes, cells, "target_state"), not each, batch_size)
     if reference is None: return TargetState(latent, False, cells.n_obs)
     return TargetState(
@@ -100,7 +101,7 @@ def wanted_states(
     part, line = split.part_of(adata), adata.obs["cell_type"].astype(str).to_numpy()
     if cell_type is None:
         cell_type = pd.Series(line[part == "test"] if (part == "test").any() else line).mode()[0]
-    condition, batch = (adata.obs[c].astype(str).to_numpy() for c in ("condition", "batch"))
+    condition = adata.obs["condition"].astype(str).to_numpy()
     rows = np.flatnonzero((line == cell_type) & (part != ""))
     control = rows[condition[rows] == "ctrl"]
     if not len(control):
@@ -111,14 +112,14 @@ def wanted_states(
     about = _conditions(
         pd.DataFrame(dict(condition=condition, part=part)).iloc[np.setdiff1d(rows, control)], n_states,
         min_cells, seed)
-    latents = lambda at: state_latents(model, adata[at])
-    before = {b: latents(control[batch[control] == b]) for b in np.unique(batch[control])}
-    whole, states = latents(control), {}
-    for name in tqdm(about["condition"], desc="states", disable=not progress):
-        own = rows[condition[rows] == name]
-        share = pd.Series(batch[own]).value_counts(normalize=True)
-        states[name] = TargetState(
-            latents(own) - sum(w*before.get(b, whole) for b, w in share.items()), True, len(own))
+    own = rows[np.isin(condition[rows], about["condition"])]
+    code = pd.Index(about["condition"]).get_indexer(condition[own])
+    order = np.argsort(code, kind="stable")
+    def read(at):
+        return (state_latents(model, adata[some], False).double() for some in np.array_split(at, -(-len(at)//64)))
+    found, states = matched_means(match_groups(adata, own[order], code[order], control), read), {}
+    for p, mean, before in tqdm(found, desc="states", total=len(about), disable=not progress):
+        states[about["condition"][p]] = TargetState((mean - before)[None].float(), True, int((code == p).sum()))
     return states, about.assign(cell_type=cell_type,
                                 effect=[s.latent.square().mean().sqrt().item() for s in states.values()])
 
@@ -377,7 +378,7 @@ def rank_actions(
     "Rank actions, and pairs of them, by how near they bring cells to a state (report §2.1)."
     actions, table = _candidates(model, actions, table)
     states = _states(model, target_state, reference, each, batch_size)
-    module, order = _model_and_genes(model)
+    module, order = model_and_genes(model)
     cells = _ready(module, order, source_cells, "source_cells")
     x, library = _source(cells, n_cells, seed)
     options = dict(measure=measure_of(module, space, _places(cells, genes)),
@@ -510,7 +511,7 @@ def optimise_action(
     "The action latent with the lowest energy that gradient descent finds, and the real actions beside it."
     actions, table = _candidates(model, actions, table)
     (state,) = _states(model, target_state, reference, False, 64).values()
-    module, order = _model_and_genes(model)
+    module, order = model_and_genes(model)
     x, library = _source(_ready(module, order, source_cells, "source_cells"), n_cells, seed)
     device = next(module.parameters()).device
     context = Context(module, x.to(device), library.to(device))

@@ -1,4 +1,5 @@
-"Everything that answers: the model, its baselines and its peers. `from biojepa.predict import predict` is enough for most."
+"Everything that answers: the model, its baselines and its peers; most need only `predict`."
+from . import disk
 from .anndata import predict
 from .model import predictions
 from .sets import PredictionSet, test_set

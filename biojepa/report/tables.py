@@ -6,6 +6,8 @@
 __all__ = ['cell_table', 'gene_table', 'condition_table', 'data_summary', 'configuration_table']
 
 # %% ../../nbs/9_report/02_tables.ipynb #f85fd6db
+from functools import partial
+
 import numpy as np
 import pandas as pd
 from anndata import AnnData
@@ -13,6 +15,7 @@ from torch import nn
 
 from ..config import ExperimentConfig, config_hash
 from ..core import n_params
+from ..data.means import expression_blocks, match_groups, matched_means, means_of_groups
 from ..data.splits import Split
 
 # %% ../../nbs/9_report/02_tables.ipynb #277bc814
@@ -41,16 +44,21 @@ def condition_table(
     adata:AnnData,  # prepared
     split:Split,    # which condition is in which part
 )->pd.DataFrame:    # one row per perturbed condition and part
-    "Cells, effect against all control cells (root mean square Δ over genes) and the effect that noise alone would give."
-    control = adata.X[(adata.obs.condition == "ctrl").to_numpy()]
-    mean, square = (np.asarray(m.mean(0)).ravel() for m in (control, control.multiply(control)))
-    variance, parts, rows = (square - mean**2).mean(), split.part_of(adata), []
-    for (condition, part), cells in adata.obs.groupby(["condition", parts], observed=True).indices.items():
-        if condition == "ctrl": continue
-        delta = np.asarray(adata.X[cells].mean(0)).ravel() - mean
-        rows.append(dict(condition=condition, part=part, n_cells=len(cells), effect=np.sqrt((delta**2).mean()),
-                         noise=np.sqrt(variance*(1/len(cells) + 1/control.shape[0]))))
-    return pd.DataFrame(rows)
+    "Cells, effect beside the controls of their lines (root mean square Δ over genes), and what noise alone would give."
+    labels = adata.obs[["condition"]].astype(str).assign(part=split.part_of(adata))
+    control = (labels["condition"] == "ctrl").to_numpy()
+    grouped = labels[~control].groupby(["condition", "part"])
+    table, code = grouped.size().rename("n_cells").reset_index(), grouped.ngroup().to_numpy()
+    matched = match_groups(adata, np.flatnonzero(~control), code, np.flatnonzero(control), "cell_type")
+    read = partial(expression_blocks, adata.X)
+    def moment(k):  # (K, G) of each line's controls
+        powers = (x.power(k) for x in read(matched.controls))
+        return np.stack([m for _, m in sorted(means_of_groups(matched.pool, powers))])
+    variance = (moment(2) - moment(1)**2).mean(1)
+    share = matched.count/matched.count.sum(1, keepdims=True)
+    noise = share@variance/table["n_cells"] + share**2@(variance/np.bincount(matched.pool))
+    effect = {g: np.sqrt(((mean - beside)**2).mean()) for g, mean, beside in matched_means(matched, read)}
+    return table.assign(effect=pd.Series(effect), noise=np.sqrt(noise))
 
 # %% ../../nbs/9_report/02_tables.ipynb #04e62e26
 def data_summary(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['actions_of', 'dynamics_step', 'mean_latent', 'mean_changes', 'gene_maps', 'training_maps', 'MeanTargets',
-           'mean_targets', 'noisy', 'mean_dynamics_step', 'targeted_values', 'learn_interventions_', 'dynamics_stage']
+           'mean_targets', 'noisy', 'mean_dynamics_step', 'learn_interventions_', 'dynamics_stage']
 
 # %% ../../nbs/4_training/06_dynamics.ipynb #b2fb4a96
 from functools import partial
@@ -16,8 +16,11 @@ import torch
 from anndata import AnnData
 from torch import Tensor
 
+from ..actions.vocabulary import Mode
 from ..config import StageConfig
-from ..data.batches import ActionBatch, PairBatch, dense_rows, match_controls, pair_loader, row_source
+from ..data.batches import ActionBatch, PairBatch, dense_rows, pair_loader, row_source
+from ..data.means import match_groups, matched_means
+from ..data.own_gene import own_gene_effects
 from ..model.biojepa import BioJEPA, Context, latents_of
 from ..model.losses import gaussian_nll, latent_distance
 from ..model.objectives import check_mask, dynamics_loss
@@ -63,17 +66,13 @@ def mean_changes(
     batch_size:int=64,
 )->Tensor:                  # (P, G, D) float16; zero where a perturbation has no training cell
     "Mean change of latents by each training perturbation, beside the mean control of each cell's gem group."
-    train = np.asarray(split.cells(adata, "train"))
-    pools = match_controls(adata, train, np.sort(np.asarray(split.controls(adata, "train"))))
-    spans, group = np.unique(np.stack([pools.start, pools.size], 1), axis=0, return_inverse=True)
-    control = torch.stack([mean_latent(model, adata, pools.pool[a:a + n], batch_size) for a, n in spans])
-    code = adata.obs["perturbation"].astype("category").cat.codes.to_numpy()[pools.cells]
-    change = torch.zeros(n_perturbations, *control.shape[1:], dtype=torch.float16)
-    for p in np.unique(code):
-        at = np.flatnonzero(code == p)
-        share = np.bincount(group.ravel()[at], minlength=len(spans))/len(at)
-        beside = torch.tensordot(torch.from_numpy(share).float(), control, 1)
-        change[int(p)] = mean_latent(model, adata, pools.cells[at], batch_size) - beside
+    rows = np.asarray(split.cells(adata, "train"))
+    code = adata.obs["perturbation"].astype("category").cat.codes.to_numpy()[rows].astype(int)
+    order = np.argsort(code, kind="stable")     # one perturbation in memory at a time
+    matched = match_groups(adata, rows[order], code[order], split.controls(adata, "train"))
+    def read(rows): return (h.genes().float() for _, h in latents_of(model, adata, rows, batch_size))
+    change = torch.zeros(n_perturbations, model.config.n_genes, model.config.d_model, dtype=torch.float16)
+    for p, mean, control in matched_means(matched, read): change[p] = (mean - control).cpu()
     return change
 
 # %% ../../nbs/4_training/06_dynamics.ipynb #6ea69674
@@ -173,42 +172,15 @@ def mean_dynamics_step(
     loss = parts["delta"] + config.side_weight*(parts["change"] + parts["nll"])
     return StepOutput(loss, {k: v.detach() for k, v in parts.items()}, len(batch.x_ctrl))
 
-# %% ../../nbs/4_training/06_dynamics.ipynb #fd5ce69f
-def targeted_values(
-    adata:AnnData,              # prepared
-    split,                      # only its training part is read
-    actions:ActionBatch,        # (P, A, F) with genes
-)->pd.DataFrame:                # perturbation, gene, mode, control, perturbed: one row per targeted gene
-    "Mean value of targeted genes in controls of the same gem group and in perturbed cells."
-    if actions.genes is None:
-        raise ValueError("actions.genes: missing; make the actions with "
-                         "action_batch(table, banks, genes=adata.var_names)")
-    train, controls = (np.sort(np.asarray(f(adata, "train"))) for f in (split.cells, split.controls))
-    pools, X, rows = match_controls(adata, train, controls), row_source(adata), []
-    spans = np.stack([pools.start, pools.size], 1)
-    control = {(a, n): dense_rows(X, pools.pool[a:a + n]).mean(0) for a, n in np.unique(spans, axis=0)}
-    code = adata.obs["perturbation"].astype("category").cat.codes.to_numpy()[pools.cells]
-    for p in np.unique(code):
-        genes, at = [g for g in actions.genes[p].tolist() if g >= 0], np.flatnonzero(code == p)
-        if not genes or not actions.present[p].any(): continue
-        before = torch.stack([control[tuple(spans[i])][genes] for i in at]).mean(0)
-        after = dense_rows(X, pools.cells[at])[:, genes].mean(0)
-        mode = int(actions.mode[p][actions.present[p]][0])
-        rows += [(int(p), g, mode, float(b), float(a)) for g, b, a in zip(genes, before, after) if mode >= 0]
-    return pd.DataFrame(rows, columns=["perturbation", "gene", "mode", "control", "perturbed"])
-
 # %% ../../nbs/4_training/06_dynamics.ipynb #e2ddc5d0
 def learn_interventions_(
     model:BioJEPA,              # with `intervenes`; its buffer `intervention` is set in place
     adata:AnnData,              # prepared
     split,                      # training targets are read
-    actions:ActionBatch,        # (P, A, F) with genes
 )->BioJEPA:                     # itself
     "What each mode does to a targeted gene itself."
-    for mode, t in targeted_values(adata, split, actions).groupby("mode"):
-        lowers = t.perturbed.sum() <= t.control.sum()
-        factor = (t.perturbed*t.control).sum()/max((t.control**2).sum(), 1e-12) if lowers else 1.
-        model.intervention[mode] = torch.tensor([factor, 0. if lowers else (t.perturbed - t.control).mean()])
+    for mode, own in own_gene_effects(adata, split).iterrows():
+        model.intervention[Mode.parse(mode)] = torch.tensor([own.factor, own.summand])
     return model
 
 # %% ../../nbs/4_training/06_dynamics.ipynb #a685d512
@@ -225,7 +197,7 @@ def dynamics_stage(
     if (n := adata.obs["perturbation"].astype("category").cat.categories.size) != P:
         raise ValueError(f"actions: found {P} rows for {n} perturbations of adata; "
                          "make them with action_batch(ActionTable.from_anndata(adata), banks)")
-    if model.config.intervenes: learn_interventions_(model, adata, split, actions)
+    if model.config.intervenes: learn_interventions_(model, adata, split)
     loader = pair_loader(adata, split, "train", batch_size=config.batch_size, seed=seed,
                          fixed_controls=config.fixed_controls, drop_last=config.drop_last)
     step = partial(dynamics_step, actions=actions)
