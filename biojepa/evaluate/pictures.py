@@ -204,7 +204,7 @@ def forest_table(
         rows = table[table["metric"] == metric].set_index("method")
         if method not in rows.index:
             raise ValueError(f"{path}: lacks {metric} of {method}; give a table of summarise")
-        found.append(dict(file=path.stem.replace("_", " "),
+        found.append(dict(file=path.stem,
                           **rows.loc[method, ["n", "mean", "low", "high"]],
                           train_mean=rows["mean"].get("train_mean", np.nan),
                           noise_ceiling=float(noise_ceiling(rows["mean"].get("ceiling", np.nan)))))

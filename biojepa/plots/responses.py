@@ -93,7 +93,7 @@ def plot_top_genes(
     grey = {f"{part}props": dict(color="0.6") for part in ("box", "whisker", "median", "cap")}
     with plt.rc_context(STYLE):
         fig, ax = plt.subplots(figsize=(6.6, 2.8))
-        ax.bxp(boxes, x, .6, showfliers=False, **grey)
+        ax.bxp(boxes, x, widths=.6, showfliers=False, **grey)
         ax.axhline(0, color="0.6", lw=.7, ls="--", zorder=0)
         ax.plot(x, table["observed"], "_", color="k", ms=10, mew=1.8, label="mean of the cells")
         ax.plot(x, table["predicted"], "D", color=_LOOK["predicted"], ms=5, zorder=4, label="predicted")
@@ -182,7 +182,7 @@ def plot_similarity(
         for ax, half in zip(axes, ["observed", "predicted"]):
             image = ax.imshow(_square(table, "a", "b", half), cmap="RdBu_r", vmin=-1, vmax=1)
             ax.set_xticks(range(len(names)), names, rotation=90, fontsize=5)
-            ax.set_title(half if half == "observed" else f"predicted (r of the two halves {agree:.2f})")
+            ax.set_title(half if half == "observed" else f"predicted (r with observed: {agree:.2f})")
         axes[0].set_yticks(range(len(names)), names, fontsize=5)
         fig.colorbar(image, ax=axes, label="Pearson r of two perturbations' Δ, all genes", shrink=.7)
         fig.suptitle(title)
@@ -268,7 +268,7 @@ def plot_forest(
         for i in y[table["noise_ceiling"].isna()]:
             ax.text(.99, i, "halves unrelated", ha="right", va="center", fontsize=6)
         ax.axvline(0, color="k", lw=.7, ls="--", zorder=0)
-        ax.set_yticks(y, [f"{r.file} (n = {r.n:.0f})" for r in table.itertuples()])
+        ax.set_yticks(y, [f"{r.file.replace('_', ' ')} (n = {r.n:.0f})" for r in table.itertuples()])
         ax.set(xlabel=label, title=title, ylim=(len(table) - .4, -.6))
         ax.set_xlim(min(0, table["low"].min()) - .02, 1)
         fig.legend(loc="outside lower center", ncols=3)
