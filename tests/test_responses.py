@@ -20,8 +20,8 @@ from scipy.spatial.distance import pdist
 from biojepa.core import PATHS
 from biojepa.evaluate.metrics import observed_de
 from biojepa.evaluate.pictures import (
-    cluster_order, forest_table, latents_table, pairs_table, perturbation_names, plane_table,
-    response_table, similarity_table, strongest, top_genes_table, volcano_table
+    cluster_order, forest_table, latents_table, pairs_table, perturbation_names, plane_table, response_table,
+    similarity_table, strongest, top_genes_table, volcano_table
 )
 from biojepa.plots import responses as drawn
 from biojepa.predict.baselines import Training
