@@ -291,6 +291,11 @@ def test_top_genes_and_volcano_show_the_table(ps, pb):
     assert labelled == ["A", "B", "C"], "the most certain on the left; none on the right is certain enough"
     heights = [t.xyann[1] for t in ax.texts]
     assert (np.diff(heights) < 0).all() and -np.diff(heights).max() >= np.ptp(ax.get_ylim())/20
+    crowd = volcano.assign(p_adjusted=.01)
+    ax = drawn.plot_volcano(crowd).axes[0]
+    heights = np.array([t.xyann[1] for t in ax.texts[:6]])
+    assert (-np.diff(heights) >= np.ptp(ax.get_ylim())/20).all(), "names of one height are spread"
+    assert (heights >= ax.get_ylim()[0]).all(), "and stay inside the axes"
 
 
 def test_every_figure_is_closed_and_refuses_a_table_without_a_column(ps, pb, training):

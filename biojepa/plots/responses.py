@@ -15,6 +15,7 @@ import pandas as pd
 from IPython.display import Image
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
 from PIL import Image as Pixels
 
 from .style import STYLE, require_columns
@@ -78,7 +79,9 @@ def _name_rows(ax, names:np.ndarray, half:str, target:np.ndarray)->None:
     "Names of perturbations, and a box around each one's target."
     ax.set_yticks(range(len(names)), names, fontsize=6)
     ax.set_ylabel(half)
-    for y, x in np.argwhere(target): ax.add_patch(Rectangle((x - .5, y - .5), 1, 1, fill=False, ec="k", lw=.8))
+    white = [withStroke(linewidth=1.8, foreground="w")]     # seen on dark colours, too
+    for y, x in np.argwhere(target):
+        ax.add_patch(Rectangle((x - .5, y - .5), 1, 1, fill=False, ec="k", lw=.8, path_effects=white))
 
 # %% ../../nbs/8_plots/10_responses.ipynb #b2d5000b
 def plot_top_genes(
@@ -112,11 +115,13 @@ def plot_top_genes(
 # %% ../../nbs/8_plots/10_responses.ipynb #b2d5000e
 def _label_side(ax, rows:pd.DataFrame, right:bool)->None:
     "Names of genes at the edge of the axes, in one column, none on top of another."
-    place, step = np.inf, np.ptp(ax.get_ylim())/18
+    rows, step = rows.sort_values("y", ascending=False), np.ptp(ax.get_ylim())/18
+    down = step*np.arange(len(rows))
+    places = np.minimum.accumulate(rows["y"] + down) - down     # each at its point, or a step below the one before
+    places = np.maximum(places, ax.get_ylim()[0] + step/2 + down[::-1])     # and none below the axes
     look = dict(textcoords=("axes fraction", "data"), ha="right" if right else "left", va="center", fontsize=6,
                 arrowprops=dict(arrowstyle="-", lw=.4, color="0.6", shrinkA=0, shrinkB=2))
-    for gene in rows.sort_values("y", ascending=False).itertuples():
-        place = min(gene.y, place - step)
+    for gene, place in zip(rows.itertuples(), places):
         ax.annotate(gene.gene, (gene.observed, gene.y), (.98 if right else .02, place),
                     color=_ORANGE if gene.target else "k", **look)
 
@@ -128,7 +133,7 @@ def plot_volcano(
     "Certainty against size of the observed change of each gene, coloured by the predicted one."
     require_columns(table, ["perturbation", "gene", "observed", "predicted", "p_adjusted", "target"])
     table = table.assign(y=-np.log10(table["p_adjusted"].clip(lower=1e-300))).sort_values("predicted", key=abs)
-    limit, width = max(table["predicted"].abs().quantile(.98), 1e-6), 1.45*table["observed"].abs().max()
+    limit, width = table["observed"].abs().quantile(.98), 1.45*table["observed"].abs().max()
     with plt.rc_context(STYLE):
         fig, ax = plt.subplots(figsize=(4.6, 3.2))
         points = ax.scatter(table["observed"], table["y"], 14, table["predicted"], cmap="RdBu_r", vmin=-limit,
