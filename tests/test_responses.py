@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
+from anndata import AnnData
 from matplotlib.patches import Rectangle
 from PIL import Image
 from scipy import stats
@@ -24,7 +25,6 @@ from biojepa.evaluate.pictures import (
     similarity_table, strongest, top_genes_table, volcano_table
 )
 from biojepa.plots import responses as drawn
-from biojepa.predict.baselines import Training
 from biojepa.predict.sets import PredictionSet, pseudobulk
 
 GENES = ("A", "B", "C", *(f"G{i}" for i in range(3, 40)))
@@ -141,7 +141,6 @@ class Screen:
 
 
 def test_volcano_has_the_p_values_of_scipy(ps, pb):
-    from anndata import AnnData
     rng = np.random.default_rng(7)
     lines = np.repeat(["K562", "RPE1"], 50)
     x = np.maximum(0, rng.normal(1, .5, (100, len(GENES)))).astype(np.float32)
@@ -205,28 +204,37 @@ def test_latents_are_components_of_all_cells_whatever_is_drawn():
 
 
 @pytest.fixture(scope="module")
-def training():
-    "A and B were measured alone in both lines, C only in RPE1."
-    rows = [("A+ctrl", "K562"), ("B+ctrl", "K562"), ("A+ctrl", "RPE1"), ("B+ctrl", "RPE1"), ("C+ctrl", "RPE1"),
-            ("B+C", "K562")]
-    groups = pd.DataFrame(rows, columns=["condition", "cell_type"])
-    targets = [tuple(t for t in c.split("+") if t != "ctrl") for c in groups["condition"]]
-    delta = np.random.default_rng(3).normal(size=(len(rows), len(GENES)))
-    return Training(groups, targets, delta, np.zeros_like(delta), {})
+def screen():
+    "Single perturbations of A and B in both lines, of C only in RPE1, a pair, and controls."
+    rng = np.random.default_rng(3)
+    kinds = [("A+ctrl", "K562"), ("B+ctrl", "K562"), ("A+ctrl", "RPE1"), ("B+ctrl", "RPE1"), ("C+ctrl", "RPE1"),
+             ("B+C", "K562"), ("ctrl", "K562"), ("ctrl", "RPE1")]
+    obs = pd.DataFrame([k for k in kinds for _ in range(6)], columns=["condition", "cell_type"])
+    obs = obs.assign(perturbation=obs["condition"], batch="0").set_axis([f"s{i}" for i in range(len(obs))])
+    x = sp.csr_matrix(rng.gamma(1, 1, (len(obs), len(GENES))).astype(np.float32))
+    return AnnData(x, obs=obs, var=pd.DataFrame(index=list(GENES)))
 
 
-def test_sums_are_of_members_measured_alone_in_the_same_line(pb, training):
-    table = pairs_table(pb, training)
+def test_sums_are_of_members_measured_alone_in_the_same_line(ps, pb, screen):
+    split = Screen(np.flatnonzero(screen.obs["condition"] == "ctrl"))
+    table = pairs_table(ps, screen, split)
     assert set(table["pair"]) == {"A+B (K562)", "A+B (RPE1)", "A+C (RPE1)"}, "C was not measured alone in K562"
-    expected = {"A+B (K562)": [0, 1], "A+B (RPE1)": [2, 3], "A+C (RPE1)": [2, 4]}
+
+    def mean(condition, line):
+        mine = (screen.obs["condition"] == condition) & (screen.obs["cell_type"] == line)
+        return screen.X[mine.to_numpy()].toarray().astype(float).mean(0)
+
     for name, genes in table.groupby("pair"):
-        np.testing.assert_allclose(genes["total"], sum(training.delta[i] for i in expected[name]))
+        members, line = name.split(" ")[0].split("+"), name.split("(")[1][:-1]
+        total = sum(mean(f"{t}+ctrl", line) - mean("ctrl", line) for t in members)
+        np.testing.assert_allclose(genes["total"], total, atol=1e-6)
         row = list(perturbation_names(pb)).index(name)
         assert (genes["observed"].to_numpy() == pb.observed[row]).all()
         assert (genes["predicted"].to_numpy() == pb.predicted[row]).all() and list(genes["gene"]) == list(GENES)
-    assert pairs_table(pb, training, 1)["pair"].nunique() == 1
-    alone = training._replace(targets=[("G9",)]*6)
-    assert pairs_table(pb, alone).empty and "total" in pairs_table(pb, alone)
+    assert pairs_table(ps, screen, split, 1)["pair"].nunique() == 1
+    unknown = screen[~screen.obs["condition"].isin(["A+ctrl", "B+ctrl", "C+ctrl"])].copy()
+    nothing = pairs_table(ps, unknown, Screen(np.flatnonzero(unknown.obs["condition"] == "ctrl")))
+    assert nothing.empty and "total" in nothing
 
 
 def test_forest_reads_tables_of_scores_and_passes_over_others(tmp_path):
@@ -298,12 +306,13 @@ def test_top_genes_and_volcano_show_the_table(ps, pb):
     assert (heights >= ax.get_ylim()[0]).all(), "and stay inside the axes"
 
 
-def test_every_figure_is_closed_and_refuses_a_table_without_a_column(ps, pb, training):
+def test_every_figure_is_closed_and_refuses_a_table_without_a_column(ps, pb, screen):
+    pairs = pairs_table(ps, screen, Screen(np.flatnonzero(screen.obs["condition"] == "ctrl")))
     cells = latents_table({"z": ps.observed.toarray()}, dict(batch=np.arange(len(ps)) % 11))
     forest = pd.DataFrame(dict(file=["a_b", "c"], n=3, mean=.3, low=.1, high=.5, train_mean=.2,
                                noise_ceiling=[.8, np.nan]))
     given = [(drawn.plot_cells, plane_table(ps, [0, 1]), "kind"), (drawn.plot_similarity, similarity_table(pb), "b"),
-             (drawn.plot_pairs, pairs_table(pb, training), "total"), (drawn.plot_forest, forest, "noise_ceiling")]
+             (drawn.plot_pairs, pairs, "total"), (drawn.plot_forest, forest, "noise_ceiling")]
     for plot, table, column in given:
         fig = plot(table)
         fig.canvas.draw()
@@ -311,7 +320,7 @@ def test_every_figure_is_closed_and_refuses_a_table_without_a_column(ps, pb, tra
     fig = drawn.plot_latents(cells, ["batch"])
     assert fig.axes[0].get_legend().get_texts()[0].get_text() == "3 others", "eight of eleven are named"
     with pytest.raises(ValueError, match="'perturbation'"): drawn.plot_latents(cells, ["perturbation"])
-    with pytest.raises(ValueError, match="holds no pair"): drawn.plot_pairs(pairs_table(pb, training).iloc[:0])
+    with pytest.raises(ValueError, match="holds no pair"): drawn.plot_pairs(pairs.iloc[:0])
     assert not plt.get_fignums()
 
 

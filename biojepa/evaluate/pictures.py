@@ -12,11 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from anndata import AnnData
 from scipy.cluster.hierarchy import leaves_list, linkage
 from sklearn.decomposition import PCA
 
+from ..data.conditions import parse_condition
+from ..data.splits import Split
 from .metrics import DETable, own_targets, row_pearson
-from ..predict.baselines import Training, noise_ceiling
+from ..predict.baselines import noise_ceiling
+from ..predict.means import group_means
 from ..predict.sets import PredictionSet, Pseudobulk, pseudobulk
 
 # %% ../../nbs/6_evaluate/08_pictures.ipynb #a1c40008
@@ -173,22 +177,34 @@ def latents_table(
 
 # %% ../../nbs/6_evaluate/08_pictures.ipynb #a1c40021
 def pairs_table(
-    pb:Pseudobulk,
-    training:Training,      # from `training_deltas`
+    ps:PredictionSet,
+    adata:AnnData,          # prepared: where members were measured alone
+    split:Split,            # says which controls may be used
     n:int=6,                # pairs of the largest observed effect
 )->pd.DataFrame:            # pair, gene, total (of the members), observed, predicted; empty without a pair
     "Δ of held-out combinations beside the sum of their members."
-    lines = training.groups["cell_type"].astype(str)
-    alone = {(t[0], line): d for t, line, d in zip(training.targets, lines, training.delta) if len(t) == 1}
-    names, parts = perturbation_names(pb), []
+    pb, columns = pseudobulk(ps), ["pair", "gene", "total", "observed", "predicted"]
+    names, parts, alone = perturbation_names(pb), [], _alone(pb, ps.provenance, adata, split)
     for r in strongest(pb, len(names)):
         targets, line = pb.conditions.loc[r, ["targets", "cell_type"]]
-        members = [alone[t, str(line)] for t in targets if (t, str(line)) in alone]
+        members = [alone[t, line] for t in targets if (t, line) in alone]
         if len(targets) < 2 or len(members) < len(targets): continue
         parts.append(pd.DataFrame(dict(pair=names[r], gene=list(pb.genes), total=np.sum(members, axis=0),
                                        observed=pb.observed[r], predicted=pb.predicted[r])))
-    columns = ["pair", "gene", "total", "observed", "predicted"]
     return pd.concat(parts[:n], ignore_index=True) if parts else pd.DataFrame(columns=columns)
+
+def _alone(pb:Pseudobulk, about:dict, adata:AnnData, split:Split)->dict[tuple[str, str], np.ndarray]:
+    "Δ of every member of a combination that was measured alone, by target and line."
+    members = {t for targets in pb.conditions["targets"] if len(targets) > 1 for t in targets}
+    condition, line = (adata.obs[c].astype(str) for c in ("condition", "cell_type"))
+    target = {c: parse_condition(c) for c in condition.unique()}
+    single = {c: t[0] for c, t in target.items() if len(t) == 1 and t[0] in members}
+    rows = np.flatnonzero(condition.isin(single) & line.isin(pb.conditions["cell_type"]))
+    if not len(rows): return {}
+    controls = split.controls(adata, about.get("part", "test"))
+    means = group_means(adata, rows, controls, "condition", about.get("control", "cell_type"))
+    where = zip(means.groups["condition"].map(single), means.groups["cell_type"])
+    return dict(zip(where, means.delta))
 
 # %% ../../nbs/6_evaluate/08_pictures.ipynb #a1c40024
 def forest_table(

@@ -183,7 +183,7 @@ def plot_similarity(
     other = table[table["a"] != table["b"]]
     agree = other["observed"].corr(other["predicted"])
     with plt.rc_context(STYLE):
-        fig, axes = plt.subplots(1, 2, figsize=(7.2, 3.8), sharey=True, layout="compressed")
+        fig, axes = plt.subplots(1, 2, figsize=(7.2, 4), sharey=True, layout="compressed")
         for ax, half in zip(axes, ["observed", "predicted"]):
             image = ax.imshow(_square(table, "a", "b", half), cmap="RdBu_r", vmin=-1, vmax=1)
             ax.set_xticks(range(len(names)), names, rotation=90, fontsize=5)
@@ -234,7 +234,7 @@ def plot_pairs(
 )->Figure:
     "Δ of each pair, observed and predicted, against the sum of its members, gene by gene."
     require_columns(table, ["pair", "gene", "total", "observed", "predicted"])
-    if table.empty: raise ValueError("table: holds no pair; there must be one whose members were seen alone")
+    if table.empty: raise ValueError("table: holds no pair; there must be one whose members were measured alone")
     pairs, n = table.groupby("pair", sort=False), table["pair"].nunique()
     n_columns = min(3, n)
     with plt.rc_context(STYLE):
