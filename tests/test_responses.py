@@ -247,6 +247,11 @@ def test_forest_reads_tables_of_scores_and_passes_over_others(tmp_path):
     assert list(table.index) == ["one_file", "two"]
     assert table.loc["one_file", "noise_ceiling"] == pytest.approx(.75**.5)
     assert np.isnan(table.loc["two", "noise_ceiling"]) and table.loc["two", "train_mean"] == .3
+    given = scores.assign(method=["biojepa", "half_of_the_cells", "noise_ceiling"])
+    given.to_csv(tmp_path/"given.csv")
+    assert forest_table(tmp_path).set_index("file").loc["given", "noise_ceiling"] == .6, "a row of its own comes first"
+    given[:2].to_csv(tmp_path/"given.csv")
+    assert forest_table(tmp_path).set_index("file").loc["given", "noise_ceiling"] == pytest.approx((.6/1.3)**.5)
     scores[1:].to_csv(tmp_path/"three.csv")
     with pytest.raises(ValueError, match="three.csv: lacks r_delta of biojepa"): forest_table(tmp_path)
     with pytest.raises(ValueError, match="no csv there is a table of summarise"): forest_table(PATHS.root/"tests")

@@ -220,10 +220,12 @@ def forest_table(
         rows = table[table["metric"] == metric].set_index("method")
         if method not in rows.index:
             raise ValueError(f"{path}: lacks {metric} of {method}; give a table of summarise")
+        mean = rows["mean"]
+        half = next((mean[name] for name in ("half_of_the_cells", "ceiling") if name in mean), np.nan)
         found.append(dict(file=path.stem,
                           **rows.loc[method, ["n", "mean", "low", "high"]],
-                          train_mean=rows["mean"].get("train_mean", np.nan),
-                          noise_ceiling=float(noise_ceiling(rows["mean"].get("ceiling", np.nan)))))
+                          train_mean=mean.get("train_mean", np.nan),
+                          noise_ceiling=mean.get("noise_ceiling", float(noise_ceiling(half)))))
     if not found:
         raise ValueError(f"{folder}: no csv there is a table of summarise; keep table 2 of notebook 90 there")
     return pd.DataFrame(found)

@@ -133,14 +133,14 @@ def plot_volcano(
     "Certainty against size of the observed change of each gene, coloured by the predicted one."
     require_columns(table, ["perturbation", "gene", "observed", "predicted", "p_adjusted", "target"])
     table = table.assign(y=-np.log10(table["p_adjusted"].clip(lower=1e-300))).sort_values("predicted", key=abs)
-    limit, width = table["observed"].abs().quantile(.98), 1.45*table["observed"].abs().max()
+    limit = table["observed"].abs().max()
     with plt.rc_context(STYLE):
         fig, ax = plt.subplots(figsize=(4.6, 3.2))
         points = ax.scatter(table["observed"], table["y"], 14, table["predicted"], cmap="RdBu_r", vmin=-limit,
                             vmax=limit, ec="0.5", lw=.3, rasterized=True)
         ax.axhline(-np.log10(.05), color="0.4", lw=.7, ls="--")
         ax.axvline(0, color="0.85", lw=.6, zorder=0)
-        ax.set(xlabel=f"observed {_UNIT}", ylabel="−log10 adjusted p (dashed: 0.05)", xlim=(-width, width),
+        ax.set(xlabel=f"observed {_UNIT}", ylabel="−log10 adjusted p (dashed: 0.05)", xlim=(-1.45*limit, 1.45*limit),
                title="\n".join(filter(None, [title, table["perturbation"].iloc[0]])))
         for right in (False, True):
             side = table[((table["observed"] > 0) == right) & (table["p_adjusted"] < .05)]
@@ -236,9 +236,10 @@ def plot_pairs(
     require_columns(table, ["pair", "gene", "total", "observed", "predicted"])
     if table.empty: raise ValueError("table: holds no pair; there must be one whose members were measured alone")
     pairs, n = table.groupby("pair", sort=False), table["pair"].nunique()
-    n_columns = min(3, n)
+    n_columns = 2 if n == 4 else min(3, n)
+    n_rows = -(-n//n_columns)
     with plt.rc_context(STYLE):
-        fig, axes = plt.subplots(-(-n//3), n_columns, figsize=(2.4*n_columns, 2.5*-(-n//3) + .4), squeeze=False)
+        fig, axes = plt.subplots(n_rows, n_columns, figsize=(2.4*n_columns, 2.5*n_rows + .4), squeeze=False)
         for ax, (name, genes) in zip(axes.ravel(), pairs):
             ax.axline((0, 0), slope=1, color="0.5", lw=.7, ls="--", zorder=0)
             for kind in ("observed", "predicted"):
