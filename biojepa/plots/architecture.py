@@ -53,26 +53,32 @@ BOXES = {
     "loss 4":     Box(8.3, 0.30, 1.90, .70, "squared error of\n$\\Delta\\hat x$ against $x_p - x_c$", "loss"),
 }
 ARROWS = [  # from, to, what it carries
-    ("cell", "mask", ""), ("mask", "encoder", ""), ("encoder", "masked", "$z$"), ("masked", "loss 1", "$\\hat z$"),
-    ("cell", "teacher", ""), ("teacher", "loss 1", "$h$"),
-    ("guide", "bank", ""), ("protein", "bank", ""), ("bank", "composer", ""), ("composer", "loss 2", "$a$ of each"),
+    ("cell", "mask", ""), ("mask", "encoder", ""), ("encoder", "masked", "$z$"),
+    ("masked", "loss 1", "$\\hat z$"), ("cell", "teacher", ""), ("teacher", "loss 1", "$h$"),
+    ("guide", "bank", ""), ("protein", "bank", ""), ("bank", "composer", ""),
+    ("composer", "loss 2", "$a$ of each"),
     ("perturbed", "teacher 3", ""), ("teacher 3", "loss 3", "$h_p$"),
     ("control", "encoder 3", ""), ("encoder 3", "predictor", "$z_c$"),
-    ("action", "composer 3", ""), ("composer 3", "predictor", "$a$"), ("predictor", "loss 3", "$\\mu, \\log\\sigma^2$"),
+    ("action", "composer 3", ""), ("composer 3", "predictor", "$a$"),
+    ("predictor", "loss 3", "$\\mu, \\log\\sigma^2$"),
     ("latents", "readout", ""), ("readout", "loss 4", "$\\Delta\\hat x$"),
 ]
 STAGES = {  # title -> lowest and highest y of its band
     "1  pretrain (§5.1)": (6.05, 8.10), "2  align (§5.2)": (4.30, 5.95),
     "3  dynamics (§5.3)": (1.50, 4.20), "4  readout (§5.4)": (0.15, 1.40),
 }
-KINDS = {"data": ("data", dict(fc="white", ec="0.35")), "trained": ("trained here", dict(fc="#cfe3f3", ec=BLUE)),
-         "frozen": ("used, not trained", dict(fc="0.88", ec="0.35", ls=(0, (3, 2)))),
-         "loss": ("what is minimised", dict(fc="#fdf0dc", ec=ORANGE))}
+KINDS = {  # kind of a box -> its text in the key, how it is drawn
+    "data": ("data", dict(fc="white", ec="0.35")),
+    "trained": ("trained here", dict(fc="#cfe3f3", ec=BLUE)),
+    "frozen": ("used, not trained", dict(fc="0.88", ec="0.35", ls=(0, (3, 2)))),
+    "loss": ("what is minimised", dict(fc="#fdf0dc", ec=ORANGE)),
+}
 
 # %% ../../nbs/8_plots/02_architecture.ipynb #24fd6ea0
 def _arrow(ax, start:tuple[float, float], end:tuple[float, float], label:str="", dashes="-")->None:
     "An arrow between two points, its label above the middle."
-    ax.annotate("", end, start, arrowprops=dict(arrowstyle="-|>", lw=.9, color="0.25", ls=dashes, shrinkA=2, shrinkB=2))
+    look = dict(arrowstyle="-|>", lw=.9, color="0.25", ls=dashes, shrinkA=2, shrinkB=2)
+    ax.annotate("", end, start, arrowprops=look)
     middle = (start[0] + end[0])/2, (start[1] + end[1])/2 + .06
     ax.text(*middle, label, ha="center", va="bottom", fontsize=7.5)
 
@@ -90,7 +96,8 @@ def draw_architecture()->Figure:
     for source, sink, label in ARROWS:
         a, b = BOXES[source], BOXES[sink]
         y = a.y + a.height/2
-        _arrow(ax, (a.x + a.width + .02, y), (b.x - .02, min(max(y, b.y + .15), b.y + b.height - .15)), label)
+        level = min(max(y, b.y + .15), b.y + b.height - .15)
+        _arrow(ax, (a.x + a.width + .02, y), (b.x - .02, level), label)
     _arrow(ax, (4.6, 7.13), (4.6, 6.82), dashes="--")
     ax.text(4.7, 6.97, r"$\xi \leftarrow m\xi + (1-m)\theta$", fontsize=7, va="center")
     ax.set(xlim=(-.1, 10.4), ylim=(.1, 8.15)); ax.axis("off")
@@ -101,7 +108,8 @@ def draw_architecture()->Figure:
 # %% ../../nbs/8_plots/02_architecture.ipynb #4f7ae9c8
 def architecture_table()->pd.DataFrame:  # one row per arrow
     "Figure 1 as a table: what feeds what, in which stage."
-    one_line = lambda b: b.text.replace("\n", " ").replace("$", "")
+    plain = lambda text: text.replace("\n", " ").replace("$", "")
     stage = lambda b: next(title for title, (low, high) in STAGES.items() if low <= b.y <= high)
-    return pd.DataFrame([dict(stage=stage(BOXES[a]), source=one_line(BOXES[a]), sink=one_line(BOXES[b]),
-                              carries=label.replace("$", "")) for a, b, label in ARROWS])
+    rows = [(stage(BOXES[a]), plain(BOXES[a].text), plain(BOXES[b].text), plain(label))
+            for a, b, label in ARROWS]
+    return pd.DataFrame(rows, columns=["stage", "source", "sink", "carries"])

@@ -15,44 +15,47 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from biojepa.plots.style import (
-    BLUE, GREEN, Scale, draw_rows, headed, key_below, look, name_ends, piece_of_line, plain_log, require_columns, styled
+    BLUE, GREEN, Scale, draw_rows, headed, key_below, look, name_ends, piece_of_line, plain_log,
+    require_columns, styled
 )
 
 # %% ../../nbs/8_plots/05_questions.ipynb #0fa355b7
 def _score_line(ax, x, rows, method:str)->None:
     "Means with their intervals, in the look of their method."
     ax.errorbar(x, rows["mean"], [rows["mean"] - rows.low, rows.high - rows["mean"]], elinewidth=.6,
-                lw=1.6 if method == "biojepa" else 1.1, ms=3.5, **look(method).curve())
+                lw=1.6 if method == "biojepa" else 1.1, **look(method).curve())
 
 def _directions(ax, table, threshold:float)->None:
     "Bins of effect from left to right, equally far apart; ticks are their edges."
     edges = sorted(table["from"].unique())
     for method, rows in table.sort_values("from").groupby("method", sort=False):
         _score_line(ax, np.searchsorted(edges, rows["from"]) + .5, rows, method)
-    first = table[table.method == table.method.iloc[0]].sort_values("from")
-    ax.plot(np.arange(len(first)) + .5, first.chance, ls=(0, (1, 2)), lw=1, color=look(first.method.iloc[0]).color)
-    ax.annotate(f"chance of\n{look(first.method.iloc[0]).label}", (len(first) - .5, first.chance.iloc[-1]), (0, -5),
-                textcoords="offset points", fontsize=6.5, ha="right", va="top", color=look(first.method.iloc[0]).color)
-    ax.axvline(np.searchsorted(edges, threshold - 1e-12), color="0.6", lw=.7, ls="--")
-    ax.text(np.searchsorted(edges, threshold - 1e-12) + .1, 1, "changed", fontsize=6.5, va="top", color="0.4")
+    first, own = table[table.method == table.method.iloc[0]].sort_values("from"), look(table.method.iloc[0])
+    ax.plot(np.arange(len(first)) + .5, first.chance, ls=(0, (1, 2)), color=own.color)
+    ax.annotate(f"chance of\n{own.label}", (len(first) - .5, first.chance.iloc[-1]), (0, -5), color=own.color,
+                textcoords="offset points", ha="right", va="top")
+    changed = np.searchsorted(edges, threshold - 1e-12)
+    ax.axvline(changed, color="0.6", lw=.7, ls="--")
+    ax.text(changed + .1, 1, "changed", va="top", color="0.4")
     ax.set_xticks(range(len(edges) + 1), [*(f"{e:g}" for e in edges), "∞"])
     ax.set(xlabel="observed |Δ| (log1p CP10K)", ylabel="right direction (share of genes)", ylim=(0, 1.02),
            title="Up, down or unchanged")
 
 def _ranking(ax, table, label:str)->None:
     "A score against the length of the list."
-    for method, rows in table.sort_values("k").groupby("method", sort=False): _score_line(ax, rows.k, rows, method)
+    for method, rows in table.sort_values("k").groupby("method", sort=False):
+        _score_line(ax, rows.k, rows, method)
     chance = table.groupby("k").chance.mean()
-    ax.plot(chance.index, chance, ls=(0, (1, 2)), lw=1, color="k")
-    ax.annotate("chance", (chance.index[-1], chance.iloc[-1]), (0, -12), textcoords="offset points", fontsize=6.5, ha="right",
-                va="top")
+    ax.plot(chance.index, chance, ls=(0, (1, 2)), color="k")
+    ax.annotate("chance", (chance.index[-1], chance.iloc[-1]), (0, -12), textcoords="offset points",
+                ha="right", va="top")
     ax.set(xscale="log", xlabel="genes in the list, k", ylabel=label, ylim=(0, 1.02))
     ax.set_xticks(chance.index, chance.index)
     ax.minorticks_off()
 
 @styled
 def plot_gene_level(
-    directions:pd.DataFrame,    # of `mean_curves` by low edge of the bin: method, from, mean, low, high, chance
+    directions:pd.DataFrame,    # of `mean_curves`: method, from (low edge of a bin), mean, low, high, chance
     rankings:pd.DataFrame,      # of `mean_curves`: method, quantity, k, mean, low, high, chance
     threshold:float,            # of the classes, log1p units
     title:str="",
@@ -62,11 +65,12 @@ def plot_gene_level(
     require_columns(rankings, "method quantity k mean low high chance")
     fig, axes = plt.subplots(1, 3, figsize=(7.6, 2.7), width_ratios=[1.2, 1, 1])
     _directions(axes[0], directions, threshold)
-    for ax, quantity, label, name in ((axes[1], "overlap", "overlap of top k genes", "Genes that change most"),
-                                      (axes[2], "ndcg", "NDCG of top k genes", "Order of genes")):
-        _ranking(ax, rankings[rankings.quantity == quantity], label)
-        ax.set_title(name)
-    last = rankings[rankings.quantity == "ndcg"].sort_values("k").groupby("method", sort=False).last()
+    overlap, ndcg = (rankings[rankings.quantity == q] for q in ("overlap", "ndcg"))
+    _ranking(axes[1], overlap, "overlap of top k genes")
+    _ranking(axes[2], ndcg, "NDCG of top k genes")
+    axes[1].set_title("Genes that change most")
+    axes[2].set_title("Order of genes")
+    last = ndcg.sort_values("k").groupby("method", sort=False).last()
     name_ends(axes[2], {m: (r.k, r["mean"]) for m, r in last.iterrows()})
     return headed(fig, title)
 
@@ -74,8 +78,8 @@ def plot_gene_level(
 @styled
 def plot_retrieval(
     curves:pd.DataFrame,        # of `recall_curve`: method, k, value, chance
-    table:pd.DataFrame,         # of `retrieval_table`: method, metric, mean, low, high, chance, chance_low, chance_high
-    metrics:dict[str, str]={"MRR": "mean reciprocal rank", "PDS": "scaled rank (PDS)"},   # metric of the table -> label
+    table:pd.DataFrame,         # of `retrieval_table`: method, metric, mean, low, high, chance and its interval
+    metrics:dict[str, str]={"MRR": "mean reciprocal rank", "PDS": "scaled rank (PDS)"},     # metric -> label
     title:str="",
 )->Figure:
     "Recall by length of the list, and scores with their intervals beside that of guessing."
@@ -87,15 +91,18 @@ def plot_retrieval(
     ticks = [k for k in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000) if k <= curves.k.max()]
     for method, rows in curves.groupby("method", sort=False):
         at = np.flatnonzero(rows.k.isin(ticks)).tolist()
-        recall.plot(rows.k, rows.value, drawstyle="steps-post", lw=1.2, ms=4, markevery=at, **look(method).curve())
+        own = look(method).curve()
+        recall.plot(rows.k, rows.value, drawstyle="steps-post", markevery=at, **own)
     recall.plot(rows.k, rows.chance, color="k", lw=.8, ls="--")
-    recall.set(xscale="log", xlabel="actions in the list, k", ylabel="right action is in the list (share)", ylim=(-.02, 1.03))
+    recall.set(xscale="log", xlabel="actions in the list, k", ylabel="right action is in the list (share)",
+               ylim=(-.02, 1.03))
     recall.set_xticks(ticks, ticks)
     recall.minorticks_off()
     names = dict(method="name", mean="value", chance_low="null_low", chance_high="null_high")
     for ax, (metric, label) in zip(panels, metrics.items()):
         rows = table[table.metric == metric].set_index("method").loc[methods].reset_index()
-        draw_rows(ax, rows.rename(columns=names), Scale(fill(label, 20), rows.chance.iloc[0], "higher"), dots=True)
+        scale = Scale(fill(label, 20), rows.chance.iloc[0], "higher")
+        draw_rows(ax, rows.rename(columns=names), scale, dots=True)
         ax.set(xlim=(-.04, 1.04))
         ax.set_xticks([0, .5, 1], ["0", "0.5", "1"])
         ax.set_yticks(range(len(methods)), [look(m).label if ax is panels[0] else "" for m in methods])
@@ -114,13 +121,13 @@ def _coverage(ax, table)->None:
     for style, color, ((method, state), rows) in zip(("-o", "--s", ":^", "-.v", "--D", ":P"),
                                                      sns.color_palette("colorblind", 6), states):
         label = state if table.method.nunique() == 1 else f"{look(method).label}, {state}"
-        ax.plot(rows.nominal, rows.covered, style, ms=2.3, lw=1, color=color, label=label)
+        ax.plot(rows.nominal, rows.covered, style, ms=2.3, color=color, label=label)
     ax.set(xlabel="nominal level of the interval", xlim=(0, 1), ylim=(0, 1.4), yticks=np.linspace(0, 1, 6))
 
 def _error_by_variance(ax, table)->None:
     "Points, and the diagonal on which variance is honest."
-    few = len(table) < 500
-    ax.plot(table.variance, table.error, ".", ms=5 if few else 2, alpha=.7 if few else .25, mew=0, color=BLUE, rasterized=True)
+    dots = dict(alpha=.7) if len(table) < 500 else dict(ms=2, alpha=.25)
+    ax.plot(table.variance, table.error, ".", mew=0, color=BLUE, rasterized=True, **dots)
     for column, axis, set_scale, set_limits in (("variance", ax.xaxis, ax.set_xscale, ax.set_xlim),
                                                 ("error", ax.yaxis, ax.set_yscale, ax.set_ylim)):
         low, high = table[column].min(), table[column].max()
@@ -137,10 +144,10 @@ def _error_by_variance(ax, table)->None:
 def _risk(ax, table)->None:
     "Mean error of what is kept, by predicted variance, true error and chance."
     for order, label, style in (("variance", "by predicted variance", dict(color=BLUE, lw=1.5)),
-                                ("error", "by true error (best)", dict(color=GREEN, lw=1.1, ls="--"))):
+                                ("error", "by true error (best)", dict(color=GREEN, ls="--"))):
         rows = table[table.order == order]
         ax.plot(rows.kept, rows.risk, label=label, **style)
-    ax.axhline(table.risk[table.kept == 1].mean(), color="k", lw=1, ls=(0, (1, 2)), label="chance")
+    ax.axhline(table.risk[table.kept == 1].mean(), color="k", ls=(0, (1, 2)), label="chance")
     ax.set(xlabel="share of predictions kept", ylabel="their mean squared error", xlim=(0, 1),
            ylim=(0, 1.55*table.risk.max()))
 
@@ -151,7 +158,7 @@ def plot_uncertainty(
     risks:pd.DataFrame,     # of `risk_coverage`: level, order, kept, risk
     title:str="",
 )->Figure:
-    "A row of panels per level: coverage before and after recalibration, error against variance, risk against coverage."
+    "A row of panels per level: coverage, error against variance, risk against the share that is kept."
     require_columns(coverage, "method level recalibration nominal covered")
     require_columns(errors, "level error variance")
     require_columns(risks, "level order kept risk")
@@ -160,7 +167,9 @@ def plot_uncertainty(
     for row, level in zip(axes, levels):
         for draw, ax, table in zip((_coverage, _error_by_variance, _risk), row, (coverage, errors, risks)):
             draw(ax, table[table.level == level])
-            ax.legend(fontsize=6.5, loc="upper left", ncols=1 + (draw is _coverage), borderaxespad=0, columnspacing=1)
+            columns = 2 if draw is _coverage else 1
+            ax.legend(loc="upper left", ncols=columns, borderaxespad=0, columnspacing=1)
         row[0].set_ylabel(f"{LEVEL_LABELS[level]}\nshare of values inside")
-    for ax, name in zip(axes[0], ("Intervals", "Error and variance", "Keeping the surest")): ax.set_title(name)
+    for ax, name in zip(axes[0], ("Intervals", "Error and variance", "Keeping the surest")):
+        ax.set_title(name)
     return headed(fig, title)

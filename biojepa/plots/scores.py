@@ -39,17 +39,18 @@ def plot_metric_strips(
         for y, method in enumerate(methods):
             values = scores.value[(scores.method == method) & (scores.metric == metric)]
             at = y + np.random.default_rng(y).uniform(-.3, .3, len(values))
-            ax.plot(values, at, ".", ms=3.5, alpha=.55, mew=0, color=look(method).color, rasterized=True)
+            ax.plot(values, at, ".", alpha=.55, mew=0, color=look(method).color, rasterized=True)
         means = summary[summary.metric == metric].set_index("method").reindex(methods)
         draw_rows(ax, means.rename_axis("name").reset_index().rename(columns=dict(mean="value")), scale)
     for ax in axes.ravel()[len(metrics):]: ax.axis("off")
-    key_below(fig, chance="chance", points={methods[0]: "mean and 95 % interval; dots: perturbations"}, note=BETTER)
+    mark = {methods[0]: "mean and 95 % interval; dots: perturbations"}
+    key_below(fig, chance="chance", points=mark, note=BETTER)
     return headed(fig, title)
 
 # %% ../../nbs/8_plots/04_scores.ipynb #f78defd2
 @styled
 def plot_predicted_against_observed(
-    genes:pd.DataFrame,     # one row per panel and gene: panel, gene, observed, predicted, target (True for the perturbed)
+    genes:pd.DataFrame,     # one row per panel and gene: panel, gene, observed, predicted, target (is it?)
     title:str="",
 )->Figure:
     "Predicted against observed Δ, one panel per perturbation, in the order of the table."
@@ -61,10 +62,10 @@ def plot_predicted_against_observed(
         ax.axline((0, 0), slope=1, color="0.6", lw=.7, ls="--", label="equal")
         ax.axhline(0, color="0.85", lw=.6, zorder=0)
         ax.axvline(0, color="0.85", lw=.6, zorder=0)
-        ax.plot(rows.observed, rows.predicted, ".", ms=3, mew=0, alpha=.5, color=BLUE, rasterized=True)
+        ax.plot(rows.observed, rows.predicted, ".", mew=0, alpha=.5, color=BLUE, rasterized=True)
         for t in rows[rows.target].itertuples():
-            ax.plot(t.observed, t.predicted, "o", ms=5, mfc="none", mec=RED)
-            ax.annotate(f"{t.gene} (target)", (t.observed, t.predicted), (5, 5), textcoords="offset points", fontsize=7,
+            ax.plot(t.observed, t.predicted, "o", ms=5, mfc="none", mec=RED, mew=1)
+            ax.annotate(f"{t.gene} (target)", (t.observed, t.predicted), (5, 5), textcoords="offset points",
                         color=RED, path_effects=[withStroke(linewidth=2, foreground="w")])
         low, high = rows[["observed", "predicted"]].min(), rows[["observed", "predicted"]].max()
         xlim, ylim = ((1.15*min(low[c], -1e-3), 1.15*max(high[c], 1e-3)) for c in ("observed", "predicted"))
@@ -89,7 +90,7 @@ def plot_by_effect(
         ax.plot(rows.effect, rows.value, **own.point(), ms=3, alpha=.35, mew=0, rasterized=True)
         bin_of = pd.qcut(rows.effect, min(n_bins, max(1, len(rows)//3)), duplicates="drop")
         bins = rows.groupby(bin_of, observed=True)[["effect", "value"]].mean()
-        ax.plot(bins.effect, bins.value, **own.curve(), ms=4.5, lw=1.3, label=own.label)
+        ax.plot(bins.effect, bins.value, **own.curve(), label=own.label)
     ax.set(xlabel="observed effect (RMS Δ, log1p CP10K)", ylabel=label)
     fig.legend(loc="outside lower center", ncols=3)
     return headed(fig, title)
@@ -98,12 +99,12 @@ def plot_by_effect(
 BOUNDS = ("oracle", "noise_ceiling", "half_of_the_cells")     # columns of a transfer table that may be there
 
 def _case(ax, y:int, r)->None:
-    "One case in one panel: the model above, the best baseline and the train mean below, bounds through both."
+    "One case in one panel: the model above, baselines below, bounds through both."
     for name, at, low, high, value in (("biojepa", y - .17, r.low, r.high, r.mean),
                                        (r.best, y + .17, r.best_low, r.best_high, r.best_mean)):
-        ax.plot([low, high], [at]*2, color=look(name).color, lw=1.1, zorder=2)
-        ax.plot(value, at, ms=4.5, mec="k", mew=.4, zorder=3, **look(name).point())
-    ax.plot(r.train_mean, y + .17, ms=3.5, mec="k", mew=.4, zorder=2.5, **look("train_mean").point())
+        ax.plot([low, high], [at]*2, color=look(name).color, zorder=2)
+        ax.plot(value, at, zorder=3, mec="k", **look(name).point())
+    ax.plot(r.train_mean, y + .17, zorder=2.5, mec="k", **look("train_mean").point())
     ax.plot(r.reference, y - .17, "o", ms=7.5, mfc="none", mec=BLUE, mew=.9, zorder=2.8)
     for name in BOUNDS:
         at = getattr(r, name, np.nan)
@@ -113,14 +114,15 @@ def _case(ax, y:int, r)->None:
 def _transfer_key(fig, table)->None:
     "The marks that are there."
     best = dict.fromkeys(name.split(",")[0] for name in table.best)
-    handles = [Line2D([], [], ms=4.5, mec="k", mew=.4, label=look(n).label, **look(n).point())
+    handles = [Line2D([], [], mec="k", label=look(n).label, **look(n).point())
                for n in dict.fromkeys(["biojepa", "train_mean", *best])]
     if table.reference.notna().any():
         handles.append(Line2D([], [], marker="o", ms=7.5, mfc="none", mec=BLUE, mew=.9, ls="",
                               label="first case's model, same genes"))
     handles += [Line2D([], [], color=look(n).color, ls=look(n).line, lw=1.4, label=look(n).label)
                 for n in BOUNDS if n in table and table[n].notna().any()]
-    handles += [Line2D([], [], color="k", lw=.7, ls="--", label="chance"), Line2D([], [], lw=0, label=BETTER)]
+    handles.append(Line2D([], [], color="k", lw=.7, ls="--", label="chance"))
+    handles.append(Line2D([], [], lw=0, label=BETTER))
     fig.legend(handles=handles, loc="outside lower center", ncols=4)
 
 # %% ../../nbs/8_plots/04_scores.ipynb #12dac09d
@@ -131,19 +133,22 @@ def plot_transfer(
     title:str="",
 )->Figure:
     "One row per case, one column per metric, one block per group of cases."
-    require_columns(table, "case group metric n mean low high train_mean best best_mean best_low best_high reference")
+    require_columns(table, "case group metric n mean low high train_mean reference")
+    require_columns(table, "best best_mean best_low best_high")
     table = table[table["metric"].isin(metrics)]
-    groups = [(name, rows, list(dict.fromkeys(rows["case"]))) for name, rows in table.groupby("group", sort=False)]
-    heights = [len(cases) + .4 for _, _, cases in groups]
+    groups = list(table.groupby("group", sort=False))
+    heights = [rows["case"].nunique() + .4 for _, rows in groups]
     size = 2.4 + 1.35*len(metrics), 1.7 + .27*sum(heights)
-    fig, axes = plt.subplots(len(groups), len(metrics), figsize=size, sharex="col", squeeze=False, height_ratios=heights)
-    for row, (group, rows, cases) in zip(axes, groups):
+    fig, axes = plt.subplots(len(groups), len(metrics), figsize=size, sharex="col", squeeze=False,
+                             height_ratios=heights)
+    for row, (group, rows) in zip(axes, groups):
+        n = rows.groupby("case", sort=False)["n"].max()
+        cases = list(n.index)
         for ax, (metric, scale) in zip(row, metrics.items()):
             for r in rows[rows["metric"] == metric].itertuples(): _case(ax, cases.index(r.case), r)
             write_scale(ax, Scale(fill(scale.label, 20), scale.chance, scale.direction))
             ax.label_outer()
             ax.set(ylim=(len(cases) - .5, -.5), yticks=[])
-        n = rows.groupby("case")["n"].max()
         row[0].set_yticks(range(len(cases)), [f"{c} (n = {n[c]})" for c in cases])
         row[0].set_title(group, loc="left", weight="bold")
         row[0].tick_params(axis="y", length=0)

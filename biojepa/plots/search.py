@@ -29,19 +29,21 @@ def short_name(
 def _name_best(ax, names, table, truth)->None:
     "Numbers beside the marks, each with a line to its own, and names in a list."
     ax.autoscale_view()
-    at = ax.transAxes.inverted().transform(ax.transData.transform(table[["gain", "agreement"]].to_numpy(float)))
+    points = ax.transData.transform(table[["gain", "agreement"]].to_numpy(float))
+    at = ax.transAxes.inverted().transform(points)
     names.axis("off")
     names.text(0, 1, "nearest to the wanted state", transform=names.transAxes, weight="bold", va="top")
     for i, (row, end, height) in enumerate(zip(table.itertuples(), at, apart(at[:, 1])), 1):
         if np.isfinite(end).all():
-            ax.annotate(str(i), end, (1.03, height), "axes fraction", "axes fraction", fontsize=7, va="center",
+            ax.annotate(str(i), end, (1.03, height), "axes fraction", "axes fraction", va="center",
                         arrowprops=dict(arrowstyle="-", lw=.4, color="0.6", shrinkA=1, shrinkB=2))
-        names.text(0, 1 - .085*(i + .3), f"{i}  {short_name(row.perturbation)}  {row.gain:+.0f} %", fontsize=7, va="top",
-                   transform=names.transAxes, color=RED if row.condition in truth else "k")
+        text = f"{i}  {short_name(row.perturbation)}  {row.gain:+.0f} %"
+        names.text(0, 1 - .085*(i + .3), text, transform=names.transAxes, va="top",
+                   color=RED if row.condition in truth else "k")
 
 @styled
 def plot_screen(
-    found:pd.DataFrame,             # of `rank_actions`, for one wanted state: perturbation, condition, gain, error
+    found:pd.DataFrame,             # of `rank_actions`, one wanted state: perturbation, condition, gain, error
     truth:Sequence[str]=(),         # conditions to ring, e.g. the one that made the state
     n_named:int=8,                  # how many of the best are named
     title:str="",
@@ -54,16 +56,19 @@ def plot_screen(
     table = table.assign(gain=100*table.gain, agreement=table.gain.abs()/table.error)
     pair = table.perturbation.str.contains(" & ", regex=False)
     fig, (ax, names) = plt.subplots(1, 2, figsize=(6.4, 3.4), width_ratios=[1.7, 1])
-    for rows, marker, color, label in ((table[~pair], "o", BLUE, "one action"), (table[pair], "^", ORANGE, "pair of actions")):
-        if len(rows): ax.plot(rows.gain, rows.agreement, marker, ms=3.6, mew=0, alpha=.65, color=color, label=label,
-                              rasterized=len(rows) > 500)
+    for rows, marker, color, label in ((table[~pair], "o", BLUE, "one action"),
+                                       (table[pair], "^", ORANGE, "pair of actions")):
+        if not len(rows): continue
+        ax.plot(rows.gain, rows.agreement, marker, mew=0, alpha=.65, color=color, label=label,
+                rasterized=len(rows) > 500)
     own = table[table.condition.isin(truth)]
-    if len(own): ax.plot(own.gain, own.agreement, "o", ms=7.5, mfc="none", mec=RED, mew=1.2,
-                         label=f"made the state ({', '.join(dict.fromkeys(own.condition))})")
+    if len(own):
+        made = f"made the state ({', '.join(dict.fromkeys(own.condition))})"
+        ax.plot(own.gain, own.agreement, "o", ms=7.5, mfc="none", mec=RED, mew=1.2, label=made)
     ax.axvline(0, color="0.6", lw=.7, ls="--")
     ax.margins(x=.1)
-    ax.set(xlabel="gain: share of the way that is taken off (%)", ylabel="|gain| / its standard error over source cells",
-           yscale="log")
+    ax.set(xlabel="gain: share of the way that is taken off (%)", yscale="log",
+           ylabel="|gain| / its standard error over source cells")
     ax.yaxis.set_major_formatter("{x:g}")
     ax.yaxis.set_minor_formatter(LogFormatter())
     _name_best(ax, names, table.head(n_named), set(truth))
@@ -74,7 +79,7 @@ def plot_screen(
 @styled
 def plot_search(
     history:pd.DataFrame,       # of `optimise_action`: step, gain
-    nearest:pd.DataFrame,       # of `optimise_action`: perturbation, condition, cosine, gain; the last row is what was found
+    nearest:pd.DataFrame,       # of `optimise_action`: perturbation, condition, cosine, gain; last: the found
     truth:Sequence[str]=(),     # conditions to colour
     title:str="",
 )->Figure:
@@ -84,7 +89,7 @@ def plot_search(
     real = nearest.iloc[:-1]
     own, rows = real.condition.isin(truth), np.arange(len(real))
     fig, (way, bars) = plt.subplots(1, 2, figsize=(6.4, 2.9))
-    way.plot(history.step, 100*history.gain, color=BLUE, lw=1.3, label="search")
+    way.plot(history.step, 100*history.gain, color=BLUE, label="search")
     way.axhline(100*real.gain.max(), color="0.35", lw=.9, ls="--", label="best of the nearest real actions")
     way.axhline(0, color="0.8", lw=.6, zorder=0)
     way.set(xlabel="step", ylabel="gain (% of the way)", title="The way")
@@ -92,6 +97,7 @@ def plot_search(
     bars.barh(rows, real.cosine, color=np.where(own, RED, "0.7"), height=.7)
     names = [short_name(p) + (" ◂ made the state" if o else "") for p, o in zip(real.perturbation, own)]
     bars.set_yticks(rows, names)
-    bars.set(xlabel="cosine to the action found", title="Nearest real actions", xlim=(min(0, real.cosine.min()), 1))
+    bars.set(xlabel="cosine to the action found", title="Nearest real actions",
+             xlim=(min(0, real.cosine.min()), 1))
     bars.invert_yaxis()
     return headed(fig, title)

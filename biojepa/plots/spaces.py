@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['whose', 'plot_probes', 'plot_relations', 'relation_reading', 'plot_set_similarity', 'plot_gene_probe']
 
-# %% ../../nbs/8_plots/06_spaces.ipynb #bcd32451
+# %% ../../nbs/8_plots/06_spaces.ipynb #58b1b2eb
+from collections.abc import Iterable
 from textwrap import fill
 
 import matplotlib.pyplot as plt
@@ -15,10 +16,13 @@ from matplotlib.figure import Figure
 
 from .style import ORANGE, Scale, draw_rows, headed, key_below, look, require_columns, styled
 
-# %% ../../nbs/8_plots/06_spaces.ipynb #65ef5205
-def whose(names)->dict[str, str]:  # an example of each kind -> its text, as `key_below` takes them
+# %% ../../nbs/8_plots/06_spaces.ipynb #d9a2d2f4
+def whose(
+    names:Iterable[str],    # of representations
+)->dict[str, str]:          # an example of each kind -> its text, as `key_below` takes them
     "The kinds of representation among some names, for the key."
-    kinds, there = dict(latents="from the model", observed="from the data", PCA="simpler"), {look(n).color for n in names}
+    kinds = dict(latents="from the model", observed="from the data", PCA="simpler")
+    there = {look(n).color for n in names}
     return {example: text for example, text in kinds.items() if look(example).color in there}
 
 # %% ../../nbs/8_plots/06_spaces.ipynb #41495307
@@ -28,7 +32,8 @@ def plot_probes(
     title:str="",
 )->Figure:
     "Accuracy of each representation with its interval, one panel per question."
-    require_columns(table, "question representation accuracy low high majority shuffled_high n_labels n_test")
+    require_columns(table, "question representation accuracy low high majority shuffled_high")
+    require_columns(table, "n_labels n_test")
     asked = table[table["accuracy"].notna()]
     questions = list(dict.fromkeys(asked["question"]))
     if not questions: raise ValueError("table: no question was answered; its column 'note' says why")
@@ -39,9 +44,10 @@ def plot_probes(
         first, most = part.iloc[0], part[["high", "shuffled_high", "majority"]].max(axis=None)
         rows = part.rename(columns=dict(representation="name", accuracy="value", shuffled_high="null_high"))
         draw_rows(ax, rows.assign(null_low=0.), Scale("accuracy (share of test cells)", first.majority))
-        ax.set(title=f"Which {question.replace('_', ' ')}?\n{first.n_labels:.0f} labels, {first.n_test:.0f} test cells",
-               xlim=(0, min(1.02, 1.15*most)))
-    key_below(fig, "up to the best shuffled probe", "most frequent label", points=whose(asked["representation"]))
+        of = f"{first.n_labels:.0f} labels, {first.n_test:.0f} test cells"
+        ax.set(title=f"Which {question.replace('_', ' ')}?\n{of}", xlim=(0, min(1.02, 1.15*most)))
+    kinds = whose(asked["representation"])
+    key_below(fig, "up to the best shuffled probe", "most frequent label", points=kinds)
     return headed(fig, title)
 
 # %% ../../nbs/8_plots/06_spaces.ipynb #d13a51e0
@@ -52,22 +58,27 @@ def plot_relations(
 )->Figure:
     "Share of related neighbours and excess similarity of each space, a row of panels per question."
     if "note" in table and ("knn" not in table or table["knn"].isna().all()):
-        raise ValueError(f"table: no question was answered ({'; '.join(sorted(set(table['note'].dropna())))})")
-    require_columns(table, "space k knn knn_low knn_high knn_chance knn_best difference difference_low difference_high")
+        notes = "; ".join(sorted(set(table["note"].dropna())))
+        raise ValueError(f"table: no question was answered ({notes})")
+    require_columns(table, "space k knn knn_low knn_high knn_chance knn_best")
+    require_columns(table, "difference difference_low difference_high")
     table = (table if "question" in table else table.assign(question=""))[table["knn"].notna()]
     parts = list(table.groupby("question", sort=False))
     heights = [1.6 + len(part) for _, part in parts]
-    fig, axes = plt.subplots(len(parts), 2, figsize=(6.8, .6 + sum(.45 + .2*h for h in heights)), sharey="row",
-                             squeeze=False, height_ratios=heights)
+    size = 6.8, .6 + sum(.45 + .2*h for h in heights)
+    fig, axes = plt.subplots(len(parts), 2, figsize=size, sharey="row", squeeze=False, height_ratios=heights)
+    drawn = lambda part, of: part.rename(columns={"space": "name", of: "value", f"{of}_low": "null_low",
+                                                  f"{of}_high": "null_high", f"{of}_best": "best"})
     for (left, right), (question, part) in zip(axes, parts):
-        first, names = part.iloc[0], dict(space="name", knn="value", knn_low="null_low", knn_high="null_high", knn_best="best")
-        k = f"related among the {first.k:.0f} nearest (share)" if first.k > 1 else "nearest is related (share)"
-        draw_rows(left, part.rename(columns=names), Scale(k, first.knn_chance))
-        names = dict(space="name", difference="value", difference_low="null_low", difference_high="null_high")
-        draw_rows(right, part.rename(columns=names), Scale("similarity, related − unrelated (cosine)", 0.))
+        first = part.iloc[0]
+        nearest = f"related among the {first.k:.0f} nearest" if first.k > 1 else "nearest is related"
+        draw_rows(left, drawn(part, "knn"), Scale(f"{nearest} (share)", first.knn_chance))
+        draw_rows(right, drawn(part, "difference"), Scale("similarity, related − unrelated (cosine)", 0.))
         left.set_xlim(0, None)
-        left.set_title(f"{question} (n = {first.n_items:.0f})" if "n_items" in part else question, loc="left")
-    key_below(fig, "central 95 % of shuffled relations", "chance", "best that set sizes allow", whose(table["space"]))
+        n = f" (n = {first.n_items:.0f})" if "n_items" in part else ""
+        left.set_title(question + n, loc="left")
+    key_below(fig, "central 95 % of shuffled relations", "chance", "best that set sizes allow",
+              whose(table["space"]))
     return headed(fig, title)
 
 # %% ../../nbs/8_plots/06_spaces.ipynb #b305b88b
@@ -119,15 +130,16 @@ def plot_gene_probe(
     size = 7.4, max(2.6, 1.3 + .27*table["representation"].nunique())
     fig, axes = plt.subplots(1, 3, figsize=size, width_ratios=[1, 1, 1.1])
     names = dict(representation="name", shuffled_low="null_low", shuffled_high="null_high")
-    for ax, measure, label in zip(axes, ("auroc", "r"), ("AUROC, held-out genes", "Pearson r, held-out genes")):
+    for ax, measure, label in ((axes[0], "auroc", "AUROC"), (axes[1], "r", "Pearson r")):
         part = table[table["measure"] == measure]
-        draw_rows(ax, part.rename(columns=names), Scale(label, part["chance"].iloc[0]))
+        scale = Scale(f"{label}, held-out genes", part["chance"].iloc[0])
+        draw_rows(ax, part.rename(columns=names), scale)
     axes[1].set_yticklabels([])
     part = genes[genes["representation"] == show]
     for positive, color, marker in ((False, "0.45", "o"), (True, ORANGE, "^")):
         rows = part[part["positive"] == positive]
-        axes[2].plot(rows["score"], rows["predicted"], marker, ms=2.6, mew=0, alpha=.55, color=color, rasterized=True,
-                     label="positive" if positive else "negative")
+        axes[2].plot(rows["score"], rows["predicted"], marker, ms=2.6, mew=0, alpha=.55, color=color,
+                     rasterized=True, label="positive" if positive else "negative")
     axes[2].set(xlabel=fill(score, 34), ylabel="predicted score", title=f"read from the {show}")
     axes[2].legend(markerscale=1.6)
     key_below(fig, "central 90 % of shuffled probes", "chance", points=whose(table["representation"]))

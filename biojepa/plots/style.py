@@ -7,7 +7,8 @@ __all__ = ['BLUE', 'SKY', 'ORANGE', 'GREEN', 'PURPLE', 'RED', 'LOOKS', 'STYLE', 
            'Scale', 'write_scale', 'plain_log', 'draw_rows', 'key_below', 'apart', 'name_ends', 'piece_of_line',
            'require_columns']
 
-# %% ../../nbs/8_plots/01_style.ipynb #76dfba61
+# %% ../../nbs/8_plots/01_style.ipynb #234b3bfe
+import re
 from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import NamedTuple
@@ -65,20 +66,22 @@ def look(
     "How it is drawn, in every figure."
     base, *rest = name.removeprefix("shuffled ").split(", ")
     if base in LOOKS: found = Look(*LOOKS[base])
-    elif any(w in base.lower() for w in ("latent", "embedding", "predicted")): found = Look(BLUE, "o", "-", base)
+    elif re.search("latent|embedding|predicted", base.lower()): found = Look(BLUE, "o", "-", base)
     elif base.startswith("observed"): found = Look(GREEN, "s", "-", base)
     else: found = Look("0.45", "D", "-", base.replace("_", " "))
     shuffled = "shuffled "*name.startswith("shuffled ")
-    less = shuffled or any(w in ", ".join(rest) for w in ("exchanged", "anew", "no target"))
-    return Look(to_hex(.5 + .5*np.array(to_rgb(found.color))) if less else found.color, found.marker,
-                (0, (1, 1.5)) if less else found.line, ", ".join([shuffled + found.label, *rest]))
+    found = found._replace(label=", ".join([shuffled + found.label, *rest]))
+    if not shuffled and not re.search("exchanged|anew|no target", ", ".join(rest)): return found
+    pale = .5 + .5*np.array(to_rgb(found.color))
+    return found._replace(color=to_hex(pale), line=(0, (1, 1.5)))
 
 # %% ../../nbs/8_plots/01_style.ipynb #d0505d56
 STYLE = {
-    **sns.axes_style("ticks"), "figure.dpi": 110, "savefig.dpi": 200, "font.size": 8, "axes.titlesize": 8.5,
-    "axes.labelsize": 8, "legend.fontsize": 7, "xtick.labelsize": 7, "ytick.labelsize": 7,
-    "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
-    "figure.constrained_layout.use": True, "figure.constrained_layout.w_pad": .06
+    **sns.axes_style("ticks"), "figure.dpi": 110, "savefig.dpi": 200, "figure.titlesize": 9.5, "font.size": 7,
+    "axes.titlesize": 8.5, "axes.labelsize": 8, "legend.fontsize": 7, "xtick.labelsize": 7, "ytick.labelsize": 7,
+    "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "lines.linewidth": 1.2,
+    "lines.markersize": 4, "lines.markeredgewidth": .4, "figure.constrained_layout.use": True,
+    "figure.constrained_layout.w_pad": .06
 }
 
 def styled(
@@ -94,7 +97,7 @@ def styled(
 
 def headed(figure:Figure, title:str)->Figure:
     "Write the title over the left edge of a figure."
-    if title: figure.suptitle(title, x=.01, ha="left", fontsize=9.5)
+    if title: figure.suptitle(title, x=.01, ha="left")
     return figure
 
 # %% ../../nbs/8_plots/01_style.ipynb #ceb4a877
@@ -130,9 +133,9 @@ def draw_rows(
     for y, r in enumerate(rows.itertuples()):
         own = look(r.name)
         ax.fill_betweenx([y - .36, y + .36], r.null_low, r.null_high, color="0.88", lw=0, zorder=0)
-        ax.plot([r.low, r.high], [y, y], lw=1.3, color=own.color, ls=own.line if dots else "-", zorder=2)
-        ax.plot([r.best]*2, [y - .36, y + .36], color="k", lw=1.2, zorder=1)
-        ax.plot(r.value, y, ms=5, mec="k", mew=.4, zorder=3, **own.point())
+        ax.plot([r.low, r.high], [y, y], color=own.color, ls=own.line if dots else "-", zorder=2)
+        ax.plot([r.best]*2, [y - .36, y + .36], color="k", zorder=1)
+        ax.plot(r.value, y, mec="k", zorder=3, **own.point())
     write_scale(ax, scale)
     ax.use_sticky_edges = False
     ax.set(ylim=(len(rows) - .5, -.5))
@@ -149,7 +152,8 @@ def key_below(
     note:str="",            # a line of text after the rest
 )->None:
     "A key for what `draw_rows` draws, below the panels."
-    handles = [Line2D([], [], ms=5, mec="k", mew=.4, label=text, **look(n).point()) for n, text in points.items()]
+    handles = [Line2D([], [], mec="k", label=text, **look(name).point())
+               for name, text in points.items()]
     if band: handles.append(Patch(color="0.88", label=band))
     if chance: handles.append(Line2D([], [], color="k", lw=.7, ls="--", label=chance))
     if best: handles.append(Line2D([], [], color="k", lw=0, marker="|", ms=7, mew=1.2, label=best))
@@ -177,15 +181,16 @@ def name_ends(
     at = ax.transAxes.inverted().transform(ax.transData.transform(list(ends.values())))
     for name, end, height in zip(ends, at, apart(at[:, 1], gap)):
         own = look(name)
-        ax.annotate(own.label, end, (1.08, height), "axes fraction", "axes fraction", fontsize=7, va="center",
-                    color=own.color, annotation_clip=False,
-                    arrowprops=dict(arrowstyle="-", lw=.5, color=own.color, shrinkA=1, shrinkB=3, relpos=(0, .5)))
+        line = dict(arrowstyle="-", lw=.5, color=own.color, shrinkA=1, shrinkB=3, relpos=(0, .5))
+        ax.annotate(own.label, end, (1.08, height), "axes fraction", "axes fraction", va="center",
+                    color=own.color, annotation_clip=False, arrowprops=line)
 
 def piece_of_line(ax, y:float, name:str)->None:
     "A piece of a method's line between the axis and the name at its row."
     points = Affine2D().scale(1/72) + ax.figure.dpi_scale_trans + ScaledTranslation(0, 0, ax.transAxes)
     left_of_axis = blended_transform_factory(points, ax.transData)
-    ax.plot([-26, -15, -4], [y]*3, transform=left_of_axis, clip_on=False, lw=1.3, ms=4, markevery=[1], **look(name).curve())
+    ax.plot([-26, -15, -4], [y]*3, transform=left_of_axis, clip_on=False, markevery=[1],
+            **look(name).curve())
     ax.tick_params(axis="y", length=0, pad=30)
 
 # %% ../../nbs/8_plots/01_style.ipynb #39776950
