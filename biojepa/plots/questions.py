@@ -151,6 +151,7 @@ def _risk(ax, table)->None:
     ax.set(xlabel="share of predictions kept", ylabel="their mean squared error", xlim=(0, 1),
            ylim=(0, 1.55*table.risk.max()))
 
+# %% ../../nbs/8_plots/05_questions.ipynb #5e0fd1ab
 @styled
 def plot_uncertainty(
     coverage:pd.DataFrame,  # of `coverage_curve`: method, level, recalibration, nominal, covered

@@ -256,6 +256,7 @@ def _speed_bars(
     kinds = sorted(set(zip(rows["size"], rows.expressed)), key=lambda k: (k[0] != "paper", k))
     for k, ((form, precision), colour) in enumerate(FORMS.items()):
         chosen = rows[(rows.form == form) & (rows.precision == precision)]
+        if not len(chosen): continue
         x = np.array([kinds.index(c) + .21*(k - 1.5) for c in zip(chosen["size"], chosen.expressed)])
         bars = ax.bar(x, chosen[ratio], .2, color=colour, label=f"{form}, {precision}")
         limit = "what the arithmetic allows" if not k else None
@@ -276,7 +277,9 @@ def plot_benchmark(
     ratio = "over_plain_kept" if table.over_plain_kept.notna().any() else "over_plain"
     fig, axes = plt.subplots(1, 3, figsize=(9, 3.1), width_ratios=[1.5, 1.5, 1])
     highest = table[table.form != "plain"][[ratio, "arithmetic"]].max().max()
-    for ax, (stage, rows) in zip(axes, table.groupby("stage", sort=False)):
+    stages = list(table.groupby("stage", sort=False))
+    for ax in axes[len(stages):2]: ax.axis("off")
+    for ax, (stage, rows) in zip(axes, stages):
         ax.set(title=f"{stage} step", xlabel="model size, expressed genes",
                ylabel="speed-up over plain fp32 layers (×)", ylim=(0, 1.12*highest))
         _speed_bars(ax, rows, ratio)
@@ -286,7 +289,10 @@ def plot_benchmark(
         axes[2].loglog(rows.n_genes, 1e3*rows.seconds, marker + "-", color=colour, ms=3.5, lw=1.2)
         last = rows.n_genes.iloc[-1], 1e3*rows.seconds.iloc[-1]
         axes[2].annotate(label, last, (5, 0), textcoords="offset points", va="center", fontsize=7, color=colour)
-    axes[2].set(xlabel="genes", ylabel="time of one attention layer (ms)", title="Cost of a cell")
+    sizes = np.unique(cost.n_genes)
+    axes[2].set_xticks(sizes, [f"{n/1000:g}" for n in sizes])
+    axes[2].minorticks_off()
+    axes[2].set(xlabel="genes (thousands)", ylabel="time of one attention layer (ms)", title="Cost of a cell")
     return fig
 
 # %% ../../nbs/9_report/03_speed.ipynb #00525198
