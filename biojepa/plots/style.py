@@ -196,8 +196,9 @@ def piece_of_line(ax, y:float, name:str)->None:
 # %% ../../nbs/8_plots/01_style.ipynb #39776950
 def require_columns(
     table:pd.DataFrame,  # tidy table
-    columns:str,         # names it must have, with blanks between
+    columns:str|list[str],   # names it must have; in one string with blanks between
 )->None:
     "Refuse a table that lacks a column; the error lists what it has."
-    missing = [c for c in columns.split() if c not in table]
+    columns = columns.split() if isinstance(columns, str) else columns
+    missing = [c for c in columns if c not in table]
     if missing: raise ValueError(f"table: columns {missing} are missing; found {list(table.columns)}")
