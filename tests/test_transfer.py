@@ -15,7 +15,7 @@ from biojepa.evaluate.transfer import (
     seen_elsewhere, simulated_cases, some_genes, transfer_cases, transfer_reading, transfer_table,
     unseen_targets, variants, wide_table
 )
-from biojepa.plots.transfer import plot_transfer
+from biojepa.plots.scores import plot_transfer
 from biojepa.predict.baselines import oracle
 from biojepa.predict.sets import pseudobulk, test_set as template_of
 
@@ -252,6 +252,6 @@ def test_a_list_that_is_run_again_only_reads(tmp_path):
     assert set(first.scores.metric) == set(SCORED) and set(first.identity) == {c.name for c in cases}
     table = transfer_table(first.scores)
     assert table[table.group == "same cells"].reference.notna().all()
-    figure = plot_transfer(table, {m: METRICS[m].label for m in SCORED},
-                           {m: METRICS[m].chance for m in SCORED}, "test")
-    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == [f"{c.name} (n = 5)" for c in cases]
+    figure = plot_transfer(table, {m: METRICS[m] for m in SCORED}, "test")
+    names = [t.get_text() for ax in figure.axes for t in ax.get_yticklabels()]
+    assert names == [f"{c.name} (n = 5)" for c in cases]
