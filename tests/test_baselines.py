@@ -11,13 +11,14 @@ from sklearn.gaussian_process.kernels import RBF
 from sklearn.linear_model import Ridge
 from sklearn.neighbors import NearestNeighbors
 
-from biojepa.actions.featurizers import FeatureBank
+from biojepa.actions.banks import FeatureBank
 from biojepa.actions.gene_tables import spectral_embedding
 from biojepa.actions.vocabulary import ActionTable, Modality
 from biojepa.data.datasets import load_dataset
 from biojepa.data.means import group_means, train_mean_delta
+from biojepa.data.network import SimulationSpec
 from biojepa.data.preprocess import prepare
-from biojepa.data.simulate import SimulationSpec, simulate_perturb_seq
+from biojepa.data.simulate import simulate_perturb_seq
 from biojepa.data.splits import make_split
 from biojepa.predict import baselines, regressors
 from biojepa.predict.baselines import (

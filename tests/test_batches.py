@@ -13,13 +13,13 @@ import scipy.sparse as sp
 import torch
 from scipy.stats import chisquare, kstest
 
-from biojepa.data.batches import (
-    ActionBatch, BatchLoader, CellBatch, PairBatch, action_loader, align_genes, cell_loader, counter_uniform,
-    dense_rows, match_controls, pair_loader, row_source
-)
+from biojepa.data.batches import ActionBatch, CellBatch, PairBatch, align_genes, dense_rows, row_source
+from biojepa.data.controls import counter_uniform, match_controls
 from biojepa.data.datasets import load_dataset
+from biojepa.data.loaders import BatchLoader, action_loader, cell_loader, pair_loader
+from biojepa.data.network import SimulationSpec
 from biojepa.data.preprocess import prepare
-from biojepa.data.simulate import SimulationSpec, simulate_perturb_seq
+from biojepa.data.simulate import simulate_perturb_seq
 from biojepa.data.splits import make_split
 
 

@@ -21,8 +21,9 @@ import pytest
 import scipy.sparse as sp
 
 from biojepa.actions import pretrained
+from biojepa.actions.action_tokens import action_batch
 from biojepa.actions.describe import default_features, describe_actions
-from biojepa.actions.featurizers import action_batch, featurize
+from biojepa.actions.featurizers import featurize
 from biojepa.actions.pretrained import MissingWeightsError, pretrained_features, write_random_esm2
 from biojepa.actions.vocabulary import ActionTable, Modality
 from biojepa.cli import experiment_of, parser

@@ -28,12 +28,14 @@ import pytest
 import scipy.sparse as sp
 from hypothesis import given, settings, strategies as st
 
+from biojepa.config import Columns
 from biojepa.core import PATHS, file_hash
 from biojepa.data import datasets, download
 from biojepa.data.conditions import SchemaError, condition_name, parse_condition
 from biojepa.data.datasets import load_dataset
-from biojepa.data.download import Columns, DatasetCard, DownloadError, fetch, list_cards, read_card
-from biojepa.data.simulate import SimulationSpec, simulate_perturb_seq
+from biojepa.data.download import DatasetCard, DownloadError, fetch, list_cards, read_card
+from biojepa.data.network import SimulationSpec
+from biojepa.data.simulate import simulate_perturb_seq
 
 GEARS = {"norman", "adamson", "dixit", "replogle_k562_essential", "replogle_rpe1_essential"}
 

@@ -15,9 +15,11 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from biojepa.actions import featurizers as F
+from biojepa.actions.action_tokens import action_batch
+from biojepa.actions.banks import FeatureBank, MissingFeatureError
 from biojepa.actions.featurizers import (
-    FEATURIZERS, FeatureBank, KmerHash, MissingFeatureError, SequenceFeaturizer, action_batch, clean_sequence,
-    concatenate, default_width, featurize, featurizer
+    FEATURIZERS, KmerHash, SequenceFeaturizer, clean_sequence, concatenate, default_width, featurize,
+    featurizer
 )
 from biojepa.actions.vocabulary import ActionTable, Modality, Mode
 
@@ -473,7 +475,8 @@ def test_action_batch_refuses_banks_that_do_not_go_together():
 # ---------------------------------------------------------------- real and simulated screens
 
 def test_the_whole_way_on_the_simulator():
-    from biojepa.data.simulate import SimulationSpec, simulate_perturb_seq
+    from biojepa.data.network import SimulationSpec
+    from biojepa.data.simulate import simulate_perturb_seq
     adata = simulate_perturb_seq(
         SimulationSpec(n_genes=100, n_cells=200, n_targets=10, n_modules=4, n_doubles=3))
     table = ActionTable.from_anndata(adata)

@@ -3,7 +3,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from biojepa.actions.featurizers import MissingFeatureError, featurize
+from biojepa.actions.banks import MissingFeatureError
+from biojepa.actions.featurizers import featurize
 from biojepa.actions.gene_tables import spectral_embedding, table_features
 from biojepa.actions.vocabulary import Modality
 

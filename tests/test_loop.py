@@ -17,15 +17,14 @@ import torch
 from torch import nn
 
 from biojepa.config import StageConfig, preset
-from biojepa.data.batches import ActionBatch, ActionPairBatch, BatchLoader, CellBatch
+from biojepa.data.batches import ActionBatch, ActionPairBatch, CellBatch
+from biojepa.data.loaders import BatchLoader
 from biojepa.model.biojepa import BioJEPA
 from biojepa.model.objectives import pretrain_loss
 from biojepa.training.checkpoints import (
-    Checkpointer, TrainingLog, get_randomness, read_log, set_randomness, step_seed, state_hash
+    Checkpointer, TrainingLog, get_randomness, read_log, set_randomness, state_hash, step_seed
 )
-from biojepa.training.loop import (
-    Stage, StepOutput, choose_precision, fit, make_fabric, one_cycle, pieces_of
-)
+from biojepa.training.loop import Stage, StepOutput, choose_precision, fit, make_fabric, one_cycle, pieces_of
 from biojepa.training.monitor import CollapseMonitor, effective_rank, encoder_latents
 
 torch.set_num_threads(1)

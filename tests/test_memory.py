@@ -14,11 +14,12 @@ from scipy.linalg import expm
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import RBF
 
+from biojepa.actions.banks import FeatureBank
 from biojepa.actions.diffusion import adjacency, diffused_features, heat_columns, relation_components
-from biojepa.actions.featurizers import FeatureBank
 from biojepa.actions.memory import (
     apart, cluster_labels, fit_memory, kernel_of, load_memory, process_weights, prototype_weights,
-    row_correlations, save_memory, stack_weights)
+    row_correlations, save_memory, stack_weights
+)
 from biojepa.actions.vocabulary import Modality
 from biojepa.config import MemoryConfig
 

@@ -4,18 +4,19 @@ import pandas as pd
 import pytest
 import torch
 
-from biojepa.actions.featurizers import action_batch, featurize
+from biojepa.actions.action_tokens import action_batch
+from biojepa.actions.featurizers import featurize
 from biojepa.actions.vocabulary import ActionTable, Modality
 from biojepa.config import preset
 from biojepa.data.datasets import load_dataset
 from biojepa.data.download import read_card
+from biojepa.data.means import group_means
 from biojepa.data.preprocess import prepare
 from biojepa.data.splits import make_split
 from biojepa.explore import pathways as g
 from biojepa.explore.genesets import gene_relation, label_relation, released_neighbours, released_ratio
 from biojepa.explore.probes import gene_embeddings
 from biojepa.model.biojepa import BioJEPA
-from biojepa.data.means import group_means
 from biojepa.predict.model import predictions
 
 

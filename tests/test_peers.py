@@ -11,8 +11,9 @@ import torch
 from scipy import stats
 
 from biojepa.data.datasets import load_dataset
+from biojepa.data.network import SimulationSpec
 from biojepa.data.preprocess import prepare
-from biojepa.data.simulate import SimulationSpec, simulate_perturb_seq
+from biojepa.data.simulate import simulate_perturb_seq
 from biojepa.data.splits import make_split
 from biojepa.evaluate.metrics import pds
 from biojepa.predict import peers

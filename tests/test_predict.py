@@ -9,11 +9,12 @@ import scipy.sparse as sp
 import torch
 from training_cases import alive
 
-from biojepa.actions.featurizers import FeatureBank, MissingFeatureError, action_batch
+from biojepa.actions.action_tokens import action_batch
+from biojepa.actions.banks import FeatureBank, MissingFeatureError
 from biojepa.actions.vocabulary import ActionTable, Modality, Mode
 from biojepa.config import ModelConfig, preset
 from biojepa.data import means as means_module
-from biojepa.data.batches import pair_loader
+from biojepa.data.loaders import pair_loader
 from biojepa.data.means import (
     expression_blocks, group_means, match_groups, matched_means, means_of_groups, train_mean_delta
 )

@@ -12,7 +12,8 @@ import scipy.sparse as sp
 
 from biojepa.data.conditions import SchemaError
 from biojepa.data.datasets import load_dataset
-from biojepa.data.preprocess import _blocks, _row_sums, cells_hash, normalize, prepare, validate
+from biojepa.data.preprocess import _blocks, _row_sums, cells_hash, normalize, prepare
+from biojepa.data.schema import validate
 
 
 def screen(n=240, genes=120, seed=0, space="counts", **obs):

@@ -8,8 +8,9 @@ import torch
 from anndata import AnnData
 
 from biojepa.actions import pretrained
+from biojepa.actions.action_tokens import action_batch
 from biojepa.actions.describe import default_features
-from biojepa.actions.featurizers import action_batch, featurize
+from biojepa.actions.featurizers import featurize
 from biojepa.actions.pretrained import (
     SOURCES, Esm2Fair, Esm2HF, MissingWeightsError, NucleotideTransformer, find_weights, load_esm_fair,
     weights_hash, write_random_esm2

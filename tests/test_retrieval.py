@@ -5,13 +5,15 @@ import pytest
 import torch
 from scipy import stats
 
-from biojepa.actions.featurizers import FeatureBank, action_batch
+from biojepa.actions.action_tokens import action_batch
+from biojepa.actions.banks import FeatureBank
 from biojepa.actions.vocabulary import ActionTable, Modality
 from biojepa.config import ModelConfig
 from biojepa.data.batches import dense_rows
 from biojepa.data.datasets import load_dataset
+from biojepa.data.network import SimulationSpec
 from biojepa.data.preprocess import prepare
-from biojepa.data.simulate import SimulationSpec, simulate_perturb_seq
+from biojepa.data.simulate import simulate_perturb_seq
 from biojepa.data.splits import make_split
 from biojepa.evaluate import retrieval as r
 from biojepa.model.biojepa import BioJEPA

@@ -13,9 +13,8 @@ import scipy.sparse as sp
 from hypothesis import given, settings, strategies as st
 from scipy.stats import chisquare, kstest, nbinom
 
-from biojepa.data.simulate import (
-    SimulationSpec, _radius_bound, _stack_sparse, _steady_state, simulate_perturb_seq
-)
+from biojepa.data.network import SimulationSpec
+from biojepa.data.simulate import _radius_bound, _stack_sparse, _steady_state, simulate_perturb_seq
 
 SMALL = SimulationSpec(n_genes=120, n_cells=1500, n_targets=12, n_modules=4, n_control_guides=2)
 WIDE = replace(SMALL, n_cells=3000, n_doubles=6, n_cell_types=2, n_batches=2, crispra_fraction=0.25)
