@@ -19,9 +19,10 @@ import torch
 from biojepa.core import object_hash
 from biojepa.data.datasets import load_dataset
 from biojepa.data.download import read_card
+from biojepa.data.leakage import LeakageError, check_leakage
 from biojepa.data.preprocess import prepare
 from biojepa.data.simulate import SimulationSpec, simulate_perturb_seq
-from biojepa.data.splits import PARTS, LeakageError, Split, check_leakage, make_split
+from biojepa.data.splits import PARTS, Split, make_split
 
 
 def cells_of(conditions, per=3, guides=1, lines=("x",), genes=100):
