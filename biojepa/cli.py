@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from .actions.featurizers import FeatureBank
+from .actions.banks import FeatureBank
 from .actions.vocabulary import Modality
 from .config import ExperimentConfig, changed_by, data_fields, parse_settings, preset, read_config
 from .core import PATHS

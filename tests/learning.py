@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from biojepa.actions.featurizers import action_batch, featurize
+from biojepa.actions.action_tokens import action_batch
+from biojepa.actions.featurizers import featurize
 from biojepa.actions.vocabulary import ActionTable, Modality, Mode
 from biojepa.config import ExperimentConfig, preset
 from biojepa.data.batches import CellBatch, dense_rows

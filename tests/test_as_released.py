@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from training_cases import alive, small_data, small_experiment
 
 from biojepa.config import DEPARTURES, departures, preset
-from biojepa.data.batches import ActionBatch, CellBatch, PairBatch, pair_loader
+from biojepa.data.batches import ActionBatch, CellBatch, PairBatch
+from biojepa.data.loaders import pair_loader
 from biojepa.model.biojepa import BioJEPA
 from biojepa.model.predictor import CrossAttention
 from biojepa.model.tokens import TokenSet, random_gene_mask

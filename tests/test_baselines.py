@@ -11,7 +11,8 @@ from sklearn.gaussian_process.kernels import RBF
 from sklearn.linear_model import Ridge
 from sklearn.neighbors import NearestNeighbors
 
-from biojepa.actions.featurizers import FeatureBank, featurize
+from biojepa.actions.banks import FeatureBank
+from biojepa.actions.featurizers import featurize
 from biojepa.actions.vocabulary import ActionTable, Modality
 from biojepa.data.datasets import load_dataset
 from biojepa.data.preprocess import prepare

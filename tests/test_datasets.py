@@ -28,8 +28,7 @@ import pytest
 import scipy.sparse as sp
 from hypothesis import given, settings, strategies as st
 
-from biojepa.config import Columns
-from biojepa.core import PATHS, file_hash
+from biojepa.core import PATHS
 from biojepa.data import download, matrix
 from biojepa.data.conditions import SchemaError, condition_name, parse_condition
 from biojepa.data.datasets import load_dataset

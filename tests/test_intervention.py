@@ -4,10 +4,12 @@ import pytest
 import torch
 from training_cases import small_data
 
-from biojepa.actions.featurizers import action_batch, featurize
+from biojepa.actions.action_tokens import action_batch
+from biojepa.actions.featurizers import featurize
 from biojepa.actions.vocabulary import ActionTable, Modality
 from biojepa.config import ModelConfig
-from biojepa.data.batches import ActionBatch, match_controls
+from biojepa.data.batches import ActionBatch
+from biojepa.data.controls import match_controls
 from biojepa.model.biojepa import BioJEPA
 from biojepa.predict.baselines import own_changes, train_mean, with_own_gene
 from biojepa.predict.model import predictions

@@ -7,7 +7,7 @@ import torch
 from biojepa.actions.featurizers import featurize
 from biojepa.actions.vocabulary import Modality
 from biojepa.config import preset
-from biojepa.data.batches import cell_loader
+from biojepa.data.loaders import cell_loader
 from biojepa.model.biojepa import BioJEPA
 from biojepa.predict.baselines import nearest_neighbours, ridge, target_features, train_mean, with_own_gene
 from biojepa.predict.model import predictions

@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 from biojepa.config import StageConfig, preset
-from biojepa.data.batches import ActionBatch, ActionPairBatch, BatchLoader, CellBatch
+from biojepa.data.batches import ActionBatch, ActionPairBatch, CellBatch
+from biojepa.data.loaders import BatchLoader
 from biojepa.model.biojepa import BioJEPA
 from biojepa.training import loop
 from biojepa.training.checkpoints import (

@@ -4,7 +4,8 @@ import pandas as pd
 import pytest
 import torch
 
-from biojepa.actions.featurizers import action_batch, featurize
+from biojepa.actions.action_tokens import action_batch
+from biojepa.actions.featurizers import featurize
 from biojepa.actions.vocabulary import ActionTable, Modality
 from biojepa.config import preset
 from biojepa.data.datasets import load_dataset

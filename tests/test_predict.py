@@ -9,10 +9,11 @@ import scipy.sparse as sp
 import torch
 from training_cases import alive
 
-from biojepa.actions.featurizers import FeatureBank, MissingFeatureError, action_batch
+from biojepa.actions.action_tokens import action_batch
+from biojepa.actions.banks import FeatureBank, MissingFeatureError
 from biojepa.actions.vocabulary import ActionTable, Modality, Mode
 from biojepa.config import ModelConfig, preset
-from biojepa.data.batches import pair_loader
+from biojepa.data.loaders import pair_loader
 from biojepa.data.splits import make_split
 from biojepa.model.biojepa import BioJEPA
 from biojepa.model.saving import Pretrained, save_pretrained

@@ -5,7 +5,8 @@ import pytest
 import torch
 from scipy import stats
 
-from biojepa.actions.featurizers import FeatureBank, action_batch
+from biojepa.actions.action_tokens import action_batch
+from biojepa.actions.banks import FeatureBank
 from biojepa.actions.vocabulary import ActionTable, Modality
 from biojepa.config import ModelConfig
 from biojepa.data.batches import dense_rows

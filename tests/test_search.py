@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from training_cases import alive, in_child, small_data
 
-from biojepa.actions.featurizers import action_batch
+from biojepa.actions.action_tokens import action_batch
 from biojepa.actions.vocabulary import ActionTable
 from biojepa.config import ModelConfig
 from biojepa.data.batches import ActionBatch, dense_rows, row_source

@@ -7,11 +7,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from training_cases import small_data
 
-from biojepa.actions.featurizers import action_batch, featurize
+from biojepa.actions.action_tokens import action_batch
+from biojepa.actions.featurizers import featurize
 from biojepa.actions.vocabulary import ActionTable, Modality, Mode
 from biojepa.config import ModelConfig, StageConfig, preset
-from biojepa.data.batches import cell_loader, dense_rows, match_controls
+from biojepa.data.batches import dense_rows
+from biojepa.data.controls import match_controls
 from biojepa.data.datasets import load_dataset
+from biojepa.data.loaders import cell_loader
 from biojepa.data.preprocess import prepare
 from biojepa.data.splits import make_split
 from biojepa.model.biojepa import BioJEPA

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from biojepa.config import config_hash, preset
-from biojepa.data.splits import check_leakage
+from biojepa.data.leakage import check_leakage
 from biojepa.evaluate.metrics import METRICS
 from biojepa.evaluate.statistics import bootstrap_ci, paired_bootstrap
 from biojepa.evaluate.transfer import (

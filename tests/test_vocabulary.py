@@ -10,9 +10,10 @@ import torch
 
 import biojepa.actions.vocabulary as vocabulary
 from biojepa.actions.vocabulary import ActionTable, Modality, Mode
-from biojepa.data.batches import ActionBatch, action_loader, pair_loader
+from biojepa.data.batches import ActionBatch
 from biojepa.data.conditions import parse_condition
 from biojepa.data.datasets import load_dataset
+from biojepa.data.loaders import action_loader, pair_loader
 from biojepa.data.preprocess import prepare
 from biojepa.data.simulate import SimulationSpec, simulate_perturb_seq
 

@@ -34,14 +34,12 @@ def read_table(
     if isinstance(source, pd.DataFrame): return source
     path = Path(source)
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; give the path of a csv, tsv, parquet, xlsx or npz file")
+        raise ValueError(f"{path}: no such file; give the path of a csv, tsv, parquet or xlsx file")
     if path.suffix == ".parquet": return pd.read_parquet(path)
     kind = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
     if kind in (".csv", ".tsv"): return pd.read_csv(path, sep="\t" if kind == ".tsv" else ",")
     if kind != ".xlsx":
-        raise ValueError(
-            f"{path}: found the ending {path.suffix!r}; convert the table to csv, tsv, parquet or xlsx "
-            "(embeddings also npz)")
+        raise ValueError(f"{path}: found the ending {path.suffix!r}; convert the table to csv, tsv, parquet or xlsx")
     try:
         with pd.ExcelFile(path, engine="openpyxl") as book:
             if sheet in (None, *book.sheet_names): return book.parse(0 if sheet is None else sheet, dtype=str)

@@ -23,7 +23,7 @@ from anndata import AnnData
 from sklearn.ensemble import RandomForestRegressor
 from tqdm import tqdm
 
-from ..actions.featurizers import FeatureBank
+from ..actions.banks import FeatureBank
 from ..actions.gene_tables import spectral_embedding
 from ..actions.vocabulary import ActionTable, Modality
 from ..data.companions import read_table

@@ -13,7 +13,8 @@ import pandas as pd
 import scipy.sparse as sp
 from anndata import AnnData
 
-from ..data.batches import ControlPools, match_controls, row_source
+from ..data.batches import row_source
+from ..data.controls import ControlPools, match_controls
 
 # %% ../../nbs/5_predict/01_means.ipynb #8efcb1b6
 def _group_sums(

@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from ..core import seed_everything
 from ..data.conditions import parse_condition
-from ..data.splits import Split, _undisturbed
+from ..data.held_out import undisturbed
+from ..data.splits import Split
 from .sets import PredictionSet
 
 # %% ../../nbs/5_predict/07_peers.ipynb #852ca44e
@@ -219,7 +220,7 @@ def _gears(
     seed:int, hidden:int, batch_size:int, epochs:int, lr:float, device:torch.device, progress:bool,
 )->tuple[torch.nn.Module, list[float]]:  # the network of the best epoch; validation error of each epoch
     "Run cell-gears as shipped."
-    with _undisturbed():  # the import alone changes torch's threads, and so the rounding of a first run
+    with undisturbed():  # the import alone changes torch's threads, and so the rounding of a first run
         try:
             from gears.gears import GEARS
         except ImportError as error:
@@ -353,7 +354,7 @@ def gears_predictions(
     validation, _ = _material(adata, X, val, controls["val"], node, rng, False)
     answered = [c for c in asked if set(parse_condition(c)) <= known]
     mean = np.asarray(X[controls["train"]].mean(0)).ravel()
-    with _undisturbed():
+    with undisturbed():
         network, errors = _gears(train, validation, expressed,
                                  (graph, _strongest(r, genes, neighbours, .4)), nodes, genes, mean, seed,
                                  hidden, batch_size, epochs, lr, torch.device(device), progress)

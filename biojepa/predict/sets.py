@@ -21,7 +21,8 @@ from anndata import AnnData
 from fastcore.basics import patch
 
 from ..core import atomic_path
-from ..data.batches import counter_uniform, match_controls, row_source
+from ..data.batches import row_source
+from ..data.controls import counter_uniform, match_controls
 from ..data.conditions import parse_condition
 from ..data.preprocess import cells_hash
 from .means import _group_sums, group_means, sparse_rows, train_mean_delta

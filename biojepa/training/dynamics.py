@@ -20,7 +20,9 @@ from anndata import AnnData
 from torch import Tensor
 
 from ..config import StageConfig
-from ..data.batches import ActionBatch, PairBatch, dense_rows, match_controls, pair_loader, row_source
+from ..data.batches import ActionBatch, PairBatch, dense_rows, row_source
+from ..data.controls import match_controls
+from ..data.loaders import pair_loader
 from ..model.biojepa import BioJEPA, check_mask
 from ..model.losses import gaussian_nll, latent_distance
 from .loop import Stage, StepOutput, fit

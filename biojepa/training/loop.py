@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from ..config import StageConfig, config_hash
 from ..core import keep_freed_memory, return_freed_memory
-from ..data.batches import BatchLoader
+from ..data.loaders import BatchLoader
 from ..model.losses import shared_batch
 from biojepa.training.checkpoints import (
     Checkpointer, TrainingLog, own_randomness, read_log, restore_, snapshot, step_seed, weights_hash

@@ -14,7 +14,8 @@ import torch
 from anndata import AnnData
 
 from ..config import StageConfig
-from ..data.batches import CellBatch, cell_loader
+from ..data.batches import CellBatch
+from ..data.loaders import cell_loader
 from ..model.biojepa import BioJEPA
 from .loop import Stage, StepOutput, fit
 

@@ -17,7 +17,8 @@ from anndata import AnnData
 from torch import Tensor
 
 from ..config import StageConfig
-from ..data.batches import ActionBatch, PairBatch, pair_loader
+from ..data.batches import ActionBatch, PairBatch
+from ..data.loaders import pair_loader
 from ..model.biojepa import BioJEPA
 from .dynamics import actions_of, gene_maps
 from .loop import Stage, StepOutput, fit

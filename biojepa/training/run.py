@@ -27,14 +27,17 @@ from scipy.sparse import csr_matrix
 from torch import Tensor
 
 from ..actions.describe import Actions, describe_actions, sized_to
-from ..actions.featurizers import FeatureBank
+from ..actions.banks import FeatureBank
 from ..actions.vocabulary import ActionTable
 from ..config import DataConfig, ExperimentConfig, config_hash
 from ..core import PATHS, atomic_path, object_hash
-from ..data.batches import ActionBatch, PairBatch, cell_loader, pair_loader
+from ..data.batches import ActionBatch, PairBatch
+from ..data.loaders import cell_loader, pair_loader
 from ..data.companions import load_screen
-from ..data.preprocess import prepare, validate
-from ..data.splits import Split, check_leakage, make_split
+from ..data.preprocess import prepare
+from ..data.schema import validate
+from ..data.leakage import check_leakage
+from ..data.splits import Split, make_split
 from ..model.biojepa import BioJEPA
 from ..model.saving import save_pretrained
 from .align import align_stage
