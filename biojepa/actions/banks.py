@@ -15,6 +15,7 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -95,29 +96,27 @@ class FeatureBank:
         keys = [k for k in keys if k not in set(lacking)]
         return FeatureBank(tuple(keys), self.rows(keys), self.modality, self.provenance)
 
-    def save(
-        self,
-        path:str|Path,    # file to write, by convention *.safetensors
-    )->Path:              # the same path
-        "Write the bank, whole or not at all."
-        about = dict(schema=_SCHEMA, keys=json.dumps(self.keys), modality=self.modality.name,
-                     provenance=json.dumps(self.provenance, sort_keys=True))
-        with atomic_path(Path(path)) as part:
-            save_file({"values": np.ascontiguousarray(self.values)}, part, metadata=about)
-        return Path(path)
-
-    @classmethod
-    def load(cls, path:str|Path)->"FeatureBank":
-        "Read a bank; a file that is not a whole one is refused by name."
-        return cls(*_read_bank(path))
-
 # %% ../../nbs/2_actions/02_banks.ipynb #46f1ac85
 _SCHEMA = "biojepa.FeatureBank/1"
 
-def _read_bank(
+@patch
+def save(
+    self:FeatureBank,
+    path:str|Path,    # file to write, by convention *.safetensors
+)->Path:              # the same path
+    "Write the bank, whole or not at all."
+    about = dict(schema=_SCHEMA, keys=json.dumps(self.keys), modality=self.modality.name,
+                 provenance=json.dumps(self.provenance, sort_keys=True))
+    with atomic_path(Path(path)) as part:
+        save_file({"values": np.ascontiguousarray(self.values)}, part, metadata=about)
+    return Path(path)
+
+@patch(cls_method=True)
+def load(
+    cls:FeatureBank,
     path:str|Path,    # file that `save` wrote
-)->tuple:             # fields of a FeatureBank
-    "Keys, values, modality and provenance of a file."
+)->FeatureBank:
+    "Read a bank; a file that is not a whole one is refused by name."
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file; make the bank with featurize and save it there")
     try:
@@ -128,4 +127,5 @@ def _read_bank(
     if about.get("schema") != _SCHEMA or values is None:
         raise ValueError(f"{path}: found schema {about.get('schema')!r}, expected {_SCHEMA!r}; this is not a feature bank of "
                          "this version")
-    return tuple(json.loads(about["keys"])), values, Modality[about["modality"]], json.loads(about["provenance"])
+    keys, provenance = json.loads(about["keys"]), json.loads(about["provenance"])
+    return cls(tuple(keys), values, Modality[about["modality"]], provenance)

@@ -21,7 +21,7 @@ from anndata.io import read_elem
 
 from ..core import PATHS
 from .columns import perturbation_names
-from .conditions import SchemaError, parse_condition
+from .conditions import SchemaError, listed, parse_condition
 from .datasets import load_dataset
 from .download import Companion, DatasetCard, DownloadError, fetch_file, list_cards, read_card
 
@@ -49,10 +49,7 @@ def read_table(
         raise ValueError(f"{path}: not a readable workbook ({what}); save it again, or as csv") from error
 
 # %% ../../nbs/1_data/09_companions.ipynb #15c00031
-_GUIDES = Companion(file="guides.csv",
-                    guide=("guide_id", ),
-                    gene="gene",
-                    sequence=("guide_seq_a", "guide_seq_b"))
+_GUIDES = Companion(file="guides.csv", guide=("guide_id", ), gene="gene", sequence=("guide_seq_a", "guide_seq_b"))
 
 def _usable(table:pd.DataFrame, known:Iterable[Companion|None])->Companion|None:
     "The first description whose columns of sequences, and of guides or genes, the table has."
@@ -62,9 +59,8 @@ def _usable(table:pd.DataFrame, known:Iterable[Companion|None])->Companion|None:
 
 def _joined(table:pd.DataFrame, names:Iterable[str])->pd.Series:
     "Columns of text side by side, with a bar between; empty where there is none."
-    parts = [
-        table[name].astype(object).where(table[name].notna(), "").astype(str).str.strip() for name in names
-    ]
+    text = lambda column: column.astype(object).where(column.notna(), "").astype(str).str.strip()
+    parts = [text(table[name]) for name in names]
     return parts[0].str.cat(parts[1:], sep="|") if parts else pd.Series("", index=table.index)
 
 def read_guides(
@@ -77,17 +73,17 @@ def read_guides(
     c = _usable(table, [columns, _GUIDES, _GUIDES.changed(sequence=_GUIDES.sequence[:1])])
     if c is None:
         wanted = [str([*x.guide, x.gene, *x.sequence]) for x in (columns, _GUIDES) if x]
-        raise SchemaError(f"{where}: found columns {list(table.columns)[:12]}; expected {' or '.join(wanted)}, "
-                          "where either the guide or the gene may be left away")
+        raise SchemaError(f"{where}: found columns {list(table.columns)[:12]}; expected {' or '.join(wanted)}, where either "
+                          "the guide or the gene may be left away")
     dna = pd.DataFrame({name: _joined(table, [name]).str.upper() for name in c.sequence})
     sound = dna.apply(lambda s: s.str.fullmatch("[ACGTN]*")).all(axis=1) & (dna != "").any(axis=1)
     if not sound.all():
         raise SchemaError(f"{where}: row {table.index[~sound][0]} holds {dna[~sound].iloc[0].tolist()} in "
                           f"{', '.join(c.sequence)}; a guide has one letter or more, of A C G T N only")
-    named = set(c.guide) <= set(table)
-    guide, gene = _joined(table, c.guide if named else ()), _joined(table, [c.gene] if c.gene in table else ())
+    named, gene = c.guide if set(c.guide) <= set(table) else (), [c.gene] if c.gene in table else ()
     sequences = [tuple(filter(None, row)) for row in dna.itertuples(index=False)]
-    return pd.DataFrame({"guide_id": guide, "gene": gene, "sequences": sequences}).reset_index(drop=True)
+    out = pd.DataFrame({"guide_id": _joined(table, named), "gene": _joined(table, gene), "sequences": sequences})
+    return out.reset_index(drop=True)
 
 # %% ../../nbs/1_data/09_companions.ipynb #15c00041
 def _extended(adata:ad.AnnData, line:str, obs:pd.DataFrame|None=None, **uns)->ad.AnnData:
@@ -100,10 +96,9 @@ def _extended(adata:ad.AnnData, line:str, obs:pd.DataFrame|None=None, **uns)->ad
 def _matched(table:str, what:str, wanted:Iterable[str], missing:Iterable[str])->str:
     "How many of some names were found, and the first ten that were not; a warning if there are any."
     wanted, missing = list(wanted), list(missing)
-    more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
     line = f"{len(wanted) - len(missing):,} of {len(wanted):,} {what}"
     if not missing: return line
-    line += f", not {', '.join(missing[:10])}{more}"
+    line += f", not {listed(missing, 10)}"
     warnings.warn(f"{table}: found {line}", stacklevel=4)
     return line
 
@@ -131,18 +126,16 @@ def join_guides(
 )->ad.AnnData:              # the same values; obs guide_seq_a, guide_seq_b, …
     "Guide DNA for every cell whose guide, or else whose target, the table knows."
     twice = guides[guides["guide_id"].map(_spelling).duplicated() & (guides["guide_id"] != "")]
-    if len(twice):
-        raise SchemaError(f"{name}: guide {twice['guide_id'].iloc[0]!r} stands twice; keep one row of each")
+    if len(twice): raise SchemaError(f"{name}: guide {twice['guide_id'].iloc[0]!r} stands twice; keep one row of each")
     obs = adata.obs.drop(columns=[c for c in adata.obs if c.startswith("guide_seq_")])
     guide = obs["guide_id"].astype(str) if "guide_id" in obs else ""
     cells = pd.DataFrame({"condition": obs["condition"].astype(str), "guide_id": guide})
     actions = cells.drop_duplicates()
     found = _sequences_of(actions, guides)
     if not any(found):
-        raise SchemaError(
-            f"{name}: knows none of the guides and targets of these cells, such as "
-            f"{actions['condition'].iloc[-1]!r}; its own begin with {guides.iloc[0, :2].tolist()}; "
-            "do both use the same names?")
+        raise SchemaError(f"{name}: knows none of the guides and targets of these cells, such as "
+                          f"{actions['condition'].iloc[-1]!r}; its own begin with {guides.iloc[0, :2].tolist()}; do both use "
+                          "the same names?")
     of_cell = pd.MultiIndex.from_frame(actions).get_indexer(pd.MultiIndex.from_frame(cells))
     for k in range(max(map(len, found))):
         column = np.array([s[k] if k < len(s) else "" for s in found], dtype=object)
@@ -163,8 +156,7 @@ def _guide_report(name:str, actions:pd.DataFrame, guides:pd.DataFrame, found:lis
     return "; ".join(parts)
 
 # %% ../../nbs/1_data/09_companions.ipynb #15c00051
-_BARCODES = Companion(file="cells.h5ad", guide=("sgID_AB", ), gene="gene",
-                      control="non-targeting")  # of Replogle 2022
+_BARCODES = Companion(file="cells.h5ad", guide=("sgID_AB", ), gene="gene", control="non-targeting")  # of Replogle 2022
 
 def read_barcodes(
     path:str|Path,                      # .h5ad with guides in obs
@@ -180,11 +172,10 @@ def read_barcodes(
     try:
         with h5py.File(path) as f: obs = read_elem(f["obs"])
     except Exception as error:  # a damaged file makes h5py, anndata and pandas raise almost anything
-        raise SchemaError(f"{path}: its table of cells (obs) cannot be read ({type(error).__name__}: {error}); "
-                          "fetch the file again") from error
+        raise SchemaError(f"{path}: its table of cells (obs) cannot be read ({type(error).__name__}: {error}); fetch the file "
+                          "again") from error
     lost = [name for name in wanted if name not in obs]
-    there = ", ".join(map(str, obs.columns[:40]))
-    if lost: raise SchemaError(f"{path.name}: found no column {', '.join(lost)}; there are {there}")
+    if lost: raise SchemaError(f"{path.name}: found no column {', '.join(lost)}; there are {listed(obs.columns, 40)}")
     gene = _joined(obs, [c.gene]).replace(c.control, "ctrl")
     return pd.DataFrame({"guide_id": _joined(obs, c.guide), "gene": gene}).set_axis(obs.index.astype(str))
 
@@ -201,16 +192,12 @@ def join_barcodes(
     own = np.array([gene in targets[c] for gene, c in zip(here["gene"], adata.obs["condition"])])
     if not own.any():
         theirs, ours = ", ".join(cells.index[:2]), ", ".join(names[:2])
-        raise SchemaError(
-            f"{name}: none of its barcodes, such as {theirs}, is that of a cell of the same target, "
-            f"such as {ours}; is it the raw file of this screen?")
+        raise SchemaError(f"{name}: none of its barcodes, such as {theirs}, is that of a cell of the same target, such as "
+                          f"{ours}; is it the raw file of this screen?")
     known, single = names.isin(cells.index), names.isin(once.index)
-    problems = {
-        "not there": ~known, "there more than once": known & ~single, "of another target": single & ~own
-    }
-    lines = [_matched(name, "guides of cells", names, names[~own]),
-             f"{here['guide_id'][own].nunique():,} different guides",
-             *(f"{n.sum():,} barcodes {what}, e.g. {names[n][0]}" for what, n in problems.items() if n.any())]
+    problems = {"not there": ~known, "there more than once": known & ~single, "of another target": single & ~own}
+    lines = [_matched(name, "guides of cells", names, names[~own]), f"{here['guide_id'][own].nunique():,} different guides"]
+    lines += [f"{n.sum():,} barcodes {what}, e.g. {names[n][0]}" for what, n in problems.items() if n.any()]
     obs = adata.obs.assign(guide_id=here["guide_id"].where(own, "").to_numpy())
     obs["perturbation"] = perturbation_names(obs)
     obs = obs.astype({"guide_id": "category", "perturbation": "category"})
@@ -246,9 +233,8 @@ def read_proteins(
     sequence = c.sequence[0]
     gap = table[sequence].isna()
     if gap.any():
-        raise SchemaError(
-            f"{where}: {gap.sum()} rows have no {sequence!r}, the first begins with "
-            f"{table[gap].iloc[0, 0]!r}; the table is not whole, fetch it again (or drop these rows)")
+        raise SchemaError(f"{where}: {gap.sum()} rows have no {sequence!r}, the first begins with "
+                          f"{table[gap].iloc[0, 0]!r}; the table is not whole, fetch it again (or drop these rows)")
     primary = _named(table, c.gene, sequence)
     by_length = primary.iloc[primary["sequence"].str.len().argsort(kind="stable")]
     out = by_length.drop_duplicates("name", keep="last").assign(primary=True)
@@ -267,21 +253,17 @@ def join_proteins(
     targets = sorted({t for c in adata.obs["condition"].unique() for t in parse_condition(c, "ctrl")})
     found = proteins.loc[[t for t in targets if t in proteins.index]]
     if targets and not len(found):
-        raise SchemaError(
-            f"{name}: knows none of the {len(targets)} targets, such as {targets[0]}; its own names "
-            f"begin with {', '.join(proteins.index[:3])}; do both use the same names?")
+        raise SchemaError(f"{name}: knows none of the {len(targets)} targets, such as {targets[0]}; its own names begin with "
+                          f"{', '.join(proteins.index[:3])}; do both use the same names?")
     line = _matched(name, "targets", targets, [t for t in targets if t not in proteins.index])
     synonyms = found.index[~found["primary"]]
     if len(synonyms): line += f"; {len(synonyms)} of them by a synonym, e.g. {synonyms[0]}"
-    return _extended(adata,
-                     f"protein_sequences of {name}: {line}",
-                     protein_sequences=found["sequence"].to_dict())
+    return _extended(adata, f"protein_sequences of {name}: {line}", protein_sequences=found["sequence"].to_dict())
 
 # %% ../../nbs/1_data/09_companions.ipynb #15c00071
 WITHOUT_DOWNLOAD = (
-    "Without a download: k-mers of the sequences that are there (-p features kmer), from tables of "
-    "your own if need be (-p guides TABLE, -p proteins TABLE), or gene relations instead of sequences "
-    "(-p relations FILE)")
+    "Without a download: k-mers of the sequences that are there (-p features kmer), from tables of your own if need be "
+    "(-p guides TABLE, -p proteins TABLE), or gene relations instead of sequences (-p relations FILE)")
 
 def fetch_companion(
     card:DatasetCard,       # whose companion
@@ -313,21 +295,19 @@ def load_screen(
     proteins:pd.DataFrame|str|Path|None=None,               # genes and amino acids; the card's if None
     guides_from:str|Path|None=None,                         # raw .h5ad of the same cells, which knows each one's guide
     companions:Literal["error", "warn", "skip"]="error",    # on a card's that cannot be had; "skip": fetch none
-    **options,                              # of `load_dataset`: names of columns, folder, offline, progress
+    **options,                              # of `load_dataset`: columns and their names, folder, offline, progress
 )->ad.AnnData:                              # as of `load_dataset`; with guide_seq_a, …, guide_id, protein_sequences
     "A dataset together with what its file leaves out."
     card = name_or_path if isinstance(name_or_path, DatasetCard) else None
     if isinstance(name_or_path, str) and name_or_path in list_cards(): card = read_card(name_or_path)
     known = card.companions if card else {}
     download = {k: options[k] for k in ("folder", "offline", "progress") if k in options}
-    guides = _companion("guides", guides, card, companions, download)
-    proteins = _companion("proteins", proteins, card, companions, download)
+    guides, proteins = (_companion(kind, given, card, companions, download)
+                        for kind, given in dict(guides=guides, proteins=proteins).items())
     cells = None if guides_from is None else read_barcodes(guides_from, known.get("barcodes"))
     adata = load_dataset(name_or_path, **options)
     called = lambda table: "a table" if isinstance(table, pd.DataFrame) else Path(table).name
     if cells is not None: adata = join_barcodes(adata, cells, called(guides_from))
-    if guides is not None:
-        adata = join_guides(adata, read_guides(guides, known.get("guides")), called(guides))
-    if proteins is not None:
-        adata = join_proteins(adata, read_proteins(proteins, known.get("proteins")), called(proteins))
+    if guides is not None: adata = join_guides(adata, read_guides(guides, known.get("guides")), called(guides))
+    if proteins is not None: adata = join_proteins(adata, read_proteins(proteins, known.get("proteins")), called(proteins))
     return adata
