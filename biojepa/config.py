@@ -149,7 +149,7 @@ class DataConfig(Frozen):
     split:Literal["simulation", "guide", "combination", "cell_type", "custom"] = "simulation"
     split_seed:int = 1
     held_out:tuple[str, ...]|None = None    # targets, combinations or cell lines, by the kind of split; None: drawn
-    tokens:tuple[Literal["protein", "chemical", "dna"], ...]|None = None  # of an action in dynamics; guide DNA, as released
+    tokens:tuple[Literal["protein", "chemical", "dna"], ...]|None = None  # of an action; guide DNA if None
 
     _split = field_validator("held_out", mode="before")(_names)
 

@@ -60,13 +60,14 @@ def action_batch(
     banks:FeatureBank|Sequence[FeatureBank],   # one token per target of each
     missing:Literal["error", "drop"]="error",  # what to do with a row that lacks a feature
     mode:Mode|None=None,                       # one mode for all tokens; the table's own if None
-    genes:Sequence[str]|None=None,             # of the model, to say where the targets stand among them; not said if None
+    genes:Sequence[str]|None=None,             # of the model, to say where the targets stand; not said if None
 )->ActionBatch|tuple[ActionBatch, np.ndarray]:  # P rows; with "drop" also the rows of the table that were kept
     "What was done, as padded tokens: row p describes perturbation p, controls have no token."
     banks = [banks] if isinstance(banks, FeatureBank) else list(banks)
     widths = {(b.modality, b.width) for b in banks}
     if not banks or len({m for m, _ in widths}) != len(widths):
-        raise ValueError(f"banks: found {listed(map(repr, banks))}; give at least one bank, and one width per modality")
+        raise ValueError(f"banks: found {listed(map(repr, banks))}; give at least one bank, and one width per "
+                         f"modality")
     if missing not in ("error", "drop"): raise ValueError(f"missing: found {missing!r}; choose 'error' or 'drop'")
     rows = zip(table.targets, table.guide_id, table.guide_seqs)
     tokens = [[(b, keys) for b in banks for keys in _token_keys(*row, b)] for row in rows]

@@ -38,7 +38,8 @@ def _check_rows(
     if len(twice): raise ValueError(f"keys: found {listed(twice)} more than once; keep one row of each")
     for problem, rows in {"NaN or infinite values": ~np.isfinite(values).all(1), "only zeros": ~values.any(1)}.items():
         if rows.any():
-            raise ValueError(f"values: found {problem} in {listed(np.asarray(keys, dtype=object)[rows])}; leave these keys "
+            raise ValueError(f"values: found {problem} in {listed(np.asarray(keys, dtype=object)[rows])}; leave "
+                             f"these keys "
                              "out, a made-up row would pass for a measured one")
 
 # %% ../../nbs/2_actions/02_banks.ipynb #38a104b1
@@ -125,7 +126,8 @@ def load(
     except SafetensorError as error:
         raise ValueError(f"{path}: found a broken safetensors file ({error}); delete it and make it again") from error
     if about.get("schema") != _SCHEMA or values is None:
-        raise ValueError(f"{path}: found schema {about.get('schema')!r}, expected {_SCHEMA!r}; this is not a feature bank of "
+        raise ValueError(f"{path}: found schema {about.get('schema')!r}, expected {_SCHEMA!r}; this is not a "
+                         f"feature bank of "
                          "this version")
     keys, provenance = json.loads(about["keys"]), json.loads(about["provenance"])
     return cls(tuple(keys), values, Modality[about["modality"]], provenance)

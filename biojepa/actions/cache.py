@@ -53,9 +53,11 @@ def _read_chunks(
                 if wanted.isdisjoint(keys): continue
                 values = f.get_tensor("values")
         except SafetensorError as error:
-            raise ValueError(f"{path}: found a broken cache file ({error}); delete it, its rows are computed again") from error
+            raise ValueError(f"{path}: found a broken cache file ({error}); delete it, its rows are "
+                             f"computed again") from error
         if values.shape != (len(keys), width):
-            raise ValueError(f"{path}: found rows of shape {values.shape}, expected ({len(keys)}, {width}); delete it")
+            raise ValueError(f"{path}: found rows of shape {values.shape}, expected ({len(keys)}, {width}); "
+                             f"delete it")
         rows |= {k: v for k, v in zip(keys, values) if k in wanted}
     return rows
 
@@ -86,7 +88,8 @@ def rows_of(
             for batch in length_batches(missing, made.letters_per_batch, made.pad_multiple):
                 values = np.asarray(made.embed(batch), dtype=np.float32)
                 if values.shape != (len(batch), made.width):
-                    raise ValueError(f"{name}: found rows of shape {values.shape}, expected ({len(batch)}, {made.width})")
+                    raise ValueError(f"{name}: found rows of shape {values.shape}, expected ({len(batch)}, "
+                                     f"{made.width})")
                 pending |= {text_hash(s): v for s, v in zip(batch, values)}
                 if folder and len(pending) >= flush_every:
                     _write_chunk(folder, pending)

@@ -30,7 +30,7 @@ from ..data.splits import Split
 
 # %% ../../nbs/2_actions/08_describe.ipynb #fe195ba7
 def default_features(
-    adata:AnnData,                  # prepared; uns["protein_sequences"] and guide sequences in obs are used where they are
+    adata:AnnData,                  # prepared; its protein and guide sequences are used where they are
     table:ActionTable,              # its perturbations
     data:DataConfig=DataConfig(),   # `features` and `pooling`; `proteins` and `relations` are read if it names them
 )->list[FeatureBank]:
@@ -45,8 +45,10 @@ def default_features(
     elif proteins: banks.append(_sequence_features(proteins, Modality.PROTEIN, data))
     if guides: banks.append(_sequence_features(guides, Modality.DNA, data))
     if banks: return [completed(b, _wanted(table, b.modality)) for b in banks]
-    raise ValueError("features: the data hold neither adata.uns['protein_sequences'] nor guide sequences (obs guide_seq_a, "
-                     f"guide_seq_b). {WITHOUT_DOWNLOAD}, or feature banks of notebook actions/banks (on the command line "
+    raise ValueError("features: the data hold neither adata.uns['protein_sequences'] nor guide sequences (obs "
+                     "guide_seq_a, "
+                     f"guide_seq_b). {WITHOUT_DOWNLOAD}, or feature banks of notebook actions/banks (on the "
+                     f"command line "
                      "--features bank.safetensors)")
 
 def _sequence_features(sequences:dict, modality:Modality, data:DataConfig)->FeatureBank:
@@ -78,11 +80,13 @@ def completed(
     "The bank with the mean row for keys it lacks; they are named in a warning."
     if not (lacking := [k for k in keys if k not in bank]): return bank
     if not len(bank):
-        raise ValueError(f"features: none of the {len(keys)} targets is in the table of features; do both use the same gene "
+        raise ValueError(f"features: none of the {len(keys)} targets is in the table of features; do both use the "
+                         f"same gene "
                          "names?")
     what, kind = "guides" if bank.modality == Modality.DNA else "targets", bank.provenance.get("featurizer")
     named = ", ".join(k or "those without a name" for k in lacking[:8]) + (" …" if len(lacking) > 8 else "")
-    warnings.warn(f"{len(lacking)} of {len(keys)} {what} have no {kind} feature and get the mean one: {named}", stacklevel=3)
+    warnings.warn(f"{len(lacking)} of {len(keys)} {what} have no {kind} feature and get the mean one: {named}",
+                  stacklevel=3)
     values = np.concatenate([bank.values, np.repeat(bank.values.mean(0, keepdims=True), len(lacking), 0)])
     return FeatureBank((*bank.keys, *lacking), values, bank.modality, bank.provenance | dict(mean_for=lacking))
 

@@ -46,7 +46,8 @@ def clean_sequence(
     if not letters: raise ValueError(f"{name}: found an empty sequence; leave it out or give its letters")
     wrong = next((i for i, letter in enumerate(letters) if letter not in _LETTERS[modality]), None)
     if wrong is None: return letters
-    raise ValueError(f"{name}: found {letters[wrong]!r} at position {wrong + 1} of a {modality.name} sequence; allowed are "
+    raise ValueError(f"{name}: found {letters[wrong]!r} at position {wrong + 1} of a {modality.name} sequence; "
+                     f"allowed are "
                      f"{_LETTERS[modality]}")
 
 # %% ../../nbs/2_actions/04_featurizers.ipynb #325340d4
@@ -134,7 +135,8 @@ class KmerHash(SequenceFeaturizer):
         width:int|None=None,      # columns; the composer's width of the modality if None
     ):
         if modality not in _ALPHABET:
-            raise ValueError(f"modality: found {modality!r}; k-mers are of Modality.PROTEIN or Modality.DNA (molecules: "
+            raise ValueError(f"modality: found {modality!r}; k-mers are of Modality.PROTEIN or Modality.DNA "
+                             f"(molecules: "
                              "'morgan')")
         self.modality, self.width = modality, width or default_width(modality)
 
@@ -154,7 +156,8 @@ def _clean_inputs(
         twice = inputs.index[inputs.index.duplicated()]
         raise ValueError(f"inputs: found {listed(twice)} more than once; keep one sequence of each")
     if not isinstance(inputs, (Mapping, pd.Series)) or not len(inputs):
-        raise ValueError(f"inputs: found {type(inputs).__name__} of length {len(inputs)}; give a dictionary of name -> "
+        raise ValueError(f"inputs: found {type(inputs).__name__} of length {len(inputs)}; give a dictionary of "
+                         f"name -> "
                          "sequence with at least one entry")
     parts, cut = {}, {}
     for name, given in inputs.items():
@@ -172,7 +175,7 @@ def _clean_inputs(
 # %% ../../nbs/2_actions/04_featurizers.ipynb #d36e8112
 def featurize(
     kind:str,                             # a name in FEATURIZERS
-    inputs,                               # name -> sequence or tuple of sequences (averaged); "graph": the table or its path
+    inputs,                               # name -> sequence, or several (averaged); "graph": the table or its path
     cache:Path|Literal[False]|None=None,  # folder of cached rows; data/processed/features if None, no cache if False
     flush_every:int=512,                  # sequences between two writes of the cache
     progress:bool=True,                   # show a bar while rows are computed
@@ -216,7 +219,8 @@ class MorganFingerprint(SequenceFeaturizer):
             raise ValueError(f"{name}: found {text!r} instead of a SMILES; leave it out or give one")
         with rdBase.BlockLogs(): molecule = Chem.MolFromSmiles(text.strip())
         if molecule is not None: return Chem.MolToSmiles(molecule)
-        raise ValueError(f"{name}: found the SMILES {text!r}, which RDKit cannot read; correct it or leave the compound out")
+        raise ValueError(f"{name}: found the SMILES {text!r}, which RDKit cannot read; correct it or leave the "
+                         f"compound out")
 
     def embed(self, sequences):
         from rdkit import Chem

@@ -49,13 +49,14 @@ def spectral_embedding(
     genes:Sequence[str]|None=None,             # genes to keep; all of the largest component if None
     width:int|None=None,                       # eigenvectors to keep; the composer's width of a protein if None
     missing:Literal["error", "drop"]="error",  # what to do with `genes` that are not in it
-    modality:Modality=Modality.PROTEIN,        # which projection takes it; set ModelConfig.d_protein where the width differs
+    modality:Modality=Modality.PROTEIN,        # which projection takes it; ModelConfig.d_protein is its width
 )->FeatureBank:
     "Unit-length rows of the leading eigenvectors of the normalised adjacency."
     A, names = _adjacency(read_table(edges))
     width = width or default_width(modality)
     if width >= len(names):
-        raise ValueError(f"width: found {width} for a largest connected component of {len(names)} genes; choose fewer columns "
+        raise ValueError(f"width: found {width} for a largest connected component of {len(names)} genes; choose "
+                         f"fewer columns "
                          "than genes")
     degree = np.asarray(A.sum(1)).ravel()
     scale = sparse.diags(1/np.sqrt(degree))

@@ -44,15 +44,19 @@ class WeightSource:
         what = "the file" if file else "config.json, the tokenizer files, *.py and *.safetensors"
         gate = f"Licence: {self.licence}."
         if self.gated:
-            gate = (f"The repository is gated ({self.licence}): log in there, accept the licence, and set HF_TOKEN to a token "
+            gate = (f"The repository is gated ({self.licence}): log in there, accept the licence, and set HF_TOKEN "
+                    f"to a token "
                     "of that account, or download the files in a browser.")
         return MissingWeightsError(
-            f"{self.name}: {found}. Download {what} from {web} to {here}, or pass model=PATH. {gate} Without weights, "
-            "featurize('kmer', ...) makes rows of the same width; in an experiment -p features kmer, or -p relations FILE for "
+            f"{self.name}: {found}. Download {what} from {web} to {here}, or pass model=PATH. {gate} Without "
+            f"weights, "
+            "featurize('kmer', ...) makes rows of the same width; in an experiment -p features kmer, or -p "
+            "relations FILE for "
             "gene relations instead of sequences.")
 
+_FAIR = "https://dl.fbaipublicfiles.com/fair-esm/models"
 SOURCES = dict(
-    esm2_fair=WeightSource("esm2_t6_8M_UR50D.pt", "https://dl.fbaipublicfiles.com/fair-esm/models/esm2_t6_8M_UR50D.pt", "MIT"),
+    esm2_fair=WeightSource("esm2_t6_8M_UR50D.pt", f"{_FAIR}/esm2_t6_8M_UR50D.pt", "MIT"),
     esm2_hf=WeightSource("esm2_t6_8M_UR50D", "facebook/esm2_t6_8M_UR50D", "MIT"),
     ntv3=WeightSource("NTv3_650M_pre", "InstaDeepAI/NTv3_650M_pre", "InstaDeep model licence", gated=True))
 
@@ -97,7 +101,8 @@ def weights_hash(
     if path.is_file(): return file_hash(path)[:12]
     files = [p for kind in ("*.safetensors", "config.json", "*.py") for p in sorted(path.glob(kind))]
     if not any(p.suffix == ".safetensors" for p in files):
-        raise ValueError(f"{path}: found no *.safetensors among {sorted(p.name for p in path.iterdir())}; pickled weights are "
+        raise ValueError(f"{path}: found no *.safetensors among {sorted(p.name for p in path.iterdir())}; pickled "
+                         f"weights are "
                          "not read, convert them with save_pretrained")
     return object_hash({p.name: file_hash(p) for p in files})
 
@@ -111,11 +116,12 @@ class TokenMean(SequenceFeaturizer):
     def __init__(self,
         model:str|Path|None=None,                # weights: file or folder; see find_weights if None
         device:str|torch.device="cpu",           # where to compute
-        width:int|None=None,                     # hidden width of the model; the composer's width of the modality if None
+        width:int|None=None,                     # hidden width of the model; the composer's if None
         download:bool=True,                      # try the network if the weights are not here
         pooling:Literal["residues", "tokens"]="residues",  # what is averaged: letters, or start and end too
     ):
-        if pooling not in self.pooled: raise ValueError(f"pooling: found {pooling!r}; choose 'residues' or 'tokens'")
+        if pooling not in self.pooled: raise ValueError(f"pooling: found {pooling!r}; choose 'residues' or "
+                                                        f"'tokens'")
         source = SOURCES[self.kind]
         self.path, self.device, self.pooling = find_weights(source, model, download), torch.device(device), pooling
         self.name = source.address if model is None else Path(model).name
@@ -130,10 +136,12 @@ class TokenMean(SequenceFeaturizer):
         hidden, letters, tokens = self._hidden(list(sequences))   # (B, T, F), (B, T), (B, T)
         found, wanted = letters.sum(1).tolist(), [len(s) for s in sequences]
         if hidden.shape[-1] != self.width:
-            raise ValueError(f"{self.path}: found a hidden width of {hidden.shape[-1]}, expected {self.width}; pass "
+            raise ValueError(f"{self.path}: found a hidden width of {hidden.shape[-1]}, expected "
+                             f"{self.width}; pass "
                              f"width={hidden.shape[-1]} and set it in ModelConfig")
         if hidden.shape[:2] != letters.shape or found != wanted:
-            raise ValueError(f"{self.path}: found {found} tokens in a layer of shape {tuple(hidden.shape)} for sequences of "
+            raise ValueError(f"{self.path}: found {found} tokens in a layer of shape {tuple(hidden.shape)} for "
+                             f"sequences of "
                              f"lengths {wanted}; this model does not read one token per letter")
         weight = (tokens if self.pooling == "tokens" else letters).unsqueeze(-1).to(hidden.dtype)
         return ((hidden*weight).sum(1)/weight.sum(1)).float().cpu().numpy()
@@ -147,7 +155,8 @@ def load_esm_fair(
     with torch.serialization.safe_globals([Namespace]):
         try: checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         except (UnpicklingError, RuntimeError, EOFError, OSError) as error:
-            raise ValueError(f"{path}: found no readable checkpoint ({_first_line(error)}); download it again") from error
+            what = _first_line(error)
+            raise ValueError(f"{path}: found no readable checkpoint ({what}); download it again") from error
     if not isinstance(checkpoint, dict) or not {"cfg", "model"} <= set(checkpoint):
         raise ValueError(f"{path}: found no 'cfg' and 'model'; give an ESM-2 checkpoint of fair-esm")
     with warnings.catch_warnings():
@@ -180,10 +189,12 @@ def _load_transformers(
     options |= dict(use_safetensors=True, dtype=torch.float32, output_loading_info=True, local_files_only=True)
     try: model, info = auto.from_pretrained(path, **options)
     except OSError as error:
-        raise ValueError(f"{path}: found no readable model ({_first_line(error)}); download the whole folder again") from error
+        raise ValueError(f"{path}: found no readable model ({_first_line(error)}); download the whole "
+                         f"folder again") from error
     absent = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
     if absent:
-        raise ValueError(f"{path}: found no weights for {absent[:4]} ({len(absent)} in all); transformers would draw them at "
+        raise ValueError(f"{path}: found no weights for {absent[:4]} ({len(absent)} in all); transformers would "
+                         f"draw them at "
                          "random, download the right file")
     in_file, fresh = set(model.state_dict()), dict(type(model)(model.config).named_buffers())
     for name, buffer in model.named_buffers():

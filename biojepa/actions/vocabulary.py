@@ -78,7 +78,8 @@ class ActionTable:
         for name, seqs in zip(names, self.guide_seqs):
             wrong = [s for s in seqs if not re.fullmatch("[ACGTN]+", s)]
             if wrong:
-                raise ValueError(f"action table: guide sequence {wrong[0]!r} of {name!r} is not DNA; only the capital letters "
+                raise ValueError(f"action table: guide sequence {wrong[0]!r} of {name!r} is not DNA; only the "
+                                 f"capital letters "
                                  "A C G T N are")
 
     def __len__(self)->int: return len(self.perturbation)
@@ -130,8 +131,10 @@ def _one_value(
     twice = seen[seen.code.duplicated(keep=False)]
     if len(twice):
         first = twice[twice.code == twice.code.iloc[0]]
-        raise ValueError(f"adata.obs[{column!r}]: {twice.code.nunique()} perturbations have more than one value, first "
-                         f"{names[first.code.iloc[0]]!r} with {', '.join(map(repr, first.value[:3]))}; name the guide column in "
+        raise ValueError(f"adata.obs[{column!r}]: {twice.code.nunique()} perturbations have more than one "
+                         f"value, first "
+                         f"{names[first.code.iloc[0]]!r} with {', '.join(map(repr, first.value[:3]))}; name the "
+                         f"guide column in "
                          "load_dataset (guide=...), so that each is a perturbation of its own")
     return pd.Series(seen.value.to_numpy(), index=seen.code).reindex(range(len(names)), fill_value="").tolist()
 
@@ -156,7 +159,8 @@ def _require_known(
     unknown = {t: c for c in conditions for t in parse_condition(c) if t not in known}
     if unknown:
         named = listed(f"{t} (in {c!r})" for t, c in unknown.items())
-        raise ValueError(f"condition: {len(unknown)} targets are not among the {len(known)} known genes: {named}; correct the "
+        raise ValueError(f"condition: {len(unknown)} targets are not among the {len(known)} known genes: {named}; "
+                         f"correct the "
                          "names, or remove these cells")
 
 # %% ../../nbs/2_actions/01_vocabulary.ipynb #2495f687
@@ -180,9 +184,10 @@ def from_anndata(
     value = lambda column: _one_value(adata, column, code, names, control)
     sequences = [value(c) for c in sorted(adata.obs) if c.startswith("guide_seq_")]
     modes = [Mode.parse((m or "unknown") if mode is None else mode) for m in value("mode")]
-    return cls(perturbation=tuple(names), condition=tuple(condition), targets=targets, guide_id=tuple(value("guide_id")),
-               guide_seqs=tuple(tuple(filter(None, row)) for row in zip(*sequences)) or ((),)*len(names),
-               mode=tuple(Mode.CONTROL if c else m for c, m in zip(control, modes)), n_cells=tuple(n_cells.tolist()))
+    guide_seqs = tuple(tuple(filter(None, row)) for row in zip(*sequences)) or ((),)*len(names)
+    modes = tuple(Mode.CONTROL if c else m for c, m in zip(control, modes))
+    return cls(tuple(names), tuple(condition), targets, tuple(value("guide_id")), guide_seqs, modes,
+               tuple(n_cells.tolist()))
 
 @patch
 def codes(
@@ -195,7 +200,8 @@ def codes(
     missing = [n for n in names if n not in set(self.perturbation)]
     extra = [n for n in self.perturbation if n not in set(names)]
     raise ValueError(f"action table: {len(self)} rows, but adata.obs['perturbation'] has {len(names)} categories "
-                     f"({len(missing)} not in the table {missing[:3]}, {len(extra)} only there {extra[:3]}, or another order); "
+                     f"({len(missing)} not in the table {missing[:3]}, {len(extra)} only there {extra[:3]}, or "
+                     f"another order); "
                      "make it with ActionTable.from_anndata(adata) from the AnnData that batches are made of")
 
 @patch
@@ -244,8 +250,10 @@ def load(cls:ActionTable, path:str|Path)->ActionTable:
     frame = pd.read_csv(path, dtype=str, keep_default_na=False) if csv else pd.read_parquet(path)
     names = list(cls.__dataclass_fields__)
     if list(frame.columns) != names:
-        raise ValueError(f"{path}: found columns {', '.join(frame.columns)}; an action table has {', '.join(names)}")
+        raise ValueError(f"{path}: found columns {', '.join(frame.columns)}; an action table has "
+                         f"{', '.join(names)}")
     columns = {name: tuple(frame[name].astype(str)) for name in names}
-    for name in ("targets", "guide_seqs"): columns[name] = tuple(tuple(filter(None, x.split("+"))) for x in columns[name])
+    split = lambda text: tuple(filter(None, text.split("+")))
+    for name in ("targets", "guide_seqs"): columns[name] = tuple(map(split, columns[name]))
     columns |= dict(mode=tuple(map(Mode.parse, columns["mode"])), n_cells=tuple(map(int, columns["n_cells"])))
     return cls(**columns)

@@ -24,13 +24,15 @@ def row_source(
 ):                  # (cells × G) matrix for `dense_rows`
     "The matrix of an AnnData in a form that gives rows cheaply; a CSC matrix in memory is converted, once."
     if adata.isbacked and adata.is_view:
-        raise ValueError(f"{adata.filename}: found a view of a file on disk, which would be read whole; pass the whole "
+        raise ValueError(f"{adata.filename}: found a view of a file on disk, which would be read whole; pass "
+                         f"the whole "
                          "AnnData with a split, or view.to_memory()")
     X = adata.X  # a new object at each access where it is on disk, so it is taken once
     if X is None: raise ValueError("adata.X: found None; batches are made from X")
     if getattr(X, "format", None) != "csc": return X
     if adata.isbacked:
-        raise ValueError(f"{adata.filename}: X is stored gene by gene (CSC), so no cell can be read alone; write it as CSR, "
+        raise ValueError(f"{adata.filename}: X is stored gene by gene (CSC), so no cell can be read alone; write "
+                         f"it as CSR, "
                          "or read it without backed='r'")
     return X.tocsr()
 
@@ -112,7 +114,8 @@ def align_genes(
         if len(twice): raise ValueError(f"{what}: {listed(twice)} more than once; make the names unique")
     missing = genes[~genes.isin(names)]
     if len(missing):
-        raise ValueError(f"adata.var_names: {len(missing)} of {len(genes)} genes are missing: {listed(missing)}; give data "
+        raise ValueError(f"adata.var_names: {len(missing)} of {len(genes)} genes are missing: {listed(missing)}; "
+                         f"give data "
                          "that measured them (are these the same kind of gene names?)")
     if genes.equals(names): return adata
     kept = adata[:, genes]

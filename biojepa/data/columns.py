@@ -78,7 +78,8 @@ def read_conditions(
             raise source.error(f"control={columns.control!r}, but no condition= was named and there is no column "
                                f"'condition'; there are {listed(obs.columns, 40)}")
         source.history.append("condition: no column, every cell is a control")
-        warnings.warn(f"{source.where}: no condition column was named and none is called 'condition'; every cell is "
+        warnings.warn(f"{source.where}: no condition column was named and none is called 'condition'; every "
+                      f"cell is "
                       "taken as a control", stacklevel=5)
         return pd.Series("ctrl", index=obs.index)
     name, control = columns.condition or "condition", columns.control or "ctrl"
@@ -87,7 +88,8 @@ def read_conditions(
     try: spelling = {label: condition_name(parse_condition(label, (control, "ctrl"))) for label in labels}
     except SchemaError as error: raise source.error(f"column {name!r}: {error}") from error
     if "ctrl" not in spelling.values() or columns.control not in (None, *spelling):
-        raise source.error(f"no control cells: no label {control!r} in column {name!r}; the most frequent labels are "
+        raise source.error(f"no control cells: no label {control!r} in column {name!r}; the most frequent "
+                           f"labels are "
                            f"{listed(labels)}; name the right one with control=")
     changed = [label for label in spelling if spelling[label] != label]
     line = f"condition: column {name!r}, control {control!r}, {len(set(spelling.values())) - 1} conditions"
@@ -245,7 +247,8 @@ def check_targets(
     if not missing or policy == "allow": return
     message = f"{len(missing)} of {len(targets)} targets are not among the genes"
     if policy == "error":
-        raise source.error(f"{message}: {listed(missing)}; check gene_name= and the condition labels, or allow them "
+        raise source.error(f"{message}: {listed(missing)}; check gene_name= and the condition labels, or "
+                           f"allow them "
                            "with unknown_targets='warn'")
     source.history.append(f"targets: {message.replace('targets ', '')}")
     warnings.warn(f"{source.where}: {message}: {listed(missing)} (silence with unknown_targets='allow')", stacklevel=5)

@@ -39,7 +39,8 @@ def read_table(
     kind = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
     if kind in (".csv", ".tsv"): return pd.read_csv(path, sep="\t" if kind == ".tsv" else ",")
     if kind != ".xlsx":
-        raise ValueError(f"{path}: found the ending {path.suffix!r}; convert the table to csv, tsv, parquet or xlsx")
+        raise ValueError(f"{path}: found the ending {path.suffix!r}; convert the table to csv, tsv, "
+                         f"parquet or xlsx")
     try:
         with pd.ExcelFile(path, engine="openpyxl") as book:
             if sheet in (None, *book.sheet_names): return book.parse(0 if sheet is None else sheet, dtype=str)
@@ -73,7 +74,8 @@ def read_guides(
     c = _usable(table, [columns, _GUIDES, _GUIDES.changed(sequence=_GUIDES.sequence[:1])])
     if c is None:
         wanted = [str([*x.guide, x.gene, *x.sequence]) for x in (columns, _GUIDES) if x]
-        raise SchemaError(f"{where}: found columns {list(table.columns)[:12]}; expected {' or '.join(wanted)}, where either "
+        raise SchemaError(f"{where}: found columns {list(table.columns)[:12]}; expected {' or '.join(wanted)}, "
+                          f"where either "
                           "the guide or the gene may be left away")
     dna = pd.DataFrame({name: _joined(table, [name]).str.upper() for name in c.sequence})
     sound = dna.apply(lambda s: s.str.fullmatch("[ACGTN]*")).all(axis=1) & (dna != "").any(axis=1)
@@ -126,7 +128,8 @@ def join_guides(
 )->ad.AnnData:              # the same values; obs guide_seq_a, guide_seq_b, …
     "Guide DNA for every cell whose guide, or else whose target, the table knows."
     twice = guides[guides["guide_id"].map(_spelling).duplicated() & (guides["guide_id"] != "")]
-    if len(twice): raise SchemaError(f"{name}: guide {twice['guide_id'].iloc[0]!r} stands twice; keep one row of each")
+    if len(twice): raise SchemaError(f"{name}: guide {twice['guide_id'].iloc[0]!r} stands twice; keep one "
+                                     f"row of each")
     obs = adata.obs.drop(columns=[c for c in adata.obs if c.startswith("guide_seq_")])
     guide = obs["guide_id"].astype(str) if "guide_id" in obs else ""
     cells = pd.DataFrame({"condition": obs["condition"].astype(str), "guide_id": guide})
@@ -134,7 +137,8 @@ def join_guides(
     found = _sequences_of(actions, guides)
     if not any(found):
         raise SchemaError(f"{name}: knows none of the guides and targets of these cells, such as "
-                          f"{actions['condition'].iloc[-1]!r}; its own begin with {guides.iloc[0, :2].tolist()}; do both use "
+                          f"{actions['condition'].iloc[-1]!r}; its own begin with {guides.iloc[0, :2].tolist()}; "
+                          f"do both use "
                           "the same names?")
     of_cell = pd.MultiIndex.from_frame(actions).get_indexer(pd.MultiIndex.from_frame(cells))
     for k in range(max(map(len, found))):
@@ -172,10 +176,12 @@ def read_barcodes(
     try:
         with h5py.File(path) as f: obs = read_elem(f["obs"])
     except Exception as error:  # a damaged file makes h5py, anndata and pandas raise almost anything
-        raise SchemaError(f"{path}: its table of cells (obs) cannot be read ({type(error).__name__}: {error}); fetch the file "
+        raise SchemaError(f"{path}: its table of cells (obs) cannot be read ({type(error).__name__}: {error}); "
+                          f"fetch the file "
                           "again") from error
     lost = [name for name in wanted if name not in obs]
-    if lost: raise SchemaError(f"{path.name}: found no column {', '.join(lost)}; there are {listed(obs.columns, 40)}")
+    if lost: raise SchemaError(f"{path.name}: found no column {', '.join(lost)}; there are "
+                               f"{listed(obs.columns, 40)}")
     gene = _joined(obs, [c.gene]).replace(c.control, "ctrl")
     return pd.DataFrame({"guide_id": _joined(obs, c.guide), "gene": gene}).set_axis(obs.index.astype(str))
 
@@ -192,11 +198,13 @@ def join_barcodes(
     own = np.array([gene in targets[c] for gene, c in zip(here["gene"], adata.obs["condition"])])
     if not own.any():
         theirs, ours = ", ".join(cells.index[:2]), ", ".join(names[:2])
-        raise SchemaError(f"{name}: none of its barcodes, such as {theirs}, is that of a cell of the same target, such as "
+        raise SchemaError(f"{name}: none of its barcodes, such as {theirs}, is that of a cell of the same target, "
+                          f"such as "
                           f"{ours}; is it the raw file of this screen?")
     known, single = names.isin(cells.index), names.isin(once.index)
     problems = {"not there": ~known, "there more than once": known & ~single, "of another target": single & ~own}
-    lines = [_matched(name, "guides of cells", names, names[~own]), f"{here['guide_id'][own].nunique():,} different guides"]
+    lines = [_matched(name, "guides of cells", names, names[~own]), f"{here['guide_id'][own].nunique():,} "
+                                                                    f"different guides"]
     lines += [f"{n.sum():,} barcodes {what}, e.g. {names[n][0]}" for what, n in problems.items() if n.any()]
     obs = adata.obs.assign(guide_id=here["guide_id"].where(own, "").to_numpy())
     obs["perturbation"] = perturbation_names(obs)
@@ -253,7 +261,8 @@ def join_proteins(
     targets = sorted({t for c in adata.obs["condition"].unique() for t in parse_condition(c, "ctrl")})
     found = proteins.loc[[t for t in targets if t in proteins.index]]
     if targets and not len(found):
-        raise SchemaError(f"{name}: knows none of the {len(targets)} targets, such as {targets[0]}; its own names begin with "
+        raise SchemaError(f"{name}: knows none of the {len(targets)} targets, such as {targets[0]}; its own names "
+                          f"begin with "
                           f"{', '.join(proteins.index[:3])}; do both use the same names?")
     line = _matched(name, "targets", targets, [t for t in targets if t not in proteins.index])
     synonyms = found.index[~found["primary"]]
@@ -262,7 +271,8 @@ def join_proteins(
 
 # %% ../../nbs/1_data/09_companions.ipynb #15c00071
 WITHOUT_DOWNLOAD = (
-    "Without a download: k-mers of the sequences that are there (-p features kmer), from tables of your own if need be "
+    "Without a download: k-mers of the sequences that are there (-p features kmer), from tables of your own if "
+    "need be "
     "(-p guides TABLE, -p proteins TABLE), or gene relations instead of sequences (-p relations FILE)")
 
 def fetch_companion(
@@ -309,5 +319,6 @@ def load_screen(
     called = lambda table: "a table" if isinstance(table, pd.DataFrame) else Path(table).name
     if cells is not None: adata = join_barcodes(adata, cells, called(guides_from))
     if guides is not None: adata = join_guides(adata, read_guides(guides, known.get("guides")), called(guides))
-    if proteins is not None: adata = join_proteins(adata, read_proteins(proteins, known.get("proteins")), called(proteins))
+    if proteins is not None:
+        adata = join_proteins(adata, read_proteins(proteins, known.get("proteins")), called(proteins))
     return adata

@@ -6,8 +6,6 @@
 __all__ = ['log_folds', 'guide_strengths', 'plan_conditions', 'proteins', 'protospacers', 'plan_constructs', 'plan_cells']
 
 # %% ../../nbs/1_data/02_constructs.ipynb #c0200003
-from typing import NamedTuple
-
 import numpy as np
 import pandas as pd
 
@@ -15,7 +13,7 @@ from .network import SimulationSpec, stream
 
 # %% ../../nbs/1_data/02_constructs.ipynb #f6b67e14
 def log_folds(
-    plan:pd.DataFrame,    # (N rows) first, second (rows of `unit`), strength_a, strength_b (signed, 0: none), coupling (c_AB)
+    plan:pd.DataFrame,    # N rows: first, second (rows of `unit`), strength_a, strength_b (signed, 0: none), coupling c_AB
     unit:np.ndarray,      # (T, G) unit responses
     genes:np.ndarray,     # (T,) gene of each target
 )->tuple[np.ndarray, np.ndarray]:  # (N, G) natural log-folds; (N, G) the interaction alone
@@ -41,7 +39,7 @@ def plan_conditions(
     spec:SimulationSpec,
     names:np.ndarray,     # (T,) gene names of the targets
     strength:np.ndarray,  # (T, n) signed
-)->pd.DataFrame:          # first, second, strength_a, strength_b (averages over guides), coupling, double, mode, condition
+)->pd.DataFrame:          # first, second, strength_a, strength_b (means over guides), coupling, double, mode, condition
     "Singles, then distinct pairs of one mode, their members in the order of their names."
     rng, singles, sign = stream(spec.seed, "doubles"), np.arange(spec.n_targets), np.sign(strength[:, 0])
     pairs = np.argwhere(np.triu(sign[:, None] == sign, 1))

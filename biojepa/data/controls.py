@@ -54,11 +54,13 @@ def match_controls(
     orphan = start == stop
     none = orphan & (line_start == line_stop)
     if none.any():
-        raise ValueError(f"no control cells for cell type {listed(lines[np.unique(line[cells[none]])])}: {none.sum()} "
+        raise ValueError(f"no control cells for cell type {listed(lines[np.unique(line[cells[none]])])}: "
+                         f"{none.sum()} "
                          "perturbed cells have nothing to be paired with; add controls or remove these cells")
     if orphan.any():
         names = [f"{batches[g//len(lines)]} ({lines[g % len(lines)]})" for g in np.unique(group[cells[orphan]])]
-        warnings.warn(f"no control cells in batch {listed(names)}: {orphan.sum()} perturbed cells are paired with controls "
+        warnings.warn(f"no control cells in batch {listed(names)}: {orphan.sum()} perturbed cells are paired with "
+                      f"controls "
                       "of their cell type from other batches", stacklevel=3)
     first, size = np.where(orphan, [len(by_group) + line_start, line_stop - line_start], [start, stop - start])
     return ControlPools(cells, np.concatenate([by_group, by_line]), first, size)

@@ -53,7 +53,8 @@ def _check_axes(x:sp.csr_matrix, source:Source)->None:
         raise source.error(f"an empty matrix, {n_cells} cells × {n_genes} genes; is it the right file?")
     twice = source.obs.index.duplicated()
     if twice.any():
-        raise source.error(f"{twice.sum():,} cell names occur again, the first is {source.obs.index[twice.argmax()]!r}; "
+        raise source.error(f"{twice.sum():,} cell names occur again, the first is "
+                           f"{source.obs.index[twice.argmax()]!r}; "
                            "make them unique (adata.obs_names_make_unique()) and write the file again")
     if x.shape != (n_cells, n_genes):
         raise source.error(f"X is {x.shape[0]} × {x.shape[1]}, but there are {n_cells} cells and {n_genes} genes; "
@@ -65,7 +66,8 @@ _KEPT = ("protein_sequences", "truth")  # entries a canonical file may carry in 
 def _own_names(obs:pd.DataFrame, about:dict, where:str)->Columns:
     "Column names of a file in canonical form."
     if "log_library_size" in obs:
-        raise SchemaError(f"{where}: this file was already prepared; read it with anndata.read_h5ad, so that nothing "
+        raise SchemaError(f"{where}: this file was already prepared; read it with anndata.read_h5ad, so that "
+                          f"nothing "
                           "is logged twice")
     has = lambda name: name if name in obs else None
     dna = tuple(sorted(name for name in obs if name.startswith("guide_seq_"))) or None
@@ -101,7 +103,8 @@ def _read_file(
         with h5py.File(path, "r") as f:
             lost = [part for part in ("obs", "var") if part not in f]
             if lost:
-                raise SchemaError(f"{where}: not an AnnData file, it has no {' and no '.join(lost)}; it holds {listed(f)}")
+                raise SchemaError(f"{where}: not an AnnData file, it has no {' and no '.join(lost)}; it holds "
+                                  f"{listed(f)}")
             uns = f.get("uns", {})
             source, kept = _source(read_elem(f["obs"]), read_elem(f["var"]), uns, columns, where, [f"read {where}"])
             kept = {k: read_elem(uns[k]) for k in kept}
@@ -144,10 +147,11 @@ def load_dataset(
     offline:bool=False,         # never touch the network
     progress:bool=True,         # show a bar while downloading
     **named,                    # fields of `Columns`, which win: condition, control, batch, …
-)->ad.AnnData:                  # X CSR float32 as in the file; obs condition, batch, cell_type, perturbation (and what was named)
-    "Load a dataset by name or path into canonical form, or say why not (`SchemaError`, `DownloadError`, both `ValueError`)."
+)->ad.AnnData:                  # X CSR float32 as in the file; obs condition, batch, cell_type, perturbation, what was named
+    "Load a dataset by name or path into canonical form, or say why not (`SchemaError`, `DownloadError`)."
     if unknown := set(named) - set(Columns.model_fields):
-        raise TypeError(f"load_dataset: found {listed(sorted(unknown))}; a column is one of {listed(Columns.model_fields, 40)}")
+        raise TypeError(f"load_dataset: found {listed(sorted(unknown))}; a column is one of "
+                        f"{listed(Columns.model_fields, 40)}")
     columns, source = Columns(**named).over(columns), name_or_path
     if isinstance(source, ad.AnnData):
         return _read_anndata(source, columns, "AnnData", ["from an AnnData in memory"])

@@ -104,7 +104,8 @@ class DownloadError(ValueError):
 
 def _failure(source:Download, download:Path, what:str)->DownloadError:
     "The error of a failed download, with the way round it."
-    return DownloadError(f"{source.name}: {what}. Address: {source.url}. To place it by hand, open the address in a browser and "
+    return DownloadError(f"{source.name}: {what}. Address: {source.url}. To place it by hand, open the address in "
+                         f"a browser and "
                          f"save the file as {download}")
 
 # %% ../../nbs/1_data/05_download.ipynb #82246496
@@ -142,7 +143,8 @@ def _no_room(source:Download, folder:Path, needed:int)->None:
     "Fail before, not after, an hour of writing."
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise DownloadError(f"{source.name}: {folder} has {free:,} bytes free, {needed:,} are needed; free some, or give another "
+        raise DownloadError(f"{source.name}: {folder} has {free:,} bytes free, {needed:,} are needed; free some, "
+                            f"or give another "
                             "folder=")
 
 def _sweep(folder:Path, age:float=3600.)->None:
@@ -183,7 +185,8 @@ def _download(source:Download, download:Path, known_hash:str|None, attempts:int,
         except ValueError as error:
             raise _failure(source, download, f"wrong checksum, nothing was kept: {error}") from error
         except OSError as error:
-            raise DownloadError(f"{source.name}: cannot write to {download.parent}: {error}; free some space, or give another "
+            raise DownloadError(f"{source.name}: cannot write to {download.parent}: {error}; free some space, or "
+                                f"give another "
                                 "folder=") from error
         time.sleep(wait*2**attempt)
 
@@ -200,9 +203,11 @@ def _extract(card:DatasetCard, archive:Path, h5ad:Path)->None:
             _no_room(card, h5ad.parent, found[0].file_size)
             with atomic_path(h5ad) as part, z.open(found[0]) as source:
                 with open(part, "wb") as out: shutil.copyfileobj(source, out, 1 << 20)
-                if not h5py.is_hdf5(part): raise DownloadError(f"{archive}: {found[0].filename} is not an HDF5 file")
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # RuntimeError: password, unknown compression
-        raise DownloadError(f"{archive}: damaged or unreadable archive ({error}); delete it to download it again") from error
+                if not h5py.is_hdf5(part): raise DownloadError(f"{archive}: {found[0].filename} is not an "
+                                                               f"HDF5 file")
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # RuntimeError: a password, a compression
+        raise DownloadError(f"{archive}: damaged or unreadable archive ({error}); delete it to download "
+                            f"it again") from error
     except OSError as error:
         raise DownloadError(f"{h5ad}: cannot be written: {error}; give another folder=") from error
 
@@ -238,7 +243,7 @@ def fetch(
     wait:float=1.,            # seconds before the second transfer, doubled after each
     progress:bool=True,       # show a bar
 )->Path:                      # the .h5ad file
-    "The dataset's `.h5ad`: from the cache if it is there and unchanged, else downloaded, verified, extracted, recorded."
+    "The dataset's `.h5ad`: from the cache if it is there and unchanged, else downloaded, verified and extracted."
     home = Path(folder or PATHS.raw)/card.name
     h5ad, record = home/PurePosixPath(card.file or f"{card.name}.h5ad").name, home/"record.json"
     download = home/f"{card.name}.zip" if card.file else h5ad

@@ -29,7 +29,8 @@ def column_of(
 )->pd.Categorical:       # its values as text
     "A column as categories; a missing column is an error."
     if key in adata.obs: return pd.Categorical(adata.obs[key].astype(str))
-    raise ValueError(f"obs['{key}']: missing, found {listed(adata.obs)}; load the file with load_dataset, which makes it")
+    raise ValueError(f"obs['{key}']: missing, found {listed(adata.obs)}; load the file with load_dataset, which "
+                     f"makes it")
 
 def is_control(adata:AnnData)->np.ndarray:  # (N,) bool
     "Which cells are controls."
@@ -91,11 +92,13 @@ def simulation(
     conditions = targets_of(adata)
     odd = [c for c, targets in conditions.items() if len(targets) > 2 or any("ctrl" in t for t in targets)]
     if odd:
-        raise ValueError("kind='simulation': cell-gears reads one or two targets without 'ctrl' in their name, found "
+        raise ValueError("kind='simulation': cell-gears reads one or two targets without 'ctrl' in their "
+                         "name, found "
                          f"{listed(odd, 5)}; use kind='custom'")
     unknown = set(held_out or ()) - {t for targets in conditions.values() for t in targets}
     if unknown:
-        raise ValueError(f"held_out: {listed(sorted(unknown), 5)} is no target in obs['condition']; kind='simulation' "
+        raise ValueError(f"held_out: {listed(sorted(unknown), 5)} is no target in obs['condition']; "
+                         f"kind='simulation' "
                          "takes names of targets")
     table = AnnData(obs=pd.DataFrame({"condition": ["ctrl", *conditions]}, index=["ctrl", *conditions]))
     with undisturbed():
@@ -119,7 +122,8 @@ def _draw(
 )->tuple[list[str], list[str]]:  # test, val
     "Draw two disjoint lists; each has at least one name if its fraction is positive and names are left."
     if not (0 < test_fraction < 1 and 0 <= val_fraction < 1 and test_fraction + val_fraction < 1):
-        raise ValueError(f"test_fraction, val_fraction: found {test_fraction} and {val_fraction}; give positive shares "
+        raise ValueError(f"test_fraction, val_fraction: found {test_fraction} and {val_fraction}; give "
+                         f"positive shares "
                          "below 1 in sum")
     names = _shuffled(names, seed)
     n_test, n_val = (max(1, round(f*len(names))) if f else 0 for f in (test_fraction, val_fraction))
@@ -147,7 +151,8 @@ def guide(
         left = guides[~guides["name"].isin(test)]
         bare = set(guides["condition"]) - set(left["condition"])
         if bare:
-            raise ValueError(f"held_out: leaves {listed(sorted(bare), 5)} without a guide in training; keep one of each")
+            raise ValueError(f"held_out: leaves {listed(sorted(bare), 5)} without a guide in training; keep "
+                             f"one of each")
         val = _draw(left[left.duplicated("condition")]["name"], seed, test_fraction, val_fraction)[1]
     return Parts(set(guides["name"]) - {*test, *val}, val, test)
 
@@ -164,7 +169,8 @@ def combination(
     conditions = targets_of(adata)
     combos = {c: set(t) for c, t in conditions.items() if len(t) > 1}
     if not combos:
-        raise ValueError("kind='combination': obs['condition'] holds no combination such as 'A+B'; use kind='simulation' "
+        raise ValueError("kind='combination': obs['condition'] holds no combination such as 'A+B'; use "
+                         "kind='simulation' "
                          "for single targets")
     fate = {}
     if held_out is not None:
@@ -202,11 +208,13 @@ def cell_type(
     _require_known(test, lines, "cell_type")
     rest = _shuffled(lines - set(test), seed)
     if len(rest) < 1 + val_lines:
-        raise ValueError(f"kind='cell_type': {len(lines)} lines ({listed(sorted(lines), 5)}) are not enough for test, "
+        raise ValueError(f"kind='cell_type': {len(lines)} lines ({listed(sorted(lines), 5)}) are not enough "
+                         f"for test, "
                          "validation and training; give val_lines=0 and allow_empty_val=True")
     bare = lines - set(column_of(adata, "cell_type")[is_control(adata)])
     if bare:
-        raise ValueError(f"kind='cell_type': found no control cells of {listed(sorted(bare), 5)}; a line needs its own")
+        raise ValueError(f"kind='cell_type': found no control cells of {listed(sorted(bare), 5)}; a line "
+                         f"needs its own")
     return Parts(rest[val_lines:], rest[:val_lines], test)
 
 def custom(
@@ -218,7 +226,8 @@ def custom(
     "The caller's own parts; values in none of them are unused."
     if not isinstance(held_out, Mapping) or set(held_out) - {"val"} != {"train", "test"}:
         found = listed(sorted(map(str, held_out))) if isinstance(held_out, Mapping) else repr(held_out)
-        raise ValueError(f"held_out: found {found}; kind='custom' needs lists called train, test and, if wanted, val")
+        raise ValueError(f"held_out: found {found}; kind='custom' needs lists called train, test and, if "
+                         f"wanted, val")
     if key not in ("condition", "perturbation", "cell_type"):
         raise ValueError(f"key: found {key!r}; choose 'condition', 'perturbation' or 'cell_type'")
     parts = [[v for v in held_out.get(p, []) if v != "ctrl"] for p in Parts._fields[:3]]
@@ -234,8 +243,9 @@ def read_lists(
     except OSError as error:
         raise ValueError(f"held_out: cannot read {path} ({error.strerror}); kind='custom' takes a JSON file with "
                          f"{wanted}") from error
-    except json.JSONDecodeError as error: raise ValueError(f"{path}: is not JSON ({error}); expected {wanted}") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: is not JSON ({error}); expected {wanted}") from error
 
 KINDS:dict[str, tuple[Callable, str]] = {  # name -> function, column of obs
-    "simulation": (simulation, "condition"), "guide": (guide, "perturbation"), "combination": (combination, "condition"),
-    "cell_type": (cell_type, "cell_type"), "custom": (custom, "condition")}
+    "simulation": (simulation, "condition"), "guide": (guide, "perturbation"),
+    "combination": (combination, "condition"), "cell_type": (cell_type, "cell_type"), "custom": (custom, "condition")}

@@ -75,11 +75,14 @@ def _of_guides(split, train, val, test)->Iterator[Check]:
     "Guides by name and by sequence."
     if split.key == "cell_type": return
     held = {k: val[k] | test[k] for k in train}
-    for name, key, applies in (("guide sequences", "sequences", True), ("guides", "guide_id", split.key == "perturbation")):
-        if applies and held[key]:
-            yield Check(name, held[key] & train[key], len(held[key]),
-                        f"held-out {name.split()[-1]} that no training cell carries")
-    if split.key == "perturbation":
+    by_guide = split.key == "perturbation"
+    if held["sequences"]:
+        yield Check("guide sequences", held["sequences"] & train["sequences"], len(held["sequences"]),
+                    "held-out sequences that no training cell carries")
+    if by_guide and held["guide_id"]:
+        yield Check("guides", held["guide_id"] & train["guide_id"], len(held["guide_id"]),
+                    "held-out guides that no training cell carries")
+    if by_guide:
         yield Check("known targets", held["condition"] - train["condition"], len(held["condition"]),
                     "conditions of held-out guides that have another guide in training")
 
@@ -89,7 +92,8 @@ def _of_statistics(adata, rows)->Iterator[Check]:
     wanted = cells_hash(adata.obs_names[rows])
     about = adata.uns.get("biojepa", {}).items()
     records = {name: r for name, r in about if isinstance(r, Mapping) and "train_cells" in r}
-    if "variable_genes" not in records: yield Check("variable genes", [], 0, "not chosen here: all genes of the file")
+    if "variable_genes" not in records: yield Check("variable genes", [], 0, "not chosen here: all genes of "
+                                                                             "the file")
     for name, r in records.items():
         others = f"{name}: {r.get('n_train_cells', '?')} cells of split {r.get('split', '?')}"
         yield Check(name.replace("_", " "), [others] if r["train_cells"] != wanted else [], len(rows),
@@ -111,7 +115,8 @@ def _of_rows(split, adata, rows, held, seen)->Iterator[Check]:
     others = [] if same else set(listed_values) ^ (values - {"ctrl"}) or ["values"]
     held_values = seen["val"][split.key] | seen["test"][split.key]
     yield Check("data", others, len(values), f"values of obs['{split.key}'] the split was made for")
-    yield Check("parts", set(listed_values[listed_values.duplicated()]), len(listed_values), "values listed in one part only")
+    yield Check("parts", set(listed_values[listed_values.duplicated()]), len(listed_values), "values listed in one "
+                                                                                             "part only")
     yield Check("rows", adata.obs_names[np.intersect1d(rows["train"], out)], len(out),
                 "held-out cells that are no training cells")
     yield Check("values", held_values & seen["train"][split.key], len(held_values),
@@ -126,15 +131,17 @@ def check_leakage(
     rows = {p: np.union1d(split.cells(adata, p), split.controls(adata, p)) for p in PARTS}
     held = {p: split.cells(adata, p) if split.key != "cell_type" else rows[p] for p in ("val", "test")}
     seen = {p: _seen(adata, r) for p, r in {"train": rows["train"], **held}.items()}
-    checks = [*_of_rows(split, adata, rows, held, seen), *_of_targets(split, **seen), *_of_combinations(split, **seen),
-              *_of_guides(split, **seen), *_of_statistics(adata, rows["train"]), *_of_pairs(pairs, seen["train"], adata)]
+    checks = [*_of_rows(split, adata, rows, held, seen), *_of_targets(split, **seen),
+              *_of_combinations(split, **seen), *_of_guides(split, **seen),
+              *_of_statistics(adata, rows["train"]), *_of_pairs(pairs, seen["train"], adata)]
     report = pd.DataFrame([dict(check=c.check, passed=not len(c.offenders), checked=c.checked,
                                 offenders=listed(sorted(map(str, c.offenders)), 5) if len(c.offenders) else "",
                                 meaning=c.meaning) for c in checks])
     failed = report[~report["passed"]]
     if not len(failed): return report
     what = "; ".join(f"{r.check}: {r.offenders} (must be: {r.meaning})" for r in failed.itertuples())
-    error = LeakageError(f"{what}; make the split again on this file, prepare with that split, and align on training "
+    error = LeakageError(f"{what}; make the split again on this file, prepare with that split, and align on "
+                         f"training "
                          "perturbations only")
     error.report = report
     raise error

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from anndata import AnnData
+from fastcore.basics import patch
 from torch import Tensor
 
 from .batches import ActionBatch, ActionPairBatch, CellBatch, PairBatch, dense_rows, row_source
@@ -40,7 +41,8 @@ class BatchLoader:
         self.n_items, self._checksum = len(items), zlib.crc32(np.ascontiguousarray(items))
         self.position = self._resume = 0
         if not self.n_items or self.training and not len(self):
-            raise ValueError(f"batch_size: {self.n_items} items make no batch of {self.batch_size} on {self.world_size} "
+            raise ValueError(f"batch_size: {self.n_items} items make no batch of {self.batch_size} on "
+                             f"{self.world_size} "
                              f"devices with drop_last={self.drop_last}")
 
     def __len__(self)->int:
@@ -72,18 +74,21 @@ class BatchLoader:
         "Choose the epoch; a change of epoch starts at its first batch."
         if epoch != self.epoch: self.epoch, self.position, self._resume = epoch, 0, 0
 
-    def state_dict(self)->dict:
-        "Where the loader stands: batches handed out in this epoch, and what their content depends on."
-        return dict(epoch=self.epoch, position=self.position, seed=self.seed, batch_size=self.batch_size,
-                    n_items=self.n_items, checksum=self._checksum)
+# %% ../../nbs/1_data/17_loaders.ipynb #c1600010
+@patch
+def state_dict(self:BatchLoader)->dict:
+    "Where the loader stands: batches handed out in this epoch, and what their content depends on."
+    return dict(epoch=self.epoch, position=self.position, seed=self.seed, batch_size=self.batch_size,
+                n_items=self.n_items, checksum=self._checksum)
 
-    def load_state_dict(self, state:dict)->None:
-        "Continue after the last batch that was handed out; the state of another loader is refused."
-        mine, same = self.state_dict(), ("seed", "batch_size", "n_items", "checksum")
-        differs = [f"{k} is {state.get(k)} in the state, {mine[k]} here" for k in same if state.get(k) != mine[k]]
-        if differs: raise ValueError(f"loader state: {'; '.join(differs)}; resume with the same cells and settings")
-        self.epoch, self.position = state["epoch"], state["position"]
-        self._resume = self.position
+@patch
+def load_state_dict(self:BatchLoader, state:dict)->None:
+    "Continue after the last batch that was handed out; the state of another loader is refused."
+    mine, same = self.state_dict(), ("seed", "batch_size", "n_items", "checksum")
+    differs = [f"{k} is {state.get(k)} in the state, {mine[k]} here" for k in same if state.get(k) != mine[k]]
+    if differs: raise ValueError(f"loader state: {'; '.join(differs)}; resume with the same cells and settings")
+    self.epoch, self.position = state["epoch"], state["position"]
+    self._resume = self.position
 
 # %% ../../nbs/1_data/17_loaders.ipynb #d75d87f3
 def _check_loader(
@@ -110,7 +115,8 @@ def _prepared(
     "Refuse an AnnData that `prepare` has not made."
     space = adata.uns.get("biojepa", {}).get("expression_space")
     if space not in ("log1p", "log1p_twice"):
-        raise ValueError(f"adata.uns['biojepa']['expression_space']: found {space!r}; batches are made from log-normalised "
+        raise ValueError(f"adata.uns['biojepa']['expression_space']: found {space!r}; batches are made from "
+                         f"log-normalised "
                          "values, so call prepare(adata) first")
     for column in ("log_library_size", *columns):
         if column not in adata.obs:
@@ -118,7 +124,8 @@ def _prepared(
     size = adata.obs["log_library_size"].to_numpy(np.float32)
     lost = (~np.isfinite(size)).sum()
     if lost:
-        raise ValueError(f"adata.obs['log_library_size']: {lost} cells have no finite value; call prepare(adata) again, or "
+        raise ValueError(f"adata.obs['log_library_size']: {lost} cells have no finite value; call prepare(adata) "
+                         f"again, or "
                          "remove them")
     return size
 
@@ -131,7 +138,8 @@ def _part_cells(
     known_part(part)
     cells, controls = (np.sort(np.asarray(rows(adata, part), np.int64)) for rows in (split.cells, split.controls))
     if len(cells): return cells, controls
-    raise ValueError(f"part {part!r}: the split leaves no perturbed cell of this AnnData in it; choose other fractions or "
+    raise ValueError(f"part {part!r}: the split leaves no perturbed cell of this AnnData in it; choose other "
+                     f"fractions or "
                      "another seed")
 
 # %% ../../nbs/1_data/17_loaders.ipynb #5e5f4d13
@@ -209,13 +217,16 @@ def _check_actions(
     if len(set(n)) > 1:
         raise ValueError(f"anchor, positive, target: found {n} rows; give one row per perturbation in each")
     if not len(rows):
-        raise ValueError("allowed: found no row; alignment needs at least one training perturbation with both descriptions")
+        raise ValueError("allowed: found no row; alignment needs at least one training perturbation with both "
+                         "descriptions")
     repeated = len(rows) - len(np.unique(rows))
     if repeated or rows.min() < 0 or rows.max() >= n[0]:
-        raise ValueError(f"allowed: found {rows.min()} to {rows.max()}, {repeated} repeated; give distinct rows from 0 to "
+        raise ValueError(f"allowed: found {rows.min()} to {rows.max()}, {repeated} repeated; give distinct rows "
+                         f"from 0 to "
                          f"{n[0] - 1}")
     for name, actions in dict(anchor=anchor, positive=positive).items():
         empty = rows[~actions.present.any(1).numpy()[rows]]
         if len(empty):
-            raise ValueError(f"{name}: rows {empty[:5].tolist()} of allowed have no action token; leave controls and targets "
+            raise ValueError(f"{name}: rows {empty[:5].tolist()} of allowed have no action token; leave controls "
+                             f"and targets "
                              "without features out of allowed")

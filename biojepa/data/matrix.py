@@ -105,7 +105,8 @@ def _refuse_impossible(
         at = pieces(x.nnz)[np.flatnonzero(found)[0]]
         k = at.start + int(is_bad(x.data[at]).argmax())
         cell, gene = cells[np.searchsorted(x.indptr, k, side="right") - 1], genes[x.indices[k]]
-        raise SchemaError(f"{where}: {sum(found):,} {what} values in X, the first at cell {cell!r}, gene {gene!r}; give "
+        raise SchemaError(f"{where}: {sum(found):,} {what} values in X, the first at cell {cell!r}, gene "
+                          f"{gene!r}; give "
                           "counts or log1p values (scaled or imputed data cannot be turned back)")
 
 def state_of(

@@ -88,11 +88,14 @@ def _contradictions(s:SimulationSpec)->list[tuple[bool, str]]:
         (s.n_targets > s.n_genes//2,
          f"n_targets: found {s.n_targets} of {s.n_genes} genes; give at most half of n_genes, {s.n_genes//2}"),
         (s.n_modules*10 > s.n_genes,
-         f"n_modules: found {s.n_modules} for {s.n_genes} genes; a module needs 10, so give at most {s.n_genes//10}"),
+         f"n_modules: found {s.n_modules} for {s.n_genes} genes; a module needs 10, so give at most "
+         f"{s.n_genes//10}"),
         (s.n_doubles > pairs,
-         f"n_doubles: found {s.n_doubles}; {s.n_targets} targets have {pairs} pairs of one mode, give at most that"),
+         f"n_doubles: found {s.n_doubles}; {s.n_targets} targets have {pairs} pairs of one mode, give at "
+         f"most that"),
         (s.n_controls < max(slots, s.n_control_guides),
-         f"control_fraction: found {s.control_fraction} of {s.n_cells} cells = {s.n_controls} controls for {slots} gem "
+         f"control_fraction: found {s.control_fraction} of {s.n_cells} cells = {s.n_controls} controls for "
+         f"{slots} gem "
          f"groups and {s.n_control_guides} control guides; raise control_fraction or n_cells"),
         (perturbed < s.n_constructs,
          f"n_cells: found {s.n_cells}, of which {perturbed} perturbed, for {s.n_constructs} guides; raise n_cells")]

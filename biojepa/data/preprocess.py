@@ -12,7 +12,7 @@ import scipy.sparse as sp
 from anndata import AnnData
 
 from ..core import object_hash
-from .conditions import SchemaError, listed, parse_condition
+from .conditions import SchemaError, listed
 from .schema import SPACES, require, validate
 
 # %% ../../nbs/1_data/11_preprocess.ipynb #81fe5661
@@ -58,7 +58,8 @@ def _totals(
         raise ValueError(f"library_size: found {library_size!r}; choose 'genes' or 'total'")
     if library_size == "genes" or adata.uns["biojepa"]["expression_space"] != "counts": return _row_sums(adata.X)
     require("total_counts" in adata.obs,
-            "obs['total_counts']: missing, and library_size='total' needs it; name the file's column in load_dataset "
+            "obs['total_counts']: missing, and library_size='total' needs it; name the file's column in "
+            "load_dataset "
             "(library_size=...), or use library_size='genes'")
     totals = adata.obs["total_counts"].to_numpy(float)
     require(np.isfinite(totals).all() and (totals >= 0).all(),
@@ -150,7 +151,8 @@ def _seurat_v3(
     try: table = sc.pp.highly_variable_genes(small, flavor="seurat_v3", n_top_genes=n_top_genes, check_values=False,
                                              inplace=False)
     except ValueError as error:
-        raise SchemaError(f"variable genes: the loess fit failed on {len(rows)} training cells × {counts.shape[1]} genes "
+        raise SchemaError(f"variable genes: the loess fit failed on {len(rows)} training cells × "
+                          f"{counts.shape[1]} genes "
                           f"({error}); use more cells or genes, or n_top_genes=None") from error
     return table["highly_variable"].to_numpy()
 
@@ -195,7 +197,8 @@ def _variable_genes_(
     record = dict(split=split.hash, n_train_cells=len(rows), train_cells=cells_hash(adata.obs_names[rows]))
     before = adata.uns["biojepa"].get("variable_genes", record)
     require(before["train_cells"] == record["train_cells"],
-            f"split: variable genes were already chosen on the cells of split {before['split']}; prepare the loaded file "
+            f"split: variable genes were already chosen on the cells of split {before['split']}; prepare the "
+            f"loaded file "
             "again")
     space = adata.uns["biojepa"]["expression_space"]
     counts = adata.X if space == "counts" else adata.layers.get("counts")
@@ -203,7 +206,8 @@ def _variable_genes_(
             "X: is logged twice and counts are unknown; choose variable genes on the loaded file")
     choose, values = (_seurat_v3, counts) if counts is not None else (_seurat, adata.X)
     chosen = choose(values, rows, n_top_genes)
-    _note_(adata, f"variable genes: {chosen.sum()} of {adata.n_vars}, on {len(rows)} training cells of split {split.hash}",
+    _note_(adata, f"variable genes: {chosen.sum()} of {adata.n_vars}, on {len(rows)} training cells of split "
+                  f"{split.hash}",
            variable_genes=record)
     return chosen
 
@@ -247,7 +251,7 @@ def prepare(
     library_size:str="genes",         # divide by the sum over the file's genes, or by obs["total_counts"] ("total")
     zero_counts:str="error",          # what to do with cells without counts: "error" or "drop"
 )->AnnData:                           # a new canonical AnnData; the input is unchanged and shares its counts
-    "Checked, logged once, with library sizes and history (report §4.1). Values that are logged already stay as they are."
+    "Checked, logged once, with library sizes and history (report §4.1); values that are logged already stay so."
     if zero_counts not in ("error", "drop"):
         raise ValueError(f"zero_counts: found {zero_counts!r}; choose 'error' or 'drop'")
     adata = validate(_readable(adata))

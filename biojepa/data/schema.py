@@ -23,17 +23,20 @@ def require(
 def _check_axes(adata:AnnData)->None:
     "Names are unique and there is something to read."
     require(adata.X is not None and adata.n_obs and adata.n_vars,
-            f"AnnData: found {adata.n_obs} cells × {adata.n_vars} genes{'' if adata.X is not None else ' and no X'}; an "
+            f"AnnData: found {adata.n_obs} cells × {adata.n_vars} "
+            f"genes{'' if adata.X is not None else ' and no X'}; an "
             "empty matrix cannot be used")
     for axis in ("obs_names", "var_names"):
         names = getattr(adata, axis)
         twice = names[names.duplicated()].unique()
-        require(not len(twice), f"{axis}: found {len(twice)} duplicate names ({listed(twice, 5)}); make them unique, e.g. "
+        require(not len(twice), f"{axis}: found {len(twice)} duplicate names ({listed(twice, 5)}); make them "
+                                f"unique, e.g. "
                                 f"adata.{axis}_make_unique()")
     require("gene_name" in adata.var,
             "var['gene_name']: missing; read the file with load_dataset, or set adata.var['gene_name']")
     names = adata.var["gene_name"].astype(str)
-    require(names.is_unique, f"var['gene_name']: found duplicates ({listed(names[names.duplicated()].unique(), 5)}); keep "
+    require(names.is_unique, f"var['gene_name']: found duplicates "
+                             f"({listed(names[names.duplicated()].unique(), 5)}); keep "
                              "one column for each gene")
 
 def _check_obs(adata:AnnData)->None:
@@ -47,13 +50,15 @@ def _check_obs(adata:AnnData)->None:
                                f"{listed(adata.obs_names[gap], 5)}; fill or drop them")
     pairs = obs[["condition", "perturbation"]].astype(str).drop_duplicates()
     odd = [c for c in pairs["condition"].unique() if condition_name(parse_condition(c, "ctrl")) != c]
-    require(not odd, f"obs['condition']: found {listed(odd, 5)}; expected 'ctrl', 'GENE+ctrl' or 'A+B' in alphabetical "
+    require(not odd, f"obs['condition']: found {listed(odd, 5)}; expected 'ctrl', 'GENE+ctrl' or 'A+B' in "
+                     f"alphabetical "
                      "order, as load_dataset writes them")
     require("ctrl" in set(pairs["condition"]),
             "obs['condition']: found no control cells; give load_dataset the file's control label (control=...)")
     fits = lambda c, p: p == c or c != "ctrl" and p.startswith(f"{c}|")
     wrong = [f"{p} in {c}" for c, p in pairs.itertuples(index=False) if not fits(c, p)]
-    require(not wrong, f"obs['perturbation']: found {listed(wrong, 5)}; expected the condition, or 'condition|guide_id'")
+    require(not wrong, f"obs['perturbation']: found {listed(wrong, 5)}; expected the condition, or "
+                       f"'condition|guide_id'")
 
 # %% ../../nbs/1_data/10_schema.ipynb #f8706633
 SPACES = ("counts", "log1p", "log1p_twice")  # what X can hold
@@ -73,25 +78,30 @@ def _whole(
 def _check_values(adata:AnnData)->None:
     "X is finite, not negative, and what uns['biojepa'] says it is."
     about = adata.uns.get("biojepa")
-    require(about is not None, "uns['biojepa']: missing; read the file with load_dataset, which records what X holds")
+    require(about is not None, "uns['biojepa']: missing; read the file with load_dataset, which records "
+                               "what X holds")
     space, values = about.get("expression_space"), _stored(adata.X)
     require(space in SPACES,
             f"uns['biojepa']['expression_space']: found {space!r}; expected one of {', '.join(SPACES)}")
     require(np.issubdtype(values.dtype, np.number), f"X: found values of type {values.dtype}; expected numbers")
     low, high = (values.min(), values.max()) if len(values) else (0, 0)
     if not np.isfinite([low, high]).all():
-        raise SchemaError(f"X: found {int((~np.isfinite(values)).sum())} NaN or infinite values; drop those cells or genes, "
+        raise SchemaError(f"X: found {int((~np.isfinite(values)).sum())} NaN or infinite values; drop those cells "
+                          f"or genes, "
                           "or set the values to 0")
-    require(low >= 0, f"X: found negative values, lowest {low:g}; give raw counts or log1p values, not scaled or centred "
+    require(low >= 0, f"X: found negative values, lowest {low:g}; give raw counts or log1p values, not scaled or "
+                      f"centred "
                       "ones")
     require(high > 0, "X: found only zeros; there is nothing to normalise")
     if space == "counts":
-        require(_whole(values), f"X: declared as counts but found fractions up to {high:g}; if it is already logged load "
+        require(_whole(values), f"X: declared as counts but found fractions up to {high:g}; if it is already "
+                                f"logged load "
                                 "it with values='log1p', else round it")
         return
     require(not _whole(values),
             f"X: declared as {space} but found whole numbers up to {high:g}; load it with values='counts'")
-    require(high < 15, f"X: declared as {space} but found {high:g}, too large for a logarithm; apply log1p to it, or load "
+    require(high < 15, f"X: declared as {space} but found {high:g}, too large for a logarithm; apply log1p to it, "
+                       f"or load "
                        "raw counts")
 
 # %% ../../nbs/1_data/10_schema.ipynb #dec5883c
@@ -113,7 +123,8 @@ def _check_prepared(adata:AnnData)->None:
         c, x = counts[row].toarray().ravel(), X[row].toarray().ravel()
         ratio = np.expm1(x[c > 0].astype(float))/c[c > 0]
         same = (x[c == 0] == 0).all() and np.allclose(ratio, ratio[:1], rtol=1e-3)
-        require(same, f"X: cell {adata.obs_names[row]} is not the logarithm of its scaled layers['counts']; was it logged "
+        require(same, f"X: cell {adata.obs_names[row]} is not the logarithm of its scaled layers['counts']; was "
+                      f"it logged "
                       "again or changed? Call prepare on the loaded file")
 
 # %% ../../nbs/1_data/10_schema.ipynb #d189d975

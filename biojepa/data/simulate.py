@@ -24,34 +24,6 @@ from .network import Network, SimulationSpec, plant_network, steady_state, strea
 
 _all_ = ["SimulationSpec"]
 
-# %% ../../nbs/1_data/03_simulate.ipynb #85bf8e41
-def _spell(
-    rng:np.random.Generator,
-    letters:np.ndarray,      # (n,) alphabet
-    probability:np.ndarray,  # (N, n) one distribution per sequence
-    length:np.ndarray,       # (N,) letters of each sequence
-)->list[str]:
-    "Independent sequences with the given compositions."
-    return ["".join(rng.choice(letters, n, p=p)) for p, n in zip(probability, length)]
-
-def _proteins(
-    spec:SimulationSpec,
-    module:np.ndarray,   # (T,) of each target
-)->list[str]:            # one sequence per target, 80 to 900 residues, starting with methionine
-    "Protein sequences of the targets."
-    rng = _stream(spec.seed, "proteins")
-    length = np.clip(rng.lognormal(np.log(300), 0.4, len(module)), 80, 900).astype(int)
-    return ["M" + s[1:] for s in _spell(rng, _RESIDUES, _compositions(spec, _RESIDUES, 0.5)[module], length)]
-
-def _protospacers(
-    spec:SimulationSpec,
-    module:np.ndarray,   # (N,) of each guide; -1: non-targeting, from the background
-    name:str,            # of the random stream
-)->list[str]:            # N sequences of 20 nucleotides
-    "Guide sequences."
-    table = np.vstack([_compositions(spec, _STEPS, 0.8), np.full(len(_STEPS), 1/len(_STEPS))])
-    return _spell(_stream(spec.seed, name), _STEPS, table[module], np.full(len(module), 10))
-
 # %% ../../nbs/1_data/03_simulate.ipynb #99278c91
 class _Expression(NamedTuple):
     "Everything about a cell's mean except its construct."
@@ -187,11 +159,11 @@ def _describe_cells(
 # %% ../../nbs/1_data/03_simulate.ipynb #048baafd
 def simulate_perturb_seq(
     spec:SimulationSpec=SimulationSpec(),  # what to simulate
-)->AnnData:                                # raw counts, CSR float32; obs as after `load_dataset`; uns["truth"], uns["protein_sequences"]
+)->AnnData:                                # raw counts, CSR float32; obs as after `load_dataset`; uns truth, protein_sequences
     """Simulate a Perturb-seq screen with known truth; the same specification gives the same counts.
 
-    SERGIO (Dibaeinia and Sinha 2020) simulates such networks as stochastic differential equations; a linear steady state
-    of log expression costs a sparse product instead, and its log-folds are known in closed form."""
+    SERGIO (Dibaeinia and Sinha 2020) simulates such networks as stochastic differential equations; a linear steady
+    state of log expression costs a sparse product instead, and its log-folds are known in closed form."""
     if not isinstance(spec, SimulationSpec):
         raise ValueError(f"simulate_perturb_seq: found {type(spec).__name__}; give a SimulationSpec")
     L, G, N, width = spec.n_cell_types, spec.n_genes, spec.n_cells, len(str(spec.n_genes))

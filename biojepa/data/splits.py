@@ -41,7 +41,7 @@ class Split:
         "Identifies the split: equal splits have equal hashes."
         return object_hash(asdict(self))
 
-    def part_of(self, adata:AnnData)->np.ndarray:  # (N,) of "train", "val", "test", "control" (for every part), "" (unused)
+    def part_of(self, adata:AnnData)->np.ndarray:  # (N,) of "train", "val", "test", "control" (of every part), "" (unused)
         "The part of each cell. Controls of a cell-line split carry the part of their line."
         values, part = column_of(adata, self.key), {v: p for p in PARTS for v in getattr(self, p)}
         out = np.array([part.get(v, "") for v in values.categories], dtype="<U7")[values.codes]
@@ -74,7 +74,8 @@ class Split:
                              f"{listed(sorted(map(str, stored)), 5)}); for lists of your own use kind='custom'")
         split = cls(**{n: tuple(v) if n in PARTS else v for n, v in stored.items() if n != "hash"})
         if split.hash != stored["hash"]:
-            raise ValueError(f"{path}: was changed after it was saved (hash {stored['hash']}, content {split.hash}); "
+            raise ValueError(f"{path}: was changed after it was saved (hash {stored['hash']}, content "
+                             f"{split.hash}); "
                              "make the split again")
         if adata is not None: _require_same_data(split, adata, str(path))
         return split
@@ -103,17 +104,18 @@ def _require_same_data(
     lacks, more = named - values, values - named
     raise ValueError(f"{name}: was made for other data: obs['{split.key}'] lacks "
                      f"{listed(sorted(lacks), 5) if lacks else 'nothing that is listed'}, and holds "
-                     f"{listed(sorted(more), 5) if more else 'nothing that is unlisted'}; make a split for this file")
+                     f"{listed(sorted(more), 5) if more else 'nothing that is unlisted'}; make a split for "
+                     f"this file")
 
 # %% ../../nbs/1_data/13_splits.ipynb #39a75485
 def make_split(
     adata:AnnData,                 # loaded or prepared; only obs is read
     kind:str="simulation",         # "simulation", "guide", "combination", "cell_type" or "custom"
     seed:int=1,                    # of the draw; the report used 1
-    held_out=None,                 # what to test on: targets, guides, combinations, lines; "custom": the lists, or a JSON file
+    held_out=None,                 # what to test on: targets, guides, combinations, lines; "custom": lists or their file
     path:Path|None=None,           # JSON file to reuse if it exists and to write if not
     allow_empty_val:bool=False,    # accept a split without a validation part
-    **options,                     # guide, combination: test_fraction, val_fraction; combination: seen; cell_type: val_lines; custom: key
+    **options,                     # of the kind: test_fraction, val_fraction, seen, val_lines, key
 )->Split:
     "Hold something out. An empty part is an error."
     if kind not in KINDS: raise ValueError(f"kind: found {kind!r}; choose one of {', '.join(KINDS)}")
@@ -122,7 +124,8 @@ def make_split(
     make, key = KINDS[kind]
     known = inspect.signature(make).parameters.keys() - {"adata", "seed", "held_out"}
     if unknown := options.keys() - known:
-        raise ValueError(f"{listed(sorted(unknown))}: not an option of kind='{kind}', which takes {listed(sorted(known))}")
+        raise ValueError(f"{listed(sorted(unknown))}: not an option of kind='{kind}', which takes "
+                         f"{listed(sorted(known))}")
     if kind == "custom" and isinstance(held_out, (str, Path)): held_out = read_lists(held_out)
     if isinstance(held_out, str): held_out = [held_out]
     lists = isinstance(held_out, Mapping)
@@ -149,8 +152,10 @@ def _require_parts(
     empty = sorted(p for p, n in sizes.items() if not n and not (p == "val" and allow_empty_val))
     if empty:
         found = ", ".join(f"{n} {p}" for p, n in sizes.items())
-        raise ValueError(f"kind='{split.kind}': part {listed(empty)} is empty ({found} values of obs['{split.key}']); "
-                         "use data with more of them, other fractions or lists, or allow_empty_val=True if only val is empty")
+        raise ValueError(f"kind='{split.kind}': part {listed(empty)} is empty ({found} values of "
+                         f"obs['{split.key}']); "
+                         "use data with more of them, other fractions or lists, or allow_empty_val=True if only "
+                         "val is empty")
     values = pd.Series([v for p in PARTS for v in getattr(split, p)])
     if values.duplicated().any():
         twice = listed(sorted(values[values.duplicated()].unique()), 5)
@@ -166,5 +171,6 @@ def _reused(
     flat = lambda x: {"kind": x["kind"], "seed": x["seed"], **x["settings"]}
     found, asked = flat(asdict(split)), flat(asked)
     if asked == found: return split
-    raise ValueError(f"{path}: holds another split ({found}) than is asked for ({asked}); give another path, or delete the "
+    raise ValueError(f"{path}: holds another split ({found}) than is asked for ({asked}); give another path, or "
+                     f"delete the "
                      "file")
