@@ -13,7 +13,7 @@ from .network import SimulationSpec, stream
 
 # %% ../../nbs/1_data/02_constructs.ipynb #f6b67e14
 def log_folds(
-    plan:pd.DataFrame,    # N rows: first, second (rows of `unit`), strength_a, strength_b (signed, 0: none), coupling c_AB
+    plan:pd.DataFrame,    # N rows: first, second (rows of `unit`), strength_a, strength_b (signed), coupling c_AB
     unit:np.ndarray,      # (T, G) unit responses
     genes:np.ndarray,     # (T,) gene of each target
 )->tuple[np.ndarray, np.ndarray]:  # (N, G) natural log-folds; (N, G) the interaction alone

@@ -147,7 +147,7 @@ def load_dataset(
     offline:bool=False,         # never touch the network
     progress:bool=True,         # show a bar while downloading
     **named,                    # fields of `Columns`, which win: condition, control, batch, …
-)->ad.AnnData:                  # X CSR float32 as in the file; obs condition, batch, cell_type, perturbation, what was named
+)->ad.AnnData:                  # X CSR float32; obs condition, batch, cell_type, perturbation, and what was named
     "Load a dataset by name or path into canonical form, or say why not (`SchemaError`, `DownloadError`)."
     if unknown := set(named) - set(Columns.model_fields):
         raise TypeError(f"load_dataset: found {listed(sorted(unknown))}; a column is one of "

@@ -159,7 +159,7 @@ def _describe_cells(
 # %% ../../nbs/1_data/03_simulate.ipynb #048baafd
 def simulate_perturb_seq(
     spec:SimulationSpec=SimulationSpec(),  # what to simulate
-)->AnnData:                                # raw counts, CSR float32; obs as after `load_dataset`; uns truth, protein_sequences
+)->AnnData:                                # raw counts, CSR; obs as after `load_dataset`; uns truth, protein_sequences
     """Simulate a Perturb-seq screen with known truth; the same specification gives the same counts.
 
     SERGIO (Dibaeinia and Sinha 2020) simulates such networks as stochastic differential equations; a linear steady

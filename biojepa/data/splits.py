@@ -41,7 +41,7 @@ class Split:
         "Identifies the split: equal splits have equal hashes."
         return object_hash(asdict(self))
 
-    def part_of(self, adata:AnnData)->np.ndarray:  # (N,) of "train", "val", "test", "control" (of every part), "" (unused)
+    def part_of(self, adata:AnnData)->np.ndarray:  # (N,) a part, "control" (of every part), or "" (unused)
         "The part of each cell. Controls of a cell-line split carry the part of their line."
         values, part = column_of(adata, self.key), {v: p for p in PARTS for v in getattr(self, p)}
         out = np.array([part.get(v, "") for v in values.categories], dtype="<U7")[values.codes]
@@ -112,7 +112,7 @@ def make_split(
     adata:AnnData,                 # loaded or prepared; only obs is read
     kind:str="simulation",         # "simulation", "guide", "combination", "cell_type" or "custom"
     seed:int=1,                    # of the draw; the report used 1
-    held_out=None,                 # what to test on: targets, guides, combinations, lines; "custom": lists or their file
+    held_out=None,                 # what to test on: targets, guides, combinations, lines; "custom": lists, or a file
     path:Path|None=None,           # JSON file to reuse if it exists and to write if not
     allow_empty_val:bool=False,    # accept a split without a validation part
     **options,                     # of the kind: test_fraction, val_fraction, seen, val_lines, key
