@@ -89,9 +89,7 @@ def test_backed_equals_memory(adata, tmp_path, dense):
     copy.write_h5ad(tmp_path/"cells.h5ad")
     on_disk = ad.read_h5ad(tmp_path/"cells.h5ad", backed="r")
     for make in (pair_loader, cell_loader):
-        for prefetch in (False, True):
-            assert runs_equal(list(make(adata, HeldOut(), batch_size=50)),
-                              list(make(on_disk, HeldOut(), batch_size=50, prefetch=prefetch)))
+        assert runs_equal(list(make(adata, HeldOut(), batch_size=50)), list(make(on_disk, HeldOut(), batch_size=50)))
     with pytest.raises(ValueError, match="view of a file on disk"): cell_loader(on_disk[:100])
     assert align_genes(on_disk, ["gene3", "gene1"]).shape == (800, 2)
     on_disk.file.close()
@@ -276,10 +274,9 @@ def test_pretraining_never_sees_held_out_cells(adata):
 # --- the loader
 # ---------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("prefetch", [False, True])
 @pytest.mark.parametrize("stop", [0, 1, 3, 6])
-def test_resume_equals_uninterrupted(adata, stop, prefetch):
-    def loader(): return pair_loader(adata, HeldOut(), batch_size=50, seed=2, prefetch=prefetch)
+def test_resume_equals_uninterrupted(adata, stop):
+    def loader(): return pair_loader(adata, HeldOut(), batch_size=50, seed=2)
     def train(loader, last=3, stop_at=None):
         "Batches of epochs up to `last`; after `stop` batches of epoch 1 the process dies, leaving a state."
         seen = []
@@ -419,25 +416,6 @@ def test_training_can_be_turned_off_for_the_training_part(adata):
     np.testing.assert_array_equal(torch.cat([b.pert for b in first]), HeldOut().cells(adata, "train"))
 
 
-def test_an_error_in_the_prefetching_thread_arrives():
-    def collate(rows):
-        if 5 in rows: raise OSError("disk went away")
-        return rows
-    loader = BatchLoader(lambda epoch: np.arange(10), collate, 2, training=False, prefetch=True)
-    it = iter(loader)
-    assert [next(it).tolist(), next(it).tolist()] == [[0, 1], [2, 3]]
-    with pytest.raises(OSError, match="disk went away"): next(it)
-
-
-def test_walking_away_from_a_prefetching_loader_ends_its_thread():
-    import threading
-    before = threading.active_count()
-    it = iter(BatchLoader(lambda epoch: np.arange(100), lambda rows: rows, 2, prefetch=True))
-    next(it)
-    it.close()
-    assert threading.active_count() == before
-
-
 # --- actions
 # ------------------------------------------------------------------------------------------------------------
 
@@ -545,7 +523,7 @@ def test_genes_are_put_in_order_or_named(adata):
         adata, adata.var_names) is adata
     with pytest.raises(ValueError, match="2 of 4 genes are missing: GATA1, TP53;"):
         align_genes(adata, ["GATA1", "gene1", "TP53", "gene2"])
-    with pytest.raises(ValueError, match="20 of 20 genes are missing: .*, …;"):
+    with pytest.raises(ValueError, match="20 of 20 genes are missing: .* and 12 more;"):
         align_genes(adata, [f"ENSG{i}" for i in range(20)])
     with pytest.raises(ValueError, match="genes: gene1 more than once"): align_genes(adata, ["gene1", "gene1"])
     twice = adata.copy()

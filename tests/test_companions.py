@@ -24,7 +24,7 @@ from biojepa.actions import pretrained
 from biojepa.actions.action_tokens import action_batch
 from biojepa.actions.describe import default_features, describe_actions
 from biojepa.actions.featurizers import featurize
-from biojepa.actions.pretrained import MissingWeightsError, pretrained_features, write_random_esm2
+from biojepa.actions.pretrained import MissingWeightsError, pretrained_features
 from biojepa.actions.vocabulary import ActionTable, Modality
 from biojepa.cli import experiment_of, parser
 from biojepa.config import DataConfig, named_experiment, preset
@@ -41,6 +41,7 @@ from biojepa.data.splits import make_split
 from biojepa.training.run import load_data
 
 sys.path.insert(0, str(Path(__file__).parent))
+from random_esm2 import write_random_esm2
 from test_datasets import Server, warned
 
 RNG = np.random.default_rng(0)
@@ -486,8 +487,7 @@ def test_missing_weights_say_where_they_belong_and_what_would_do_instead(elsewhe
     message = rf"esm2_t6_8M_UR50D.pt.*to {models}/esm2_t6_8M_UR50D.pt.*-p features kmer.*-p relations FILE"
     with pytest.raises(MissingWeightsError, match=message): describe_actions(adata, split, data=config)
     models.mkdir()
-    write_random_esm2(elsewhere,
-                      layers=1)[1].rename(models/"esm2_t6_8M_UR50D")  # the other format is as good
+    write_random_esm2(elsewhere, layers=1)[1].rename(models/"esm2_t6_8M_UR50D")  # the other format is as good
     with pytest.raises(MissingWeightsError, match=r"NTv3_650M_pre.*gated.*-p features kmer"):
         describe_actions(adata, split, data=config)
     tokens, residues = (pretrained_features(adata.uns["protein_sequences"],

@@ -28,9 +28,8 @@ import pytest
 import scipy.sparse as sp
 from hypothesis import given, settings, strategies as st
 
-from biojepa.config import Columns
-from biojepa.core import PATHS, file_hash
-from biojepa.data import datasets, download
+from biojepa.core import PATHS
+from biojepa.data import download, matrix
 from biojepa.data.conditions import SchemaError, condition_name, parse_condition
 from biojepa.data.datasets import load_dataset
 from biojepa.data.download import DatasetCard, DownloadError, fetch, list_cards, read_card
@@ -300,7 +299,7 @@ def test_a_killed_download_leaves_nothing_that_looks_finished(tmp_path, zipped, 
     with Server(zipped, ["slow", "ok"]) as server:
         code = f"""
 from pathlib import Path
-from biojepa.data.datasets import DatasetCard, fetch
+from biojepa.data.download import DatasetCard, fetch
 fetch(DatasetCard(name="toy", title="toy", url={server.url!r}, file="toy/perturb_processed.h5ad"), folder=Path({str(tmp_path)!r}), progress=False)"""
         process = subprocess.Popen([sys.executable, "-c", code], cwd=PATHS.root)
         assert server.halfway.wait(120), "the download never started"
@@ -481,14 +480,14 @@ def test_reading_in_pieces_is_reading_at_once(tmp_path_factory, n_cells, n_genes
     rng = np.random.default_rng(seed)
     dense = np.where(rng.random((n_cells, n_genes)) < density, rng.integers(1, 99, (n_cells, n_genes)),
                      0).astype("float32")
-    path, before = tmp_path_factory.mktemp("p")/"x.h5", datasets._PIECE
+    path, before = tmp_path_factory.mktemp("p")/"x.h5", matrix.PIECE
     try:
-        datasets._PIECE = piece
+        matrix.PIECE = piece
         for make in LAYOUTS.values():
             with h5py.File(path, "w") as f: ad.io.write_elem(f, "X", make(dense))
             with h5py.File(path) as f:
-                np.testing.assert_array_equal(datasets._read_x(f, None, "x").toarray(), dense)
-    finally: datasets._PIECE = before
+                np.testing.assert_array_equal(matrix.read_matrix(f, None, "x").toarray(), dense)
+    finally: matrix.PIECE = before
 
 
 def test_the_source_is_left_alone_and_its_arrays_are_not_shared():
@@ -805,8 +804,7 @@ def test_the_peak_is_bounded_by_the_size_of_the_result(tmp_path, layout, bound, 
         pd.DataFrame({"condition": np.resize(["ctrl", "A"], 4000)}, index=[f"c{i}" for i in range(4000)]))
     adata.layers["counts"] = counts
     adata.write_h5ad(tmp_path/"big.h5ad")
-    monkeypatch.setattr(datasets, "_PIECE",
-                        1 << 17)  # pieces as small beside this matrix as the real ones beside a real screen
+    monkeypatch.setattr(matrix, "PIECE", 1 << 17)  # pieces as small beside this matrix as the real ones beside a real screen
     tracemalloc.start()
     x = load(tmp_path/"big.h5ad").X
     peak = tracemalloc.get_traced_memory()[1]

@@ -14,14 +14,14 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from biojepa.actions import featurizers as F
+from biojepa.actions import banks as banks_module, cache
 from biojepa.actions.action_tokens import action_batch
 from biojepa.actions.banks import FeatureBank, MissingFeatureError
 from biojepa.actions.featurizers import (
-    FEATURIZERS, KmerHash, SequenceFeaturizer, clean_sequence, concatenate, default_width, featurize,
-    featurizer
+    FEATURIZERS, KmerHash, SequenceFeaturizer, clean_sequence, default_width, featurize, featurizer
 )
 from biojepa.actions.vocabulary import ActionTable, Modality, Mode
+from biojepa.core import PATHS
 
 RNG = np.random.default_rng(0)
 AMINO, BASES = "ACDEFGHIKLMNPQRSTVWY", "ACGT"
@@ -93,33 +93,19 @@ def test_loading_refuses_what_is_not_a_bank(tmp_path):
 def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
     path = bank_of([[1, 2], [3, 4]]).save(tmp_path/"b.safetensors")
     def half(tensors, part, metadata): part.write_bytes(b"half"); raise OSError("disk full")
-    monkeypatch.setattr(F, "save_file", half)
+    monkeypatch.setattr(banks_module, "save_file", half)
     with pytest.raises(OSError, match="disk full"): bank_of([[5, 5], [5, 5]]).save(path)
     assert FeatureBank.load(path).values[0, 1] == 2 and [p.name
                                                          for p in tmp_path.iterdir()] == ["b.safetensors"]
 
 
-def test_select_and_concatenate():
-    a, b = bank_of([[1, 2], [3, 4]]), bank_of([[5, 6]], ("C",))
-    both = concatenate([a, b])
-    assert both.keys == ("A", "B", "C") and both.rows("C")[0, 0] == 5 and a.select(["B", "B"]).keys == ("B",)
-    with pytest.raises(MissingFeatureError, match="no feature for Z"): a.select(["B", "Z"])
+def test_select():
+    bank = bank_of([[1, 2], [3, 4]])
+    assert bank.select(["B", "B"]).keys == ("B",)
+    with pytest.raises(MissingFeatureError, match="no feature for Z"): bank.select(["B", "Z"])
     with pytest.warns(UserWarning, match="1 of 2 keys have no feature .*dropped: Z"):
-        assert a.select(["Z", "B"], missing="drop").keys == ("B", )
-    with pytest.raises(ValueError, match="missing: found 'zero'"): a.select(["B"], missing="zero")
-    assert concatenate([bank_of([[1, 2], [3, 4]], cut={"A": 9}),
-                        bank_of([[5, 6]], ("C", ), cut={"C": 8})]).provenance["cut"] == {"A": 9, "C": 8}
-    wide = concatenate([a, bank_of([[9], [8]], ("B", "A"))], axis="features")
-    np.testing.assert_array_equal(wide.rows(["A", "B"]), np.float32([[1, 2, 8], [3, 4, 9]]))
-    assert [p["featurizer"] for p in wide.provenance["parts"]] == ["by hand"]*2
-
-
-@pytest.mark.parametrize("other,axis,message", [
-    (bank_of([[5, 6]], ("A",)), "keys", "A more than once"), (bank_of([[5, 6]], ("C",), weights="other"), "keys", "different origins"),
-    (bank_of([[5]], ("C",)), "keys", "different origins"), (bank_of([[5, 6]], ("C",), Modality.DNA), "keys", "found modalities"),
-    (bank_of([[5, 6]], ("C",)), "features", "found A, B, C in some banks but not in all"), (bank_of([[5, 6]], ("C",)), "rows", "axis: found 'rows'")])
-def test_concatenate_refuses_what_does_not_fit(other, axis, message):
-    with pytest.raises(ValueError, match=message): concatenate([bank_of([[1, 2], [3, 4]]), other], axis=axis)
+        assert bank.select(["Z", "B"], missing="drop").keys == ("B", )
+    with pytest.raises(ValueError, match="missing: found 'zero'"): bank.select(["B"], missing="zero")
 
 
 # ---------------------------------------------------------------- letters
@@ -243,11 +229,12 @@ def test_default_widths_are_the_composers(): assert [default_width(m) for m in M
 
 class Counting(SequenceFeaturizer):
     "Letter counts; writes down what it computed and fails, or dies, where it is told to."
-    modality, width, letters_per_batch = Modality.PROTEIN, 3, 100
+    kind, modality, width, letters_per_batch = "counting", Modality.PROTEIN, 3, 100
     seen, fail_at, die = [], None, False
 
     def __init__(self, version=1): self.version = version
-    def config(self): return dict(featurizer="counting", version=self.version)
+    def about(self): return dict(version=self.version)
+    def config(self): return dict(featurizer="counting", **self.about())
     def embed(self, sequences):
         if self.fail_at is not None and len(self.seen) + len(sequences) > self.fail_at:
             if self.die: os._exit(9)
@@ -282,7 +269,7 @@ def test_rows_are_computed_once(counting, tmp_path):
 
 
 def test_cache_lives_in_processed_by_default(counting, tmp_path, monkeypatch):
-    monkeypatch.setattr(F.PATHS, "processed", tmp_path)
+    monkeypatch.setattr(PATHS, "processed", tmp_path)
     featurize("counting", PROTEINS, progress=False)
     assert [p.suffix for p in (tmp_path/"features").glob("counting-*/*")] == [".safetensors"]
 
@@ -349,12 +336,12 @@ def test_long_sequences_are_cut_with_a_warning(counting, monkeypatch):
 
 def test_batches_hold_similar_lengths():
     sequences = [spell(AMINO, n) for n in RNG.integers(1, 60, 200)]
-    batches = list(F._length_batches(sequences, 128))
+    batches = list(cache.length_batches(sequences, 128))
     assert sorted(sum(batches, [])) == sorted(sequences)
     assert all(len(b)*max(map(len, b)) <= 128 for b in batches)
-    padded = [{-(-len(s)//16) for s in b} for b in F._length_batches(sequences, 256, multiple=16)]
+    padded = [{-(-len(s)//16) for s in b} for b in cache.length_batches(sequences, 256, multiple=16)]
     assert max(map(len, padded)) == 1
-    assert [len(b) for b in F._length_batches(["A"*500], 128)] == [1]
+    assert [len(b) for b in cache.length_batches(["A"*500], 128)] == [1]
 
 
 def test_registry():

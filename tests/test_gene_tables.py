@@ -1,11 +1,11 @@
-"Spectral embedding against a dense eigendecomposition; tables in every format, good and bad."
+"Spectral embedding against a dense eigendecomposition; edges in every format, good and bad."
 import numpy as np
 import pandas as pd
 import pytest
 
 from biojepa.actions.banks import MissingFeatureError
 from biojepa.actions.featurizers import featurize
-from biojepa.actions.gene_tables import spectral_embedding, table_features
+from biojepa.actions.gene_tables import spectral_embedding
 from biojepa.actions.vocabulary import Modality
 
 
@@ -86,60 +86,18 @@ def test_bad_edges_are_named(edges, options, message):
 
 # ---------------------------------------------------------------- tables
 
-VALUES = np.random.default_rng(0).normal(size=(3, 4))
-TABLE = pd.DataFrame(VALUES, index=pd.Index(["GATA1", "KLF1", "TP53"], name="gene"))
-
-
-def save(table, path):
-    table = table.rename(columns=str)
-    match path.name.partition(".")[2]:
-        case "csv" | "csv.gz": table.to_csv(path)
-        case "tsv": table.to_csv(path, sep="\t")
-        case "parquet": table.to_parquet(path)
-        case "npz": np.savez(path, genes=np.array(list(table.index)), rows=table.to_numpy())
-
-
-@pytest.mark.parametrize("ending", ["csv", "csv.gz", "tsv", "parquet", "npz"])
+@pytest.mark.parametrize("ending", ["csv", "csv.gz", "tsv", "parquet"])
 def test_every_format_gives_the_same_bank(ending, tmp_path):
-    save(TABLE, tmp_path/f"t.{ending}")
-    bank = featurize("table", tmp_path/f"t.{ending}")
-    assert bank.keys == ("GATA1", "KLF1", "TP53")
-    np.testing.assert_allclose(bank.values, VALUES.astype(np.float32), rtol=1e-6)
-    assert bank.provenance["model"] == f"t.{ending}" and len(bank.provenance["weights"]) == 12
-
-
-def test_frames_key_columns_and_genes(tmp_path):
-    flat = TABLE.reset_index().rename(columns=str)[["0", "gene", "1"]]
-    assert table_features(flat, key="gene", modality=Modality.CHEMICAL).width == 2
-    assert featurize("table", TABLE, genes=["TP53"]).keys == ("TP53",)
-    with pytest.raises(MissingFeatureError, match="SOX2"): featurize("table", TABLE, genes=["TP53", "SOX2"])
-    with pytest.warns(UserWarning, match="1 of 2 keys .*SOX2"):
-        assert len(featurize("table", TABLE, genes=["TP53", "SOX2"], missing="drop")) == 1
-
-
-@pytest.mark.parametrize("table,options,message", [
-    (TABLE.reset_index().assign(note="x"), {}, "found no numbers in columns \\['note'\\]"), (TABLE, {"key": "symbol"}, "found no column 'symbol'"),
-    (TABLE.reset_index(drop=True), {}, "found numbers in 0 instead of names"), (TABLE.iloc[[0, 0]], {}, "GATA1 "
-                                                                                                        "more "
-                                                                                                        "than once"),
-    (TABLE.assign(x=[1, np.nan, 2]), {}, "NaN or infinite values in KLF1"), (TABLE.mul([1, 0, 1], axis=0), {}, "only zeros in KLF1"),
-    (TABLE.rename({"KLF1": None}), {}, "rows without a name"), (TABLE[[]], {}, "found no numbers")])
-def test_bad_tables_are_named(table, options, message):
-    with pytest.raises(ValueError, match=message): table_features(table, **options)
+    edges, path = random_graph(), tmp_path/f"t.{ending}"
+    if ending == "parquet": edges.to_parquet(path)
+    else: edges.to_csv(path, sep="\t" if ending == "tsv" else ",", index=False)
+    np.testing.assert_allclose(featurize("graph", path, width=5).values, spectral_embedding(edges, width=5).values, atol=1e-6)
 
 
 def test_bad_files_are_named(tmp_path):
-    np.savez(tmp_path/"pickle.npz", genes=np.array(["A"], dtype=object), rows=np.ones((1, 2)))
-    np.savez(tmp_path/"odd.npz", rows=np.ones((1, 2)), more=np.ones((2, 2)))
-    np.savez(tmp_path/"short.npz", genes=np.array(["A"]), rows=np.ones((2, 2)))
     (tmp_path/"t.xls").write_bytes(b"")
-    for name, message in {
-            "pickle.npz": "object array, which is a pickle", "odd.npz":
-            "found arrays .*give one 1-D text array", "short.npz": "found 1 names for 2 rows", "t.xls":
-            "found the ending '.xls'", "no.parquet": "no such file"
-    }.items():
-        with pytest.raises(ValueError, match=f"{name}: .*{message}"):
-            table_features(tmp_path/name)
+    for name, message in {"t.xls": "found the ending '.xls'", "no.parquet": "no such file"}.items():
+        with pytest.raises(ValueError, match=f"{name}: .*{message}"): spectral_embedding(tmp_path/name)
 
 
 # ---------------------------------------------------------------- real relations

@@ -12,7 +12,7 @@ import scipy.sparse as sp
 
 from biojepa.data.conditions import SchemaError
 from biojepa.data.datasets import load_dataset
-from biojepa.data.preprocess import _blocks, _row_sums, cells_hash, normalize, prepare
+from biojepa.data.preprocess import _blocks, _row_sums, cells_hash, prepare
 from biojepa.data.schema import validate
 
 
@@ -86,8 +86,8 @@ def test_log_files_stay_as_they_are():
 
 def test_total_library_size_divides_by_the_files_total():
     adata = screen(total_counts=1000.)
-    out = prepare(adata, library_size="total", target_sum=500)
-    np.testing.assert_allclose(out.X.toarray(), np.log1p(adata.X.toarray()/2), rtol=1e-5)
+    out = prepare(adata, library_size="total")
+    np.testing.assert_allclose(out.X.toarray(), np.log1p(adata.X.toarray()*10), rtol=1e-5)
     np.testing.assert_allclose(out.obs["log_library_size"], np.log1p(1000), rtol=1e-6)
     np.testing.assert_allclose(prepare(adata).obs["log_library_size"], np.log1p(1000),
                                rtol=1e-6)  # known totals win
@@ -184,7 +184,6 @@ def test_variable_genes_are_scanpys_on_training_cells(space, flavor, seed):
     table = sc.pp.highly_variable_genes(adata[train].copy(), flavor=flavor, n_top_genes=60, inplace=False)
     out = prepare(adata, n_top_genes=60, split=split_of("A+ctrl"))
     assert set(out.var_names) == set(adata.var_names[table["highly_variable"]])
-    np.testing.assert_array_equal(adata.var_names[out.var["file_column"]], out.var_names)
     np.testing.assert_array_equal(out.X.toarray(), prepare(adata)[:, out.var_names].X.toarray())
     np.testing.assert_array_equal(out.obs["log_library_size"], prepare(adata).obs["log_library_size"])
     record = out.uns["biojepa"]["variable_genes"]
@@ -215,20 +214,11 @@ def test_too_few_cells_for_the_fit_are_named():
         prepare(screen(n=40, genes=6), n_top_genes=3, split=split_of("A+ctrl"))
 
 
-def test_targets_are_kept_if_asked():
-    adata, split = screen(genes=400), split_of("A+ctrl")
-    X = adata.X.toarray(); X[:, :2] = 1; adata.X = sp.csr_matrix(X)  # the targets A and B do not vary
-    assert not {"A", "B"} & set(prepare(adata, n_top_genes=20, split=split).var_names)
-    kept = prepare(adata, n_top_genes=20, split=split, keep_targets=True)
-    assert {"A", "B"} <= set(kept.var_names) and kept.n_vars == 22
-
-
 def test_a_choice_cannot_be_laundered_by_a_second_split():
     first = prepare(screen(), n_top_genes=40, split=split_of("A+ctrl"))
     narrower = prepare(first, n_top_genes=20, split=split_of("A+ctrl"))
     np.testing.assert_array_equal(narrower.layers["counts"].toarray(),
                                   screen()[:, narrower.var_names].X.toarray())
-    np.testing.assert_array_equal(screen().var_names[narrower.var["file_column"]], narrower.var_names)
     with pytest.raises(SchemaError, match="already chosen on the cells of split A\\+ctrl"):
         prepare(first, n_top_genes=20, split=split_of("B+ctrl"))
 
@@ -315,7 +305,6 @@ OPTIONS = {
     "no totals": (dict(library_size="total"), "obs\\['total_counts'\\]: missing"),
     "library_size": (dict(library_size="median"), "library_size: found 'median'"),
     "expression_space": (dict(expression_space="tpm"), "expression_space: found 'tpm'"),
-    "target_sum": (dict(target_sum=0), "target_sum: found 0"),
     "zero_counts": (dict(zero_counts="keep"), "zero_counts: found 'keep'"),
 }
 
@@ -334,8 +323,6 @@ def test_not_an_anndata():
 
 def test_a_second_log_is_refused_inside_and_noticed_outside():
     out = prepare(screen())
-    with pytest.raises(SchemaError, match="second logarithm"): normalize(out)
-    with pytest.raises(SchemaError, match="second logarithm"): normalize(screen(space="log1p"))
     out.X.data = np.log1p(out.X.data)
     with pytest.raises(SchemaError, match="is not the logarithm of its scaled"): validate(out, "prepared")
 

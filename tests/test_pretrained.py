@@ -1,6 +1,8 @@
 "ESM-2 and Nucleotide Transformer without their weights: random models of the same architecture, saved as the real ones are."
 import json
 import pickle
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,10 +15,13 @@ from biojepa.actions.describe import default_features
 from biojepa.actions.featurizers import featurize
 from biojepa.actions.pretrained import (
     SOURCES, Esm2Fair, Esm2HF, MissingWeightsError, NucleotideTransformer, find_weights, load_esm_fair,
-    weights_hash, write_random_esm2
+    weights_hash
 )
 from biojepa.actions.vocabulary import ActionTable, Modality, Mode
 from biojepa.config import DataConfig
+
+sys.path.insert(0, str(Path(__file__).parent))
+from random_esm2 import write_random_esm2
 
 RNG = np.random.default_rng(0)
 PROTEINS = {f"p{n}": "".join(RNG.choice(list("ACDEFGHIKLMNPQRSTVWY"), n))

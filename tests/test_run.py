@@ -14,8 +14,11 @@ import torch
 from biojepa.actions.describe import describe_actions
 from biojepa.actions.vocabulary import Modality, Mode
 from biojepa.cli import experiment_of, main, parser
-from biojepa.config import DataConfig, config_hash, named_experiment, preset
+from biojepa.config import Columns, DataConfig, config_hash, named_experiment, preset, with_settings
 from biojepa.core import PATHS, file_hash
+from biojepa.data.network import SimulationSpec
+from biojepa.data.simulate import simulate_perturb_seq
+from biojepa.data.splits import make_split
 from biojepa.model.saving import from_pretrained
 from biojepa.training import run as run_module
 from biojepa.training.checkpoints import Checkpointer, read_log, state_hash
@@ -397,15 +400,9 @@ def test_options_reach_the_configuration(tmp_path):
         "--preset paper --data cells.h5ad --condition gene --control nt --batch lane --cell-type line --guide "
         "sgrna --seed 4 --tokens protein dna"
     )
-    assert found.data.model_dump(
-        include=set("dataset condition control batch cell_type guide tokens".split())) == dict(
-            dataset="cells.h5ad",
-            condition="gene",
-            control="nt",
-            batch="lane",
-            cell_type="line",
-            guide="sgrna",
-            tokens=("protein", "dna")) and found.seed == 4
+    said = Columns(condition="gene", control="nt", batch="lane", cell_type="line", guide="sgrna")
+    assert (found.data.columns, found.data.dataset, found.data.tokens, found.seed) == (
+        said, "cells.h5ad", ("protein", "dna"), 4)
     found = parse(
         "--set model.vicreg_over=cells model.library_norm=[9,0.5] pretrain.epochs=3 data.n_top_genes=200 "
         "readout.clip_norm=null"
@@ -423,6 +420,47 @@ def test_options_reach_the_configuration(tmp_path):
         named_experiment(run="of-mine", settings="seed=1")
     (tmp_path/"config.json").write_text(json.dumps(preset("smoke").changed(seed=5).model_dump(mode="json")))
     assert parse(f"--config {tmp_path/'config.json'}") == preset("smoke").changed(seed=5)
+
+
+def test_names_of_columns_have_one_place_and_one_grammar(tmp_path):
+    "Flag, parameter, `--set` and `settings` reach the same field; runs saved before `columns` are still read."
+    parse = lambda text: experiment_of(parser().parse_args(text.split()))
+    wanted = preset("smoke").changed(data=DataConfig(columns=Columns(condition="gene", keep=("a", "b"))))
+    text = "data.columns.condition=gene data.columns.keep=a,b"
+    assert parse(f"--preset smoke --set {text}") == named_experiment("smoke", settings=text) == wanted
+    assert named_experiment("smoke", condition="gene", keep="a, b") == wanted
+    assert parse("--preset smoke --condition gene --set data.columns.keep=[\"a\",\"b\"]") == wanted
+    for field, value in dict(layer="counts", gene_name="symbol", values="log1p", batch_pattern="-(.)$").items():
+        found = parse(f"--set data.columns.{field}={value}").data.columns
+        assert found == Columns(**{field: value}) and config_hash(found) != config_hash(Columns())
+    saved = wanted.model_dump(mode="json")
+    saved["data"] |= saved["data"].pop("columns")
+    (tmp_path/"config.json").write_text(json.dumps(saved))
+    assert named_experiment(run=tmp_path) == wanted
+    with pytest.raises(ValueError, match="no field 'data.columns.colour'; data.columns has condition"):
+        named_experiment(settings="data.columns.colour=red")
+
+
+def test_hashes_of_the_presets_are_those_of_the_committed_figures():
+    "Runs, figures and notes of before are found under the same names."
+    assert [config_hash(preset(p)) for p in ("laptop", "smoke", "paper")] == [
+        "cc6432bbbeed", "839f066dd564", "e711645c5373"]
+    assert config_hash(with_settings(preset("laptop"), {})) == "cc6432bbbeed"  # written out in full, and read again
+
+
+def test_columns_of_the_configuration_reach_the_file(tmp_path):
+    spec = dict(n_genes=60, n_cells=200, n_targets=8, n_modules=4, n_batches=1)
+    screen = simulate_perturb_seq(SimulationSpec(**spec))
+    lab = ad.AnnData(np.zeros(screen.shape), obs=screen.obs[["condition"]].rename(columns=dict(condition="gene")).astype(str),
+                  var=pd.DataFrame(dict(symbol=screen.var_names), index=[f"E{i}" for i in range(screen.n_vars)]),
+                  layers=dict(counts=screen.X))
+    lab.write_h5ad(tmp_path/"lab.h5ad")
+    text = "data.columns.layer=counts data.columns.gene_name=symbol data.columns.values=counts"
+    data = named_experiment(dataset=str(tmp_path/"lab.h5ad"), condition="gene", settings=f"{text} data.split=guide").data
+    targets = sorted(set(screen.obs["condition"]) - {"ctrl"})
+    split = make_split(screen, "custom", held_out=dict(train=targets[2:], val=targets[:1], test=targets[1:2]))
+    adata, _ = load_data(data, split, tmp_path)
+    assert [*adata.var_names] == [*screen.var_names] and (adata.layers["counts"] != screen.X).nnz == 0
 
 
 def test_the_documented_command_is_understood():

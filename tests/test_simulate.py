@@ -13,8 +13,8 @@ import scipy.sparse as sp
 from hypothesis import given, settings, strategies as st
 from scipy.stats import chisquare, kstest, nbinom
 
-from biojepa.data.network import SimulationSpec
-from biojepa.data.simulate import _radius_bound, _stack_sparse, _steady_state, simulate_perturb_seq
+from biojepa.data.network import SimulationSpec, radius_bound, steady_state
+from biojepa.data.simulate import simulate_perturb_seq, stack_sparse
 
 SMALL = SimulationSpec(n_genes=120, n_cells=1500, n_targets=12, n_modules=4, n_control_guides=2)
 WIDE = replace(SMALL, n_cells=3000, n_doubles=6, n_cell_types=2, n_batches=2, crispra_fraction=0.25)
@@ -121,31 +121,31 @@ def test_h5ad_round_trip(wide, tmp_path):
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10_000), st.integers(2, 30), st.floats(0.05, 1.0))
-def test_radius_bound_holds_for_any_matrix(seed, n, density):
+def testradius_bound_holds_for_any_matrix(seed, n, density):
     W = sp.random(n,
                   n,
                   density=density,
                   random_state=seed,
                   data_rvs=np.random.default_rng(seed).standard_normal).tocsr()
     radius = np.abs(np.linalg.eigvals(W.toarray())).max()
-    assert radius <= _radius_bound(W)*(1 + 1e-9) + 1e-9
+    assert radius <= radius_bound(W)*(1 + 1e-9) + 1e-9
     positive = abs(W) + sp.eye(n)*0.1 + 0.01*np.ones((n, n))  # irreducible: the bound is tight
     exact = np.abs(np.linalg.eigvals(np.asarray(positive))).max()
-    assert _radius_bound(sp.csr_matrix(positive)) == pytest.approx(exact, rel=1e-3)
+    assert radius_bound(sp.csr_matrix(positive)) == pytest.approx(exact, rel=1e-3)
 
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 10_000), st.integers(2, 25))
-def test_steady_state_is_the_inverse(seed, n):
+def teststeady_state_is_the_inverse(seed, n):
     rng = np.random.default_rng(seed)
     W = rng.standard_normal((n, n))
     W *= 0.7/np.abs(W).sum(1).max()
     push = rng.standard_normal((n, 3))
-    assert np.allclose(_steady_state(sp.csr_matrix(W), push), np.linalg.inv(np.eye(n) - W) @ push, atol=1e-5)
+    assert np.allclose(steady_state(sp.csr_matrix(W), push), np.linalg.inv(np.eye(n) - W) @ push, atol=1e-5)
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_truth_is_the_steady_state_of_its_own_edges(seed):
+def test_truth_is_thesteady_state_of_its_own_edges(seed):
     "Rebuild every line's log-folds from the stored edges and guide strengths by dense algebra."
     truth = simulate_perturb_seq(replace(WIDE, seed=seed)).uns["truth"]
     at = {g: i for i, g in enumerate(truth["gene"])}
@@ -185,7 +185,7 @@ def test_effect_size_and_radius_are_obeyed():
 @given(st.integers(0, 10_000), st.lists(st.integers(1, 5), min_size=1, max_size=6), st.integers(0, 40))
 def test_stacking_blocks_is_stacking(seed, heights, room):
     blocks = [np.random.default_rng(seed + i).poisson(0.4, (h, 6)) for i, h in enumerate(heights)]
-    stacked = _stack_sparse(blocks, (sum(heights), 6), room)
+    stacked = stack_sparse(blocks, (sum(heights), 6), room)
     assert np.array_equal(stacked.toarray(), np.vstack(blocks)) and stacked.has_canonical_format
 
 

@@ -27,8 +27,8 @@ from ..core import PATHS, n_params, object_hash
 from ..data.conditions import parse_condition
 from ..data.datasets import load_dataset
 from ..data.download import read_card
+from ..data.network import SimulationSpec
 from ..data.preprocess import prepare
-from ..data.simulate import SimulationSpec
 from ..data.splits import Split, make_split
 from .metrics import METRICS, evaluate
 from .statistics import bootstrap_ci, paired_bootstrap

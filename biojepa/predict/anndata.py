@@ -16,12 +16,13 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
-from ..actions.featurizers import FeatureBank, MissingFeatureError, action_batch
+from ..actions.action_tokens import action_batch
+from ..actions.banks import FeatureBank, MissingFeatureError
 from ..actions.vocabulary import ActionTable, Modality, Mode
 from ..config import config_hash
 from ..data.batches import ActionBatch, align_genes, row_source
 from ..data.means import sparse_rows
-from ..data.preprocess import validate
+from ..data.schema import validate
 from ..model.biojepa import BioJEPA
 from ..model.saving import Pretrained, from_pretrained
 from .model import add_rows_, changes, check_model

@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 from ..core import seed_everything
 from ..data.conditions import parse_condition
-from ..data.splits import Split, _undisturbed
+from ..data.held_out import undisturbed
+from ..data.splits import Split
 from .sets import PredictionSet
 
 # %% ../../nbs/5_predict/09_peers.ipynb #852ca44e
@@ -218,7 +219,7 @@ class _Task(NamedTuple):
 
 def _import_gears()->tuple[type, type]:
     "GEARS and its graph; the import alone changes torch's threads, and so the rounding of a first run."
-    with _undisturbed():
+    with undisturbed():
         try: from gears.gears import GEARS
         except ImportError as error:
             raise ImportError(f"the peer GEARS needs cell-gears ({error}); pip install 'biojepa[splits]'") from error
@@ -329,7 +330,7 @@ def gears_predictions(
     conditions, delta = template.groups["condition"].astype(str), {}
     asked = conditions.unique()
     task, answered, spare = _task(adata, split, relations, asked, settings)
-    with _undisturbed():
+    with undisturbed():
         network, errors = _gears(task, settings, torch.device(device), progress)
         if answered:
             delta = dict(zip(answered, _ask(network, [*answered.values()], adata.n_vars, torch.device(device))))

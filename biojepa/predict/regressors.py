@@ -15,7 +15,7 @@ import pandas as pd
 from anndata import AnnData
 from sklearn.ensemble import RandomForestRegressor
 
-from ..actions.featurizers import FeatureBank
+from ..actions.banks import FeatureBank
 from ..actions.vocabulary import ActionTable, Modality
 from .baselines import Guess, guess_by_line, mean_guess, training_deltas
 from .sets import PredictionSet

@@ -18,8 +18,9 @@ import scipy.sparse as sp
 from anndata import AnnData
 from fastcore.basics import patch
 
-from ..data.batches import counter_uniform, match_controls, row_source
+from ..data.batches import row_source
 from ..data.conditions import parse_condition
+from ..data.controls import counter_uniform, match_controls
 from biojepa.data.means import (
     expression_blocks, group_means, groups_of, means_of_groups, sparse_rows, train_mean_delta
 )

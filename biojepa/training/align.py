@@ -13,7 +13,8 @@ import torch
 
 from ..actions.vocabulary import Modality
 from ..config import StageConfig
-from ..data.batches import ActionBatch, ActionPairBatch, action_loader
+from ..data.batches import ActionBatch, ActionPairBatch
+from ..data.loaders import action_loader
 from ..model.biojepa import BioJEPA
 from ..model.composer import pooled
 from ..model.contrast import info_nce, retrieval_rank

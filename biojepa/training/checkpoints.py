@@ -25,7 +25,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 
 from ..core import atomic_path, object_hash, seed_everything
-from ..data.batches import BatchLoader
+from ..data.loaders import BatchLoader
 
 # %% ../../nbs/4_training/01_checkpoints.ipynb #e8927240
 def step_seed(

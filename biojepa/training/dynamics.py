@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ..actions.vocabulary import Mode
 from ..config import StageConfig
-from ..data.batches import ActionBatch, PairBatch, dense_rows, pair_loader, row_source
+from ..data.batches import ActionBatch, PairBatch, dense_rows, row_source
+from ..data.loaders import pair_loader
 from ..data.means import match_groups, matched_means
 from ..data.own_gene import own_gene_effects
 from ..model.biojepa import BioJEPA, Context, latents_of

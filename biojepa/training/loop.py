@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from ..config import Frozen, StageConfig, config_hash
 from ..core import keep_freed_memory, return_freed_memory
-from ..data.batches import BatchLoader
+from ..data.loaders import BatchLoader
 from ..model.devices import shared_batch
 from biojepa.training.checkpoints import (
     Checkpointer, TrainingLog, own_randomness, read_log, restore_, snapshot, state_hash, step_seed

@@ -12,7 +12,8 @@ import torch
 from anndata import AnnData
 
 from ..config import StageConfig
-from ..data.batches import CellBatch, Roster, cell_loader
+from ..data.batches import CellBatch, Roster
+from ..data.loaders import cell_loader
 from ..model.biojepa import BioJEPA
 from ..model.objectives import pretrain_loss
 from .loop import Stage, StepOutput

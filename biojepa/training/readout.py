@@ -13,7 +13,8 @@ import torch
 from anndata import AnnData
 
 from ..config import StageConfig
-from ..data.batches import ActionBatch, PairBatch, pair_loader
+from ..data.batches import ActionBatch, PairBatch
+from ..data.loaders import pair_loader
 from ..model.biojepa import BioJEPA, Context
 from .dynamics import actions_of, training_maps
 from .loop import Stage, StepOutput
