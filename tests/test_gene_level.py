@@ -7,7 +7,8 @@ from scipy import stats
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, confusion_matrix, ndcg_score
 
 from biojepa.evaluate import gene_level as g
-from biojepa.evaluate.metrics import METRICS, DETable
+from biojepa.evaluate.differential import DETable
+from biojepa.evaluate.metrics import METRICS
 from biojepa.predict.sets import PredictionSet, Pseudobulk
 
 C, G = 24, 300

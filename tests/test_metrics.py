@@ -15,9 +15,9 @@ from biojepa.data.preprocess import prepare
 from biojepa.data.splits import make_split
 from biojepa.evaluate import metrics as m
 from biojepa.evaluate.compare import coverage_table
-from biojepa.evaluate.metrics import (
-    METRICS, evaluate, observed_de, published_protocol, published_table, published_values
-)
+from biojepa.evaluate.differential import observed_de
+from biojepa.evaluate.metrics import METRICS, evaluate
+from biojepa.evaluate.published import published_protocol, published_table, published_values
 from biojepa.predict.sets import PredictionSet, pseudobulk, test_set
 
 N_GENES = 60

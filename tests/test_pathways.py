@@ -14,8 +14,9 @@ from biojepa.data.means import group_means
 from biojepa.data.preprocess import prepare
 from biojepa.data.splits import make_split
 from biojepa.explore import pathways as g
-from biojepa.explore.genesets import gene_relation, label_relation, released_neighbours, released_ratio
-from biojepa.explore.probes import gene_embeddings
+from biojepa.explore.relations import gene_relation, label_relation
+from biojepa.explore.released import released_neighbours, released_ratio
+from biojepa.explore.representations import gene_embeddings
 from biojepa.model.biojepa import BioJEPA
 from biojepa.predict.model import predictions
 

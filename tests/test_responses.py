@@ -19,10 +19,11 @@ from scipy import stats
 from scipy.spatial.distance import pdist
 
 from biojepa.core import PATHS
-from biojepa.evaluate.metrics import observed_de
+from biojepa.evaluate.differential import observed_de
+from biojepa.evaluate.gene_level import strongest
 from biojepa.evaluate.pictures import (
     cluster_order, forest_table, latents_table, pairs_table, perturbation_names, plane_table, response_table,
-    similarity_table, strongest, top_genes_table, volcano_table
+    similarity_table, top_genes_table, volcano_table
 )
 from biojepa.plots import responses as drawn
 from biojepa.predict.sets import PredictionSet, pseudobulk

@@ -6,9 +6,9 @@ from scipy import stats
 
 from biojepa.evaluate.metrics import METRICS
 from biojepa.evaluate.statistics import (
-    _draw_means, _draws, bootstrap_ci, bootstrap_panel, hierarchical_bootstrap, paired_bootstrap,
-    scaled_score, summarise
+    _draw_means, _draws, bootstrap_ci, bootstrap_panel, hierarchical_bootstrap, paired_bootstrap
 )
+from biojepa.evaluate.summary import scaled_score, summarise
 from biojepa.predict.sets import Pseudobulk
 
 

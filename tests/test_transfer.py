@@ -8,12 +8,15 @@ import torch
 
 from biojepa.config import config_hash, preset
 from biojepa.data.leakage import check_leakage
+from biojepa.evaluate.cases import (
+    case_data, dataset_cases, scaled_screen, simulated_cases, some_genes, transfer_cases, unseen_targets,
+    variants
+)
 from biojepa.evaluate.metrics import METRICS
 from biojepa.evaluate.statistics import bootstrap_ci, paired_bootstrap
 from biojepa.evaluate.transfer import (
-    REFERENCE, SCORED, case_data, dataset_cases, on_genes, run_cases, scaled_screen, score_case,
-    seen_elsewhere, simulated_cases, some_genes, transfer_cases, transfer_reading, transfer_table,
-    unseen_targets, variants, wide_table
+    REFERENCE, SCORED, on_genes, run_cases, score_case, seen_elsewhere, transfer_reading, transfer_table,
+    wide_table
 )
 from biojepa.plots.scores import plot_transfer
 from biojepa.predict.baselines import oracle
