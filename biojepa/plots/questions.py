@@ -19,7 +19,7 @@ from .scores import COLORS, method_label
 from .style import STYLE, require_columns
 
 # %% ../../nbs/8_plots/06_questions.ipynb #3000e2d2
-_OWN = COLORS | {"measured": COLORS["ceiling"]}
+_OWN = COLORS | {"measured": COLORS["oracle"]}
 _STYLES = ("--s", ":^", "-.v", "--D", ":P", "-.X", "--<", ":>")
 
 def line_styles(
@@ -247,7 +247,7 @@ def _risk(ax, table):
     "Mean error of what is kept, by predicted variance, true error and chance."
     for order, label, style in (("variance", "by predicted variance", dict(
             color=COLORS["biojepa"],
-            lw=1.5)), ("error", "by true error (best)", dict(color=COLORS["ceiling"], lw=1.1, ls="--"))):
+            lw=1.5)), ("error", "by true error (best)", dict(color=COLORS["oracle"], lw=1.1, ls="--"))):
         rows = table[table.order == order]
         ax.plot(rows.kept, rows.risk, label=label, **style)
     ax.axhline(table.risk[table.kept == 1].mean(), color="k", lw=1, ls=(0, (1, 2)), label="chance")

@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from .style import STYLE, require_columns
 
 # %% ../../nbs/8_plots/05_scores.ipynb #16e63f0e
-COLORS = {"biojepa": "#0173b2", "gears": "#de8f05", "ceiling": "#029e73", "oracle":
-          "#029e73"}  # all others grey
+COLORS = {"biojepa": "#0173b2", "gears": "#de8f05", "oracle": "#029e73",
+          "noise_ceiling": "#029e73"}  # all others grey
 
 def method_color(
     method:str,     # name of a PredictionSet; "biojepa, seed 1" is drawn like "biojepa"

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from .style import STYLE, require_columns
 
 # %% ../../nbs/8_plots/07_spaces.ipynb #27536cea
-_OURS, _DATA = ("latent", "embedding", "predicted", "biojepa"), ("observed", "ceiling")
+_OURS, _DATA = ("latent", "embedding", "predicted", "biojepa"), ("observed", "half of the cells")
 
 def space_style(
     name:str,   # of a representation or space

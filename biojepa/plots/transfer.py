@@ -20,7 +20,7 @@ _MARKS = dict(model=("D", method_color("biojepa"), "BioJEPA-AC"),
               train_mean=("s", "#b0b0b0", "train mean"),
               reference=("D", "none", "first row's model, same genes"),
               oracle=("|", COLORS["oracle"], "planted truth"),
-              ceiling=("|", "#7f5f00", "half of the cells"))
+              noise_ceiling=("|", "#7f5f00", "noise ceiling"))
 
 def _row(ax, y:float, r)->None:
     "One case in one panel."
@@ -37,7 +37,7 @@ def _row(ax, y:float, r)->None:
             mec="k",
             mew=.5,
             zorder=2.5)
-    for key in ("oracle", "ceiling"):
+    for key in ("oracle", "noise_ceiling"):
         if np.isfinite(v := getattr(r, key)):
             ax.plot(v, y, _MARKS[key][0], ms=11, mew=1.6, color=_MARKS[key][1], zorder=1)
     if np.isfinite(r.reference):
@@ -75,7 +75,7 @@ def _legend(fig, ax, table:pd.DataFrame)->None:
 
 # %% ../../nbs/8_plots/09_transfer.ipynb #db21f2df
 def plot_transfer(
-    table:pd.DataFrame,             # of `transfer_table`: case, group, metric, n, mean, low, high, train_mean, best, best_mean, best_low, best_high, reference, ceiling, oracle
+    table:pd.DataFrame,             # of `transfer_table`: case, group, metric, n, mean, low, high, train_mean, best, best_mean, best_low, best_high, reference, half_of_the_cells, noise_ceiling, oracle
     metrics:dict[str, str],         # what to draw: metric -> label of its axis
     chance:dict[str, float]={},     # metric -> its value by chance
     title:str="",
@@ -83,7 +83,7 @@ def plot_transfer(
     "One row per case, one panel per metric."
     require_columns(table, [
         "case", "group", "metric", "n", "mean", "low", "high", "train_mean", "best", "best_mean",
-        "best_low", "best_high", "reference", "ceiling", "oracle"
+        "best_low", "best_high", "reference", "noise_ceiling", "oracle"
     ])
     table = table[table["metric"].isin(metrics)]
     cases, n_columns = list(dict.fromkeys(table["case"])), min(2, len(metrics))

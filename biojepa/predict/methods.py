@@ -53,7 +53,7 @@ def all_methods(
     seed:int=0,                             # of control pairing, forests and shuffles
     gears_epochs:int=5,                     # passes of GEARS over the training cells
     progress:bool=True,
-)->list[PredictionSet]:                     # the model first, the ceiling last
+)->list[PredictionSet]:                     # the model first, the bounds last
     "Every method that applies to a run, on the same cells."
     if unknown := [p for p in peers if p != "gears"]:
         raise ValueError(f"peers: found {unknown[0]!r}; choose 'gears', or none")
@@ -68,7 +68,7 @@ def all_methods(
                            only=baselines,
                            seed=seed,
                            progress=progress)
-    bounds = [simple.pop(n) for n in ("oracle", "ceiling") if n in simple]
+    bounds = [simple.pop(n) for n in ("oracle", "half_of_the_cells") if n in simple]
     sets = [predictions(run, template=template, progress=progress), *simple.values()]
     sets.append(
         predictions(exchanged_actions(run, part, seed),
