@@ -126,7 +126,7 @@ def direction_by_effect(
     threshold:float=.1,                             # smallest |Δ| that counts as a change
     edges:Sequence[float]=(0, .5, 1, 2, 4, 8),      # bins of observed |Δ| in thresholds; the last is open
     keep_target:bool=False,
-)->pd.DataFrame:    # per perturbation and bin with a gene in it: `about_rows`, metric, low, high, n_genes, value, chance
+)->pd.DataFrame:    # per perturbation and bin of genes: `about_rows`, metric, low, high, n_genes, value, chance
     "Share of genes whose class is right, by observed effect."
     if any(b <= a for a, b in zip(edges, edges[1:])):
         raise ValueError(f"edges: found {list(edges)}; give increasing multiples of the threshold")

@@ -62,7 +62,7 @@ def gene_rankings(
     de:DETable|None=None,                   # of `observed_de`: significant genes are relevant
     alpha:float=.05,                        # false discovery rate
     keep_target:bool=False,
-)->pd.DataFrame:    # per perturbation, quantity and k: `about_rows`, metric ("overlap@20"), quantity, k, value, chance, best
+)->pd.DataFrame:    # per perturbation, quantity and k: `about_rows`, metric ("overlap@20"), value, chance, best
     "Precision, overlap and NDCG of the genes predicted to change most; precision is NaN where no gene is relevant."
     used, about, rows = judged_genes(pb, keep_target), about_rows(pb).to_dict("records"), []
     significant = None if de is None else de.matched(pb).p_adjusted < alpha
@@ -125,7 +125,7 @@ def strongest(
     n:int=2,                # other methods to keep
     always:Sequence[str]=("biojepa", "biojepa, actions exchanged", "train_mean", "half_of_the_cells"),   # kept
 )->list[str]:               # in the order of the table
-    "Methods worth a place in a crowded figure: some always, and the best of the others; of those with equal values the first."
+    "Methods worth a place in a crowded figure: some always, and the best of the others; of equal ones the first."
     mean = tidy[tidy.metric == metric].groupby("method", sort=False)["value"].mean()
     if not len(mean): raise ValueError(f"metric: {metric!r} is not among {sorted(set(tidy.metric))}")
     others = mean.drop([*always, *BOUNDS], errors="ignore").dropna().sort_values(ascending=False, kind="stable")
@@ -133,7 +133,7 @@ def strongest(
     return [m for m in mean.index if m in always or m in others.index[:n]]
 
 def with_chance(
-    tidy:pd.DataFrame,              # rows of one or several tables above: method, metric, condition, cell_type, value, chance
+    tidy:pd.DataFrame,              # rows of the tables above: method, metric, condition, cell_type, value, chance
     reference:str="train_mean",     # method to take differences to
     **options,                      # of `summarise`
 )->pd.DataFrame:                    # the columns of `summarise`, and chance
@@ -144,7 +144,7 @@ def with_chance(
 
 # %% ../../nbs/6_evaluate/08_gene_level.ipynb #628c7709
 def claims(
-    table:pd.DataFrame,         # of `with_chance`: metric, method, mean, low, high, difference with interval, against, chance, n
+    table:pd.DataFrame,         # of `with_chance`
     method:str="biojepa",
 )->pd.DataFrame:                # metric, claim
     "What a table allows to be said of a method, in words; more is better in every metric here."

@@ -227,17 +227,17 @@ def _covered(
     sd = np.sqrt(variance)
     return (np.abs(error) <= norm.ppf(.5 + nominal/2).astype(sd.dtype)*sd).mean(1)
 
-@metric("perturbation", "coverage of mean Δ, nominal 95 %", "nominal", .95, None, ("variance",), "coverage_95", nominal=.95)
-@metric("perturbation", "coverage of mean Δ, nominal 80 %", "nominal", .80, None, ("variance",), "coverage_80", nominal=.80)
-@metric("perturbation", "coverage of mean Δ, nominal 50 %", "nominal", .50, None, ("variance",), "coverage_50", nominal=.50)
+_OF_MEANS, _OF_CELLS = ("variance",), ("ps", "cell_variance")
+
+@metric("perturbation", "coverage of mean Δ, nominal 95 %", "nominal", .95, None, _OF_MEANS, "coverage_95", nominal=.95)
+@metric("perturbation", "coverage of mean Δ, nominal 80 %", "nominal", .80, None, _OF_MEANS, "coverage_80", nominal=.80)
+@metric("perturbation", "coverage of mean Δ, nominal 50 %", "nominal", .50, None, _OF_MEANS, "coverage_50", nominal=.50)
 def coverage(
     pb:Pseudobulk,
     nominal:float=.80,  # share the interval claims
 )->np.ndarray:          # (C,) always defined where a variance is given
     "Share of genes whose observed mean Δ lies in the predicted interval."
     return _covered(pb.observed - pb.predicted, pb.variance, nominal)
-
-_OF_CELLS = ("ps", "cell_variance")
 
 @metric("cell", "coverage of cells, nominal 95 %", "nominal", .95, None, _OF_CELLS, "cell_coverage_95", nominal=.95)
 @metric("cell", "coverage of cells, nominal 80 %", "nominal", .80, None, _OF_CELLS, "cell_coverage_80", nominal=.80)

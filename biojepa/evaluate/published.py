@@ -33,7 +33,7 @@ def row_pearson(
 def row_r2(
     predicted:np.ndarray,   # (R, G)
     observed:np.ndarray,    # (R, G)
-)->np.ndarray:              # (R,) at most 1, negative where worse than the row's own mean; NaN where a row of `observed` is constant
+)->np.ndarray:              # (R,) at most 1, negative where worse than the row's mean; NaN where `observed` is constant
     "Coefficient of determination of each row."
     residual = ((observed - predicted)**2).sum(1, dtype=np.float64)
     total = ((observed - observed.mean(1, keepdims=True))**2).sum(1, dtype=np.float64)

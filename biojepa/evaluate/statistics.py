@@ -87,7 +87,7 @@ def bootstrap_ci(
     level:float=.95,    # share of the draws inside the interval
     seed:int=0,         # of the draws
 )->Interval:
-    "Mean over perturbations with a percentile bootstrap interval; NaN values are left out and `n` says how many are not."
+    "Mean over perturbations with a percentile bootstrap interval; NaN values are left out, `n` counts the others."
     _check_draws(n, level)
     values = _finite(values, "values")
     if not len(values): return Interval(np.nan, np.nan, np.nan, 0)
@@ -132,7 +132,7 @@ def hierarchical_bootstrap(
     seed:int=0,         # of the draws
     paired:bool=False,  # values are differences: give p
 )->Interval:
-    "Mean over seeds of the mean over perturbations; each draw takes seeds, and perturbations that are the same in all of them."
+    "Mean over seeds of the mean over perturbations; a draw takes seeds, and perturbations, the same in all of them."
     _check_draws(n, level)
     table = pd.DataFrame(
         dict(value=np.asarray(values, float).ravel(),

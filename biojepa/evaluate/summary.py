@@ -44,7 +44,7 @@ def scaled_score(
     mean:float,                 # the train mean's
     ceiling:float,              # the noise ceiling's
     direction:str="higher",     # which way is better: "higher" or "lower"
-)->float:                       # 0 at the train mean, 1 at the ceiling; NaN where the ceiling is not better than the mean
+)->float:                       # 0 at the train mean, 1 at the ceiling; NaN where that is not the better one
     "Where a method stands between the train mean and the ceiling."
     if direction not in ("higher", "lower"): return np.nan
     room = (ceiling - mean)*(1 if direction == "higher" else -1)
@@ -91,7 +91,7 @@ def _differences(
     reference:pd.DataFrame,         # the reference, the same metric
     chance:float|None,              # of the metric
 )->tuple[pd.DataFrame, str]:        # value and seed of each difference; what it was taken against
-    "A method's values minus the reference's on the same perturbations, or minus chance where the reference is undefined everywhere."
+    "Values minus the reference's on the same perturbations, or minus chance where the reference has none."
     if reference["value"].notna().any():
         both = rows.merge(reference[[*_KEYS, "value"]], on=_KEYS, suffixes=("", "_reference"))
         return both.assign(value=both["value"] - both["value_reference"]), str(reference["method"].iloc[0])
@@ -137,8 +137,8 @@ def summarise(
     n:int=10_000,                   # draws
     level:float=.95,                # share of the draws inside an interval
     seed:int=0,                     # of the draws
-)->pd.DataFrame:                    # metric, method, mean, low, high, difference (to the reference) with interval and p, scaled, n
-    "Metrics × methods with intervals, differences and scaled scores; metrics of a whole panel have no interval here (see `bootstrap_panel`)."
+)->pd.DataFrame:    # metric, method, mean, low, high, difference (to the reference) with interval and p, scaled, n
+    "Metrics × methods with intervals, differences and scaled scores; for metrics of a panel see `bootstrap_panel`."
     tidy, rows = _checked(tidy), []
     if reference not in set(tidy["method"]):
         raise ValueError(

@@ -94,8 +94,9 @@ def gene_scores(
 # %% ../../nbs/7_explore/03_gene_probes.ipynb #ac2d2b12
 class GeneProbe(NamedTuple):
     "What representations of genes tell about a score, for genes that the probe has not seen."
-    table:pd.DataFrame  # representation, measure, value, low, high (bootstrap over genes), chance, mean and central 90 % of shuffled probes, difference (to the reference) with interval, n_genes, n_positive
-    genes:pd.DataFrame  # gene, representation, score, positive, fold, predicted (score), probability (of being positive)
+    table:pd.DataFrame  # representation, measure, value, low, high (bootstrap over genes), chance, mean and central
+                        # 90 % of shuffled probes, difference to the reference with interval, n_genes, n_positive
+    genes:pd.DataFrame  # gene, representation, score, positive, fold, predicted (score), probability (positive)
 
 def gene_probe(
     representations:Mapping[str, np.ndarray],   # name -> (N, K), of the same genes

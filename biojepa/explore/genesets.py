@@ -127,8 +127,8 @@ def relation_table(
     strata:Sequence|None=None,          # (M,)
     progress:bool=True,                 # show a bar
     **draws,                            # n_permutations, seed
-)->pd.DataFrame:    # per space: knn, difference and ratio, each with _null, _low, _high and _p; chance, best, counts, note
-    "The two questions for each space, over the items that are related to another; too few of them are no error but a note."
+)->pd.DataFrame:    # per space: knn, difference, ratio, each with _null, _low, _high, _p; chance, best, counts, note
+    "The two questions for each space, over the items that are related to another; too few of them give a note."
     if why := _too_few(relation, list(names), k, ask, answer):
         return pd.DataFrame([dict(space=s, source=relation.source, k=k, note=f"left out: {why}") for s in spaces])
     (inside, at), rows = relation.at(list(names)), []
