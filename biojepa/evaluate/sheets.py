@@ -29,8 +29,7 @@ def action_sheet(
     mean = [np.average(template.control_mean[line == l], axis=0, weights=n[line == l]) for l in lines]
     groups = pd.concat([about.assign(cell_type=l, n_cells=1) for l in lines], ignore_index=True)
     cells = groups[["perturbation", "condition", "cell_type"]]
-    cells = cells.assign(batch="", group=np.arange(len(groups)), control="")
-    cells = cells.set_axis((groups.perturbation + " in " + groups.cell_type).to_numpy())
+    cells = cells.assign(batch="", group=np.arange(len(groups)), control="").set_axis((groups.perturbation + " in " + groups.cell_type).to_numpy())
     control = np.repeat(mean, len(about), 0)
     empty = sp.csr_matrix(control.shape, dtype=np.float32)
     asked = template.provenance | dict(method="control_mean", asked="every action")

@@ -38,8 +38,8 @@ from ..predict.sets import expression_space
 # %% ../../nbs/7_explore/08_search.ipynb #51d04bd0
 class TargetState(NamedTuple):
     "Where cells should go."
-    latent: Tensor  # (K, G, D) teacher's latents of K cells in that state, or their mean (K = 1); differences to the reference if `relative`
-    relative:bool       # whether they are differences
+    latent:Tensor       # (K, G, D) teacher's latents of K cells, or their mean (K = 1)
+    relative:bool       # whether they are differences to the reference
     n_cells:int         # cells they were made from
 
 @torch.no_grad()
@@ -98,7 +98,7 @@ def wanted_states(
     cell_type:str|None=None,    # the line; the one with most test cells if None
     seed:int=0,                 # of the choice
     progress:bool=True,
-)->tuple[dict[str, TargetState], pd.DataFrame]:     # condition -> state, relative to controls; about them: condition, part, n_cells, cell_type, effect
+)->tuple[dict[str, TargetState], pd.DataFrame]:     # condition -> state, relative to controls; a row about each
     "Effects of known perturbations, as states to be reached."
     part, line = split.part_of(adata), adata.obs["cell_type"].astype(str).to_numpy()
     if cell_type is None:
@@ -310,7 +310,9 @@ def screen_energies(
             energy[1 + rows.numpy()] = found
     return energy
 
-def _block_energies(model:BioJEPA, contexts:list[Context], actions:ActionBatch, states:list[TargetState], measure:Measure, bar)->np.ndarray:    # (p, C, S)
+def _block_energies(
+    model:BioJEPA, contexts:list[Context], actions:ActionBatch, states:list[TargetState], measure:Measure, bar
+)->np.ndarray:    # (p, C, S)
     "Energies of a few actions."
     parts = []
     for context in contexts:
@@ -327,7 +329,7 @@ def ranking(
     energy:np.ndarray,      # (1 + P, C, S) from `screen_energies`
     table:ActionTable,      # P actions
     targets:Sequence[str],  # S names of the wanted states
-)->pd.DataFrame:            # per target and action, best first: target, rank, perturbation, condition, mode, energy, nothing, gain, error, nearer, n_cells
+)->pd.DataFrame:            # per target and action, best first; see `columns`
     "Actions in the order of their energy."
     about = table.frame[["perturbation", "condition"]].assign(mode=[str(m) for m in table.mode])
     n = energy.shape[1]
@@ -362,15 +364,15 @@ def ranking(
 def rank_actions(
     model,                              # BioJEPA, Pretrained, folder of save_pretrained, or finished Run
     source_cells:AnnData,               # prepared cells to start from, usually controls
-    target_state,                       # AnnData of cells in the wanted state, a TargetState, or a dict of several by name
+    target_state,                       # AnnData of cells in the wanted state, a TargetState, or several by name
     actions:ActionBatch|None=None,      # (P, A, F) candidates; None: those of the Run
     table:ActionTable|None=None,        # their names
-    reference:AnnData|None=None,        # cells that those of `target_state` were like before; None: the state is taken as it is
+    reference:AnnData|None=None,        # what those of `target_state` were like before; None: the state as it is
     pairs:int=0,                        # also pairs of the best so many single actions of different targets
     n_cells:int|None=20,                # source cells, drawn at random; all if None
     seed:int=0,                         # of the drawing
     each:bool=False,                    # energy to every cell of the state, instead of to their mean
-    space:Literal["latent", "expression"]="latent",     # where distance is measured: as in the report, or through the readout
+    space:Literal["latent", "expression"]="latent",     # of the distance: as in the report, or by the readout
     genes:Sequence[str]|None=None,      # names of the genes that count; all if None
     folder:Path|None=None,              # where partial results are kept; a second call goes on there
     batch_size:int=64,                  # pairs of cell and action computed at once
@@ -455,7 +457,7 @@ def _best_rows(found:pd.DataFrame, table:ActionTable, n:int)->np.ndarray:
 
 # %% ../../nbs/7_explore/08_search.ipynb #3e4cd368
 def recovered(
-    found:pd.DataFrame,                     # of `rank_actions`; targets are named by the condition, or perturbation, that made them
+    found:pd.DataFrame,                     # of `rank_actions`; targets are named by what made them
     by:str="condition",                     # what has to be named: "condition" or "perturbation"
     among:Sequence[str]|None=None,          # candidates that count; all if None
     method:str="biojepa",
@@ -553,7 +555,7 @@ def _likeness(
     real:Tensor,        # (P, A, d_action)
     found:Tensor,       # (A, d_action)
     whole:Tensor,       # (P,) bool, actions with all tokens
-)->tuple[np.ndarray, np.ndarray]:   # (P,) cosine and root mean square distance, between adapted latents, standardised over real ones
+)->tuple[np.ndarray, np.ndarray]:   # (P,) cosine and root mean square distance, of adapted, standardised latents
     "How much real actions are like a latent, to the ears of the predictor."
     with torch.no_grad():
         heard, own = model.predictor.adapter(real).flatten(1), model.predictor.adapter(found).flatten()
