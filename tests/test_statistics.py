@@ -177,7 +177,7 @@ def test_ceiling_is_the_mean_of_ten_deals_before_the_formula():
     found = noise_ceilings(template, adata, split, ["r_delta", "pds"])
     np.testing.assert_allclose(found["value"], by_hand)
     assert set(found["metric"]) == {"r_delta"} and set(found["method"]) == {"noise_ceiling"} < set(BOUNDS)
-    assert noise_ceilings(template, adata, split, ["pds"]).empty
+    assert noise_ceilings(template, adata, split, "pds").empty
 
 
 def test_only_metrics_that_declare_a_ceiling_have_one_and_only_those_are_scaled():

@@ -26,7 +26,8 @@ def noise_ceilings(
     seed:int=0,                         # of the first deal
 )->pd.DataFrame:                        # method "noise_ceiling", metric, condition, cell_type, value, n_cells
     "What the true effect would score of each perturbation, from halves of its cells."
-    names = [m for m in (METRICS if metrics is None else metrics) if METRICS[m].ceiling]
+    chosen = METRICS if metrics is None else [metrics] if isinstance(metrics, str) else metrics
+    names = [m for m in chosen if METRICS[m].ceiling]
     about = pseudobulk(template).conditions[["condition", "cell_type", "n_cells"]].astype({"cell_type": str})
     if not names: return about.iloc[:0].assign(metric="", method="", value=0.)
     halves = [evaluate(half_of_the_cells(template, adata, split, seed + i), names) for i in range(deals)]
