@@ -8,7 +8,7 @@ import scipy.sparse as sp
 from scipy import stats
 from scipy.integrate import quad
 
-from biojepa.evaluate import calibration as c
+from biojepa.evaluate import calibration as c, uncertainty as u
 from biojepa.evaluate.metrics import cell_coverage, coverage
 from biojepa.predict.sets import PredictionSet, pseudobulk
 
@@ -84,10 +84,10 @@ def test_crps_is_proper():
 
 @pytest.mark.parametrize("level", ["cell", "perturbation"])
 def test_one_pass_gives_the_means_of_a_loop_whatever_the_block(bold, level, monkeypatch):
-    whole = c._blocks
+    whole = c.error_blocks
     by_block = []
     for block in (2**22, 3*40):
-        monkeypatch.setattr(c, "_blocks", lambda ps, lv, b=block: whole(ps, lv, b))
+        monkeypatch.setattr(c, "error_blocks", lambda ps, lv, b=block: whole(ps, lv, b))
         by_block.append(c.calibrate(bold, level))
     a, b = by_block
     assert a.covered == pytest.approx(b.covered) and a.scores.to_numpy() == pytest.approx(b.scores.to_numpy())
@@ -110,6 +110,14 @@ def test_coverage_is_that_of_the_metrics(bold):
     pb = pseudobulk(bold)
     assert c.calibrate(bold, "perturbation").covered[:, 15] == pytest.approx(coverage(pb, .8))
     assert c.calibrate(bold, "cell").covered[:, 15] == pytest.approx(cell_coverage(pb, bold, .8))
+
+
+def test_each_cell_is_looked_at_once_for_all_levels(bold, monkeypatch):
+    read, plain = [], PredictionSet.cells_predicted
+    monkeypatch.setattr(PredictionSet, "cells_predicted", lambda s, rows:
+                        (read.extend(np.arange(len(s))[rows]), plain(s, rows))[1])
+    c.coverage_curve(c.calibrate(bold, "cell"), n=100)
+    assert read == list(range(len(bold)))
 
 
 # --- honest, bold, perfect, shuffled
@@ -137,17 +145,17 @@ def test_perfect_prediction_has_the_best_scores(honest):
         cal = c.calibrate(perfect, level)
         assert cal.scores[["crps", "mse"]].to_numpy() == pytest.approx(0, abs=1e-6)
         if level == "cell": assert (cal.covered == 1).all()
-    ideal = c.error_and_variance(honest).assign(variance=lambda t: t["error"])     # claims its own error
-    assert c.uncertainty_table(ideal, n=20)["mean"].to_numpy() == pytest.approx(1)
+    ideal = u.error_and_variance(honest).assign(variance=lambda t: t["error"])     # claims its own error
+    assert u.uncertainty_table(ideal, n=20)["mean"].to_numpy() == pytest.approx(1)
 
 
 @pytest.mark.parametrize("level", ["cell", "perturbation"])
 def test_shuffled_variances_are_chance_within_its_interval(honest, level):
-    true = c.uncertainty_table(c.error_and_variance(honest, level), n=100).set_index("metric")
+    true = u.uncertainty_table(u.error_and_variance(honest, level), n=100).set_index("metric")
     assert (true["mean"] > true["chance_high"]).all() and (true["mean"] > .5).all()
     inside, means = [], []
     for seed in range(20):
-        table = c.uncertainty_table(c.error_and_variance(c.dealt_variance(honest, seed), level),
+        table = u.uncertainty_table(u.error_and_variance(u.dealt_variance(honest, seed), level),
                                     n=60,
                                     seed=seed)
         inside.append((table["mean"] >= table["chance_low"]) & (table["mean"] <= table["chance_high"]))
@@ -160,32 +168,32 @@ def test_shuffling_once_computed_is_shuffling_each_time():
     rng = np.random.default_rng(0)
     error, variance = rng.gamma(2., size=80), rng.gamma(2., size=80).round(1)     # with ties
     again = np.random.default_rng(1)
-    each = np.array([c._knows(error, again.permutation(variance)) for _ in range(20)])
-    np.testing.assert_allclose(c._shuffled(error, variance, 20, np.random.default_rng(1)), each, atol=1e-12)
+    each = np.array([u._knows(error, again.permutation(variance)) for _ in range(20)])
+    np.testing.assert_allclose(u._shuffled(error, variance, 20, np.random.default_rng(1)), each, atol=1e-12)
 
 
 def test_equal_variances_know_nothing_and_say_so(honest):
-    table = c.error_and_variance(replace(honest, variance=np.ones_like(honest.variance)))
-    assert c.uncertainty_table(table, n=20)[["mean", "low", "chance_high"]].isna().all(None)
-    flat = c.risk_coverage(table).query("order == 'variance'")
+    table = u.error_and_variance(replace(honest, variance=np.ones_like(honest.variance)))
+    assert u.uncertainty_table(table, n=20)[["mean", "low", "chance_high"]].isna().all(None)
+    flat = u.risk_coverage(table).query("order == 'variance'")
     assert flat["risk"].to_numpy() == pytest.approx(table["error"].mean())
 
 
 def test_risk_is_the_mean_error_of_what_is_kept(bold):
-    table = c.error_and_variance(bold)
-    curve = c.risk_coverage(table, points=10**9)
+    table = u.error_and_variance(bold)
+    curve = u.risk_coverage(table, points=10**9)
     kept = table.sort_values("error", kind="stable")["error"].expanding().mean()
     assert curve.query("order == 'error'")["risk"].to_numpy() == pytest.approx(kept.to_numpy())
     distinct = table.assign(variance=np.random.default_rng(0).permutation(len(table)))
     expected = distinct.sort_values("variance")["error"].expanding().mean()
-    assert c.risk_coverage(distinct,
+    assert u.risk_coverage(distinct,
                            10**9).query("order == 'variance'")["risk"].to_numpy() == pytest.approx(
                                expected.to_numpy())
-    assert len(c.risk_coverage(table, 50)) == 100 and c.risk_coverage(table, 50)["kept"].iloc[-1] == 1
+    assert len(u.risk_coverage(table, 50)) == 100 and u.risk_coverage(table, 50)["kept"].iloc[-1] == 1
 
 
 def test_table_of_errors_has_every_cell_with_its_own(bold):
-    table = c.error_and_variance(bold)
+    table = u.error_and_variance(bold)
     square = (bold.observed.toarray() - bold.cells_predicted())**2
     assert table["error"].to_numpy() == pytest.approx(square.mean(1), rel=1e-5)
     assert (table["condition"].to_numpy() == bold.cells["condition"].to_numpy()).all()
@@ -244,7 +252,7 @@ def test_constant_is_the_mean_squared_error_of_each_gene_with_conditions_alike(b
 def test_a_bent_order_cannot_be_repaired(bold):
     "After a recalibration the order of variances is what it was."
     scaled = replace(bold, variance=bold.variance*4)
-    a, b = (c.uncertainty_table(c.error_and_variance(s), n=20)["mean"].to_numpy() for s in (bold, scaled))
+    a, b = (u.uncertainty_table(u.error_and_variance(s), n=20)["mean"].to_numpy() for s in (bold, scaled))
     assert a == pytest.approx(b)
 
 
@@ -275,7 +283,7 @@ def no_variance(ps): return ps.with_prediction("train_mean", ps.delta)
     (lambda s: c.calibrate(no_variance(s)), "train_mean: predicts no variance of a cell"),
     (lambda s: c.calibrate(no_variance(s), "perturbation"), "train_mean: predicts no variance of a "
                                                             "perturbation mean"),
-    (lambda s: c.error_and_variance(no_variance(s)), "predicts no variance"),
+    (lambda s: u.error_and_variance(no_variance(s)), "predicts no variance"),
     (lambda s: c.fit_recalibration(s, "isotonic"), "kind: found 'isotonic'"),
     (lambda s: c.fit_recalibration(replace(s, variance=np.zeros_like(s.variance))), "variances are 0"),
     (lambda s: c.calibrate(s, "perturbation", c.fit_recalibration(s, "scale", "cell")), "recalibration: was "

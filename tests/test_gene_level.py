@@ -6,7 +6,7 @@ import scipy.sparse as sp
 from scipy import stats
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, confusion_matrix, ndcg_score
 
-from biojepa.evaluate import gene_level as g
+from biojepa.evaluate import directions as d, gene_level as g
 from biojepa.evaluate.differential import DETable
 from biojepa.evaluate.metrics import METRICS
 from biojepa.predict.sets import PredictionSet, Pseudobulk
@@ -46,17 +46,17 @@ def largest(pb, i, n):
 def test_direction_against_sklearn(pb):
     for i in range(C):
         used = others(pb, i)
-        o, p = g.direction(pb.observed[i], .2), g.direction(pb.predicted[i], .2)
-        assert g.direction_accuracy(pb, .2)[i] == pytest.approx(accuracy_score(o[used], p[used]))
-        assert g.direction_balanced(pb, .2)[i] == pytest.approx(balanced_accuracy_score(o[used], p[used]))
+        o, p = d.direction(pb.observed[i], .2), d.direction(pb.predicted[i], .2)
+        assert d.direction_accuracy(pb, .2)[i] == pytest.approx(accuracy_score(o[used], p[used]))
+        assert d.direction_balanced(pb, .2)[i] == pytest.approx(balanced_accuracy_score(o[used], p[used]))
         top = largest(pb, i, 50)
-        assert g.direction_accuracy(pb, .2, top=50)[i] == pytest.approx(accuracy_score(o[top], p[top]))
+        assert d.direction_accuracy(pb, .2, top=50)[i] == pytest.approx(accuracy_score(o[top], p[top]))
 
 
 def test_counts_are_a_confusion_matrix(pb):
     used = ~np.eye(C, G, dtype=bool)
-    o, p = g.direction(pb.observed, .2)[used], g.direction(pb.predicted, .2)[used]
-    table = g.direction_counts(pb, .2)
+    o, p = d.direction(pb.observed, .2)[used], d.direction(pb.predicted, .2)[used]
+    table = d.direction_counts(pb, .2)
     expected = confusion_matrix(o, p, labels=[-1, 0, 1])
     assert (table["n"].to_numpy().reshape(3, 3) == expected).all() and table["n"].sum() == C*(G - 1)
     assert table["share"].to_numpy().reshape(3, 3) == pytest.approx(expected/expected.sum(1, keepdims=True))
@@ -68,20 +68,20 @@ def test_chance_of_direction_is_the_mean_of_dealt_classes(pb, top):
     for _ in range(400):
         dealt = pb.predicted.copy()
         for i in range(C): dealt[i, others(pb, i)] = rng.permutation(dealt[i, others(pb, i)])
-        seen.append(g.direction_accuracy(pb._replace(predicted=dealt), .2, top))
+        seen.append(d.direction_accuracy(pb._replace(predicted=dealt), .2, top))
     seen = np.array(seen)
     error = seen.std(0)/np.sqrt(len(seen))
-    assert (np.abs(seen.mean(0) - g.direction_chance(pb, .2, top)) < 4.5*error + 1e-12).all()
+    assert (np.abs(seen.mean(0) - d.direction_chance(pb, .2, top)) < 4.5*error + 1e-12).all()
 
 
 def test_bins_by_effect_hold_every_gene_once_and_average_to_the_accuracy(pb):
-    table = g.direction_by_effect(pb, .2)
+    table = d.direction_by_effect(pb, .2)
     assert (table.groupby("condition")["n_genes"].sum() == G - 1).all()
     mean = table.assign(right=table["value"]*table["n_genes"]).groupby("condition",
                                                                        sort=False)["right"].sum()/(G - 1)
-    assert mean.to_numpy() == pytest.approx(g.direction_accuracy(pb, .2))
+    assert mean.to_numpy() == pytest.approx(d.direction_accuracy(pb, .2))
     low = table[table["high"] <= .2]     # only "unchanged" is observed below the threshold
-    unchanged = [(g.direction(pb.predicted[i, others(pb, i)], .2) == 0).mean() for i in range(C)]
+    unchanged = [(d.direction(pb.predicted[i, others(pb, i)], .2) == 0).mean() for i in range(C)]
     assert low["chance"].to_numpy() == pytest.approx(
         np.array(unchanged)[low["condition"].str.extract(r"G(\d+)", expand=False).astype(int)])
 
@@ -90,17 +90,17 @@ def test_target_counts_only_if_asked(pb):
     moved = pb.predicted.copy()
     moved[np.arange(C), np.arange(C)] += 5
     other = pb._replace(predicted=moved)
-    assert g.direction_accuracy(other) == pytest.approx(g.direction_accuracy(pb))
+    assert d.direction_accuracy(other) == pytest.approx(d.direction_accuracy(pb))
     assert g.gene_rankings(other)["value"].to_numpy() == pytest.approx(g.gene_rankings(pb)["value"].to_numpy())
-    assert (g.direction_accuracy(other, keep_target=True) != g.direction_accuracy(pb, keep_target=True)).any()
+    assert (d.direction_accuracy(other, keep_target=True) != d.direction_accuracy(pb, keep_target=True)).any()
     assert (g.gene_rankings(other, keep_target=True)["value"]
             != g.gene_rankings(pb, keep_target=True)["value"]).any()
 
 
 def test_class_that_is_not_observed_leaves_the_balance_undefined(pb):
     up = np.abs(pb.observed)
-    assert np.isnan(g.direction_balanced(pb._replace(observed=up))).all() and np.isfinite(
-        g.direction_accuracy(pb._replace(observed=up))).all()
+    assert np.isnan(d.direction_balanced(pb._replace(observed=up))).all() and np.isfinite(
+        d.direction_accuracy(pb._replace(observed=up))).all()
 
 
 # --- rankings
@@ -160,7 +160,7 @@ def test_perfect_prediction_gets_the_best_value(pb):
     table = g.gene_rankings(perfect)
     assert table["value"].to_numpy() == pytest.approx(table["best"].to_numpy())
     assert table.query("quantity != 'precision'")["best"].to_numpy() == pytest.approx(1)
-    assert (g.direction_by_effect(perfect)["value"] == 1).all()
+    assert (d.direction_by_effect(perfect)["value"] == 1).all()
     for name in ("direction_all", "direction_top50", "direction_balanced", "top_overlap_20", "ndcg_50"):
         assert METRICS[name].function(perfect) == pytest.approx(METRICS[name].best), name
 
@@ -173,8 +173,8 @@ def test_prediction_shuffled_over_genes_is_chance_within_its_interval():
         pb = pb._replace(predicted=np.stack([rng.permutation(r) for r in pb.predicted]))
         tables = pd.concat([
             g.gene_rankings(pb),
-            g.direction_by_effect(pb),
-            pd.DataFrame(dict(metric="balanced", value=g.direction_balanced(pb), chance=1/3))
+            d.direction_by_effect(pb),
+            pd.DataFrame(dict(metric="balanced", value=d.direction_balanced(pb), chance=1/3))
         ])
         for name, rows in tables.groupby("metric"):
             differences.setdefault(name, []).append((rows["value"] - rows["chance"]).to_numpy())
@@ -203,9 +203,9 @@ def test_means_with_intervals_and_chance(pb):
 
 
 @pytest.mark.parametrize("call, message", [
-    (lambda pb: g.direction_accuracy(pb, 0.), "threshold"),
-    (lambda pb: g.direction(pb.observed, -1), "threshold"),
-    (lambda pb: g.direction_by_effect(pb, edges=(0, 2, 1)), "edges"),
+    (lambda pb: d.direction_accuracy(pb, 0.), "threshold"),
+    (lambda pb: d.direction(pb.observed, -1), "threshold"),
+    (lambda pb: d.direction_by_effect(pb, edges=(0, 2, 1)), "edges"),
     (lambda pb: g.gene_rankings(pb, ks=(1000,)), "ks"),
     (lambda pb: g.gene_rankings(pb, de=DETable(("X",), pb.conditions, *[np.ones((C, 1))]*3)), "de: was made "
                                                                                               "for "

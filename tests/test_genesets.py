@@ -9,13 +9,13 @@ from sklearn.neighbors import NearestNeighbors
 from biojepa.data.datasets import load_dataset
 from biojepa.data.download import read_card
 from biojepa.data.preprocess import prepare
-from biojepa.explore import genesets as g
+from biojepa.explore import genesets as g, relations as r, released as old
 
 LABELS = pd.Series(np.repeat(np.arange(8), 15), [f"g{i}" for i in range(120)])
 
 
 @pytest.fixture(scope="module")
-def relation(): return g.label_relation(LABELS)
+def relation(): return r.label_relation(LABELS)
 
 
 def pairs(relation):
@@ -26,13 +26,13 @@ def pairs(relation):
 
 def test_relations_from_sets_labels_and_edges_are_the_pairs_one_would_list():
     sets = dict(one=["A", "B", "C"], two=["C", "D", "E"], small=["A", "E"], large=[f"x{i}" for i in range(9)])
-    assert pairs(g.set_relation(sets, sizes=(3, 5))) == {("A", "B"), ("A", "C"), ("B", "C"), ("C", "D"),
+    assert pairs(r.set_relation(sets, sizes=(3, 5))) == {("A", "B"), ("A", "C"), ("B", "C"), ("C", "D"),
                                                          ("C", "E"), ("D", "E")}
-    assert pairs(g.label_relation(dict(A=1, B=1, C=2, D=2, E=3))) == {("A", "B"), ("C", "D")}
+    assert pairs(r.label_relation(dict(A=1, B=1, C=2, D=2, E=3))) == {("A", "B"), ("C", "D")}
     edges = pd.DataFrame(
         dict(a=["A", "B", "A", "C", "A"], b=["B", "A", "A", "D", "C"], db=["x", "x", "x", "x", "y"]))
-    assert pairs(g.edge_relation(edges, "x")) == {("A", "B"), ("C", "D")}
-    whole = g.edge_relation(edges)
+    assert pairs(r.edge_relation(edges, "x")) == {("A", "B"), ("C", "D")}
+    whole = r.edge_relation(edges)
     assert pairs(whole) == {("A", "B"), ("C", "D"),
                             ("A", "C")} and whole.chance == pytest.approx(3/6) and whole.n_pairs == 3
     part, rows = whole.at(["Z", "D", "B", "A", "Q", "C"])
@@ -52,30 +52,30 @@ def test_files_are_read_and_refused_by_name(tmp_path):
                                            cells=None,
                                            genes=None,
                                            targets=None)))
-    planted = g.gene_relation(adata)
+    planted = r.gene_relation(adata)
     truth = pd.Series(adata.uns["truth"]["module"], adata.uns["truth"]["gene"])
     assert all((truth[a] == truth[b]) for a, b in pairs(planted)) and planted.n_pairs == 3*20*19/2
     (tmp_path/"s.gmt").write_text("one\tsource\tG01\tG02\tG03\n\ntwo\t\tG03\tG04\t\tG05\n")
-    assert g.read_gmt(tmp_path/"s.gmt") == dict(one=["G01", "G02", "G03"],
-                                                two=["G03", "G04", "G05"]) and g.gene_relation(
+    assert r.read_gmt(tmp_path/"s.gmt") == dict(one=["G01", "G02", "G03"],
+                                                two=["G03", "G04", "G05"]) and r.gene_relation(
                                                     adata, tmp_path/"s.gmt").n_pairs == 6
     pd.DataFrame(dict(a=["G01", "G01", "G01"], b=["G02", "G03", "G04"], db=["x", "x",
                                                                             "y"])).to_csv(tmp_path/"e.csv",
                                                                                           index=False)
-    assert g.gene_relation(adata, tmp_path/"e.csv").n_pairs == 3 and g.gene_relation(
+    assert r.gene_relation(adata, tmp_path/"e.csv").n_pairs == 3 and r.gene_relation(
         adata, tmp_path/"e.csv", "x").source == "e.csv, x"
     (tmp_path/"bad.gmt").write_text("one A B\n"); (tmp_path/"twice.gmt").write_text("one\t\tA\none\t\tB\n")
     bare = adata.copy()
     del bare.uns["truth"]
-    for call, message in ((lambda: g.gene_relation(bare), "no planted modules; give a GMT file"),
-                          (lambda: g.gene_relation(adata, tmp_path/"bad.gmt"),
-                           "line 1: found 1 columns"), (lambda: g.read_gmt(tmp_path/"twice.gmt"),
+    for call, message in ((lambda: r.gene_relation(bare), "no planted modules; give a GMT file"),
+                          (lambda: r.gene_relation(adata, tmp_path/"bad.gmt"),
+                           "line 1: found 1 columns"), (lambda: r.read_gmt(tmp_path/"twice.gmt"),
                                                         "line 2: set 'one' stands twice"),
-                          (lambda: g.read_gmt(tmp_path/"none.gmt"),
-                           "no such file"), (lambda: g.gene_relation(adata, tmp_path/"e.csv", "STRING"),
+                          (lambda: r.read_gmt(tmp_path/"none.gmt"),
+                           "no such file"), (lambda: r.gene_relation(adata, tmp_path/"e.csv", "STRING"),
                                              "no edges of db 'STRING'; it has x, y"),
-                          (lambda: g.edge_relation(pd.DataFrame(dict(a=["A"]))),
-                           r"columns \['b'\] are missing"), (lambda: g.set_relation(dict(a=["A", "B"])),
+                          (lambda: r.edge_relation(pd.DataFrame(dict(a=["A"]))),
+                           r"columns \['b'\] are missing"), (lambda: r.set_relation(dict(a=["A", "B"])),
                                                              "none of 1 sets has 3 to 300"),
                           (lambda: planted.at(["X", "Y"]),
                            "0 of 2 items are related"), (lambda: planted.at(["G01", "G01", "G02"]),
@@ -146,7 +146,7 @@ def test_perfect_spaces_get_the_best_value_and_shuffled_ones_chance(relation):
 
 
 def test_small_sets_cannot_fill_all_neighbours():
-    few = g.label_relation(pd.Series(np.arange(60)//3, [f"i{i}" for i in range(60)]))
+    few = r.label_relation(pd.Series(np.arange(60)//3, [f"i{i}" for i in range(60)]))
     found = g.relation_test(np.eye(20)[np.arange(60)//3], few, 4, n_permutations=10)
     assert found["knn_best"] == .5 == pytest.approx(found["knn"])     # two of four
 
@@ -188,8 +188,8 @@ def test_tables_and_set_similarity(relation):
 
 def test_first_sets_are_the_first_of_fitting_size():
     sets = dict(small=["A"], one=["A", "B"], two=["B", "C"], large=["A", "B", "C", "D"])
-    assert g.first_sets(sets, (2, 3)) == dict(A="one", B="one", C="two")
-    assert g.first_sets(sets, (1, 4)) == dict(A="small", B="one", C="two", D="large")
+    assert old.first_sets(sets, (2, 3)) == dict(A="one", B="one", C="two")
+    assert old.first_sets(sets, (1, 4)) == dict(A="small", B="one", C="two", D="large")
 
 
 @pytest.mark.parametrize("fewest", [10, 5])
@@ -198,7 +198,7 @@ def test_released_neighbours_by_hand(fewest):
     rng = np.random.default_rng(0)
     labels = [None]*7 + ["rare"]*(fewest - 1) + ["a"]*15 + ["b"]*12 + ["c"]*11
     x = rng.normal(size=(len(labels), 6)) + np.array([dict(a=.5, b=-.5).get(l, 0) for l in labels])[:, None]
-    found = g.released_neighbours(x, labels, fewest)
+    found = old.released_neighbours(x, labels, fewest)
     kept = [i for i, l in enumerate(labels) if l in ("a", "b", "c")]
     similar, k = cosine_similarity(x), min(5, fewest - 1)
     right = {True: 0, False: 0}
@@ -210,13 +210,13 @@ def test_released_neighbours_by_hand(fewest):
     assert found["accuracy"] == pytest.approx(right[True]/len(kept)) and right[True] > right[False]
     assert found["accuracy without itself"] == pytest.approx(right[False]/len(kept))
     assert (found["n_items"], found["n_labels"], found["majority"]) == (38, 3, pytest.approx(15/38))
-    assert "1 labels have 5 items or more" in g.released_neighbours(x[:30], ["a"]*30, 5)["note"]
+    assert "1 labels have 5 items or more" in old.released_neighbours(x[:30], ["a"]*30, 5)["note"]
 
 
 def test_released_accuracy_of_nothing_is_far_above_chance():
     "The reason why a released accuracy is never printed without the row of random numbers."
     rng, labels = np.random.default_rng(1), np.repeat([f"{i}" for i in range(54)], 21)
-    found = [g.released_neighbours(rng.normal(size=(len(labels), 256)), labels) for _ in range(3)]
+    found = [old.released_neighbours(rng.normal(size=(len(labels), 256)), labels) for _ in range(3)]
     assert all(f["accuracy"] > 10*f["majority"] and f["accuracy without itself"] < 3*f["majority"]
                for f in found)
 
@@ -230,9 +230,9 @@ def test_released_ratio_by_hand():
         for j in range(i):
             similar = x[i] @ x[j]/np.linalg.norm(x[i])/np.linalg.norm(x[j])
             (within if labels[i] == labels[j] else between).append(similar)
-    found = g.released_ratio(x, labels)
+    found = old.released_ratio(x, labels)
     assert (found["within"], found["between"]) == (pytest.approx(np.mean(within)),
                                                    pytest.approx(np.mean(between)))
     assert found["ratio"] == pytest.approx(np.mean(within)/np.mean(between)) and found["n_items"] == 7
     assert found["p"] == pytest.approx(stats.mannwhitneyu(within, between, alternative="greater").pvalue)
-    assert g.released_ratio(np.ones((6, 3)), ["a", "a", "a", "b", "b", "b"])["ratio"] == pytest.approx(1)
+    assert old.released_ratio(np.ones((6, 3)), ["a", "a", "a", "b", "b", "b"])["ratio"] == pytest.approx(1)

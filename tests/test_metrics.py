@@ -13,8 +13,7 @@ from sklearn.metrics import r2_score
 from biojepa.data.datasets import load_dataset
 from biojepa.data.preprocess import prepare
 from biojepa.data.splits import make_split
-from biojepa.evaluate import metrics as m
-from biojepa.evaluate.compare import coverage_table
+from biojepa.evaluate import metrics as m, published as p
 from biojepa.evaluate.differential import observed_de
 from biojepa.evaluate.metrics import METRICS, evaluate
 from biojepa.evaluate.published import published_protocol, published_table, published_values
@@ -129,8 +128,8 @@ def awkward(ps):
 
 @pytest.mark.parametrize("block", [2**22, 3*N_GENES, 1])
 def test_protocol_is_the_release_by_hand(ps, guess, awkward, block, monkeypatch):
-    whole = m._pass_over_cells
-    monkeypatch.setattr(m, "_pass_over_cells", lambda s: whole(s, block))
+    whole = p._pass_over_cells
+    monkeypatch.setattr(p, "_pass_over_cells", lambda s: whole(s, block))
     for s, n_undefined in ((ps, 0), (guess, 0), (awkward, 7)):
         found, expected = published_protocol(s), by_hand(s)
         for name, value in expected.items():
@@ -143,14 +142,14 @@ def test_protocol_is_the_release_by_hand(ps, guess, awkward, block, monkeypatch)
 def test_methods_on_the_same_cells_share_one_pass(ps, guess, awkward, monkeypatch):
     "Every column is what the method scores alone; the awkward cells are others, so they get a pass of their own."
     sets = [guess, ps, awkward, ps.with_prediction("train_mean", np.tile(ps.train_delta, (len(ps.groups), 1)))]
-    alone, passes, whole = {s.name: published_protocol(s) for s in sets}, [], m._pass_over_cells
-    monkeypatch.setattr(m, "_pass_over_cells", lambda s: (passes.append([x.name for x in s]), whole(s))[1])
+    alone, passes, whole = {s.name: published_protocol(s) for s in sets}, [], p._pass_over_cells
+    monkeypatch.setattr(p, "_pass_over_cells", lambda s: (passes.append([x.name for x in s]), whole(s))[1])
     table = published_table(sets).set_index("quantity")
     assert passes == [["guess", "control_mean", "train_mean"], ["awkward"]]
     assert list(table.columns) == ["report", "guess", "awkward", "control_mean", "train_mean", "meaning"]
     for name, expected in alone.items():
-        np.testing.assert_allclose([table.loc[q, name] for q in m.MEANING],
-                                   [expected[q] for q in m.MEANING],
+        np.testing.assert_allclose([table.loc[q, name] for q in p.MEANING],
+                                   [expected[q] for q in p.MEANING],
                                    rtol=1e-12)
 
 
@@ -191,10 +190,10 @@ def test_the_last_full_batch_is_counted_from_the_front(ps):
     delta = np.zeros(ps.control.shape, np.float32)
     delta[64:96] = .25
     marked = ps.with_prediction("marked", np.zeros_like(ps.delta), delta)
-    assert len(ps) == 126 and m.shift_of_last_batch(marked) == pytest.approx(.25, rel=1e-5)
+    assert len(ps) == 126 and p.shift_of_last_batch(marked) == pytest.approx(.25, rel=1e-5)
     assert published_protocol(marked)["shift"] == pytest.approx(.25*32/126, rel=1e-5)
-    assert m.shift_of_last_batch(marked, 126) == pytest.approx(.25*32/126, rel=1e-5)
-    assert np.isnan(m.shift_of_last_batch(marked, 127))
+    assert p.shift_of_last_batch(marked, 126) == pytest.approx(.25*32/126, rel=1e-5)
+    assert np.isnan(p.shift_of_last_batch(marked, 127))
 
 
 def test_values_of_perturbations_average_to_the_protocol(guess):
@@ -238,11 +237,11 @@ def test_table_needs_both_constants(ps, guess):
 
 def test_pearson_and_r2_of_rows():
     a, b = np.random.default_rng(0).normal(size=(2, 7, 30)) + 3
-    assert m.row_pearson(a, b) == pytest.approx([stats.pearsonr(x, y)[0] for x, y in zip(a, b)])
-    assert m.row_r2(a, b) == pytest.approx([r2_score(y, x) for x, y in zip(a, b)])
-    assert np.isnan(m.row_pearson(np.full(
-        (1, 30), 2.), b[:1])).all() and np.isnan(m.row_pearson(b[:1], np.zeros((1, 30)))).all()
-    assert np.isnan(m.row_r2(a[:1], np.ones((1, 30)))).all()
+    assert p.row_pearson(a, b) == pytest.approx([stats.pearsonr(x, y)[0] for x, y in zip(a, b)])
+    assert p.row_r2(a, b) == pytest.approx([r2_score(y, x) for x, y in zip(a, b)])
+    assert np.isnan(p.row_pearson(np.full(
+        (1, 30), 2.), b[:1])).all() and np.isnan(p.row_pearson(b[:1], np.zeros((1, 30)))).all()
+    assert np.isnan(p.row_r2(a[:1], np.ones((1, 30)))).all()
 
 
 def test_rounding_of_a_constant_is_no_correlation(guess):
@@ -423,7 +422,7 @@ def test_coverage_of_what_is_truly_gaussian(ps):
     pb = pseudobulk(ps)
     sd = rng.uniform(.1, 2, pb.observed.shape)
     honest = pb._replace(predicted=pb.observed + sd*rng.normal(size=sd.shape), variance=sd**2)
-    for p in (.5, .8, .95): assert m.coverage(honest, p).mean() == pytest.approx(p, abs=.05)
+    for share in (.5, .8, .95): assert m.coverage(honest, share).mean() == pytest.approx(share, abs=.05)
     assert (m.coverage(honest._replace(variance=100*sd**2), .5) > .95).all() and (m.coverage(
         honest._replace(variance=sd**2/1e4), .95) < .15).all()
 
@@ -434,25 +433,6 @@ def test_coverage_of_cells(guess):
     for i, (condition, line) in enumerate(zip(pb.conditions["condition"], pb.conditions["cell_type"])):
         rows = ((guess.cells["condition"] == condition) & (guess.cells["cell_type"] == line)).to_numpy()
         assert m.cell_coverage(pb, guess, .8)[i] == pytest.approx(inside[rows].mean())
-
-
-def test_several_levels_in_one_pass_are_the_registered_ones(ps, guess):
-    curve = coverage_table(guess, (.5, .8, .95)).set_index(["kind", "nominal"])["covered"]
-    values = evaluate(guess, [f"{c}coverage_{n}" for c in ("", "cell_")
-                              for n in (50, 80, 95)]).groupby("metric")["value"].mean()
-    for n in (50, 80, 95):
-        assert curve["mean of a perturbation", n/100] == pytest.approx(values[f"coverage_{n}"])
-        assert curve["single cells", n/100] == pytest.approx(values[f"cell_coverage_{n}"])
-    with pytest.raises(ValueError, match="predicts no variance"): coverage_table(ps)
-    assert (np.diff(coverage_table(guess).query("kind == 'single cells'")["covered"]) > 0).all()
-
-
-def test_coverage_looks_at_each_cell_once_for_all_levels(guess, monkeypatch):
-    read, plain = [], PredictionSet.cells_predicted
-    monkeypatch.setattr(PredictionSet, "cells_predicted", lambda s, rows:
-                        (read.extend(rows), plain(s, rows))[1])
-    coverage_table(guess)
-    assert sorted(read) == list(range(len(guess)))
 
 
 def test_half_precision_moves_no_metric_by_a_thousandth(guess):

@@ -14,8 +14,8 @@ from biojepa.data.means import group_means
 from biojepa.data.preprocess import prepare
 from biojepa.data.splits import make_split
 from biojepa.explore import pathways as g
-from biojepa.explore.relations import gene_relation, label_relation
-from biojepa.explore.released import released_neighbours, released_ratio
+from biojepa.explore.relations import label_relation
+from biojepa.explore.released import released_labels, released_neighbours, released_pathways, released_ratio
 from biojepa.explore.representations import gene_embeddings
 from biojepa.model.biojepa import BioJEPA
 from biojepa.predict.model import predictions
@@ -250,7 +250,7 @@ def test_released_pathways_ask_the_released_questions(screen, tmp_path):
     "Genes and guides by the first set of their gene, held-out guides by their mean Δ; random numbers beside each."
     model, adata, split, actions, table = screen
     answers = predictions(model, adata, split, actions, table, progress=False)
-    found = g.released_pathways(model, adata, actions, table, [answers], seed=1)
+    found = released_pathways(model, adata, actions, table, [answers], seed=1)
     truth = dict(zip(adata.uns["truth"]["gene"].astype(str), adata.uns["truth"]["module"].astype(str)))
     by = found.set_index(["question", "space"])
     genes = released_neighbours(gene_embeddings(model), [truth[x] for x in adata.var_names], 10)
@@ -264,10 +264,10 @@ def test_released_pathways_ask_the_released_questions(screen, tmp_path):
     ratio = released_ratio(delta[single], [truth[c.split("+")[0]] for c in answers.groups["condition"][single]])
     assert by.loc[("held-out responses", "biojepa"), "ratio"] == pytest.approx(ratio["ratio"], rel=1e-4)
     assert {"released run, KEGG", "random numbers"} <= set(found.query("question == 'guides'")["space"])
-    assert g.released_labels(adata, tmp_path/"pairs.csv") == {}
-    assert set(g.released_labels(adata).values()) == set(truth.values())
+    assert released_labels(adata, tmp_path/"pairs.csv") == {}
+    assert set(released_labels(adata).values()) == set(truth.values())
     lines = [f"{name}\t\t" + "\t".join(adata.var_names[i:i + 20]) for name, i in (("b", 10), ("a", 0))]
     (tmp_path/"s.gmt").write_text("\n".join(lines))
-    assert g.released_labels(adata, tmp_path/"s.gmt")[adata.var_names[15]] == "b"
-    without = g.released_pathways(model, adata, actions, table, [answers], tmp_path/"pairs.csv")
+    assert released_labels(adata, tmp_path/"s.gmt")[adata.var_names[15]] == "b"
+    without = released_pathways(model, adata, actions, table, [answers], tmp_path/"pairs.csv")
     assert "no sets of 15 to 300" in without.note[0]

@@ -17,7 +17,7 @@ from sklearn.preprocessing import StandardScaler
 
 from biojepa.config import preset
 from biojepa.data.batches import dense_rows
-from biojepa.explore import probes as p
+from biojepa.explore import gene_probes as g, probes as p, released as old, representations as r
 from biojepa.model.biojepa import BioJEPA
 from biojepa.model.tokens import TokenSet
 
@@ -65,26 +65,26 @@ def test_latents_are_the_mean_over_genes_of_the_naive_form(adata):
         naive = model.teacher(dense_rows(adata.X, rows),
                               torch.tensor(adata.obs["log_library_size"].to_numpy()[rows]), None,
                               False).genes().mean(1).numpy()
-    np.testing.assert_allclose(p.cell_latents(model, adata, rows, batch_size=3, progress=False),
+    np.testing.assert_allclose(r.cell_latents(model, adata, rows, batch_size=3, progress=False),
                                naive,
                                atol=2e-6)
-    one = p.cell_latents(model, adata, rows[:1], p.gene_sketch, progress=False)
-    np.testing.assert_allclose(p.cell_latents(model, adata, rows, p.gene_sketch, progress=False)[:1],
+    one = r.cell_latents(model, adata, rows[:1], r.gene_sketch, progress=False)
+    np.testing.assert_allclose(r.cell_latents(model, adata, rows, r.gene_sketch, progress=False)[:1],
                                one,
                                atol=1e-4)
     with pytest.raises(ValueError, match="found 29 genes, the model reads 30"):
-        p.cell_latents(model, adata[:, :29].copy(), rows, progress=False)
-    assert p.gene_embeddings(model).shape == (G, model.config.d_model)
+        r.cell_latents(model, adata[:, :29].copy(), rows, progress=False)
+    assert r.gene_embeddings(model).shape == (G, model.config.d_model)
     with torch.no_grad(): model.encoder.tokenizer.gene.weight += 1
-    np.testing.assert_allclose(p.gene_embeddings(model) - p.gene_embeddings(model, "teacher"), 1, atol=1e-6)
-    with pytest.raises(ValueError, match="part: found 'student'"): p.gene_embeddings(model, "student")
+    np.testing.assert_allclose(r.gene_embeddings(model) - r.gene_embeddings(model, "teacher"), 1, atol=1e-6)
+    with pytest.raises(ValueError, match="part: found 'student'"): r.gene_embeddings(model, "student")
 
 
 def test_a_sketch_keeps_scalar_products_on_average():
     torch.manual_seed(0)
     tokens = TokenSet(torch.randn(2, 20, 8))
     flat = tokens.x.flatten(1)
-    products = np.array([(lambda s: float(s[0]@s[1]))(p.gene_sketch(tokens, 64, seed))
+    products = np.array([(lambda s: float(s[0]@s[1]))(r.gene_sketch(tokens, 64, seed))
                          for seed in range(400)])
     error = products - float(flat[0] @ flat[1])
     assert abs(error.mean()) < 3*error.std()/20
@@ -94,12 +94,12 @@ def test_a_sketch_keeps_scalar_products_on_average():
 def test_components_of_latents_see_only_the_cells_they_are_fitted_to(adata):
     torch.manual_seed(0)
     model, fit, rows = BioJEPA(preset("smoke").model.changed(n_genes=G)), np.arange(100), np.arange(200, 230)
-    got, other = p.latent_components(model, adata, rows, fit, 4, progress=False), adata.copy()
+    got, other = r.latent_components(model, adata, rows, fit, 4, progress=False), adata.copy()
     other.X[300:] = other.X[300:]*3
-    np.testing.assert_allclose(p.latent_components(model, other, rows, fit, 4, progress=False), got, atol=1e-3)
+    np.testing.assert_allclose(r.latent_components(model, other, rows, fit, 4, progress=False), got, atol=1e-3)
     assert got.shape == (30, 4)
     with pytest.raises(ValueError, match="found 2 cells"):
-        p.latent_components(model, adata, rows, fit[:2], 4, progress=False)
+        r.latent_components(model, adata, rows, fit[:2], 4, progress=False)
 
 
 def test_the_cells_that_are_probed(adata):
@@ -108,29 +108,29 @@ def test_the_cells_that_are_probed(adata):
             return np.flatnonzero(
                 adata.obs.condition == dict(train="G1+ctrl", val="X+ctrl", test="G2+ctrl")[part])
         def controls(self, adata, part): return np.flatnonzero(adata.obs.condition == "ctrl")[:20]
-    rows, fit = p.probed_cells(adata, Split(), "test", 15)
+    rows, fit = r.probed_cells(adata, Split(), "test", 15)
     assert len(rows) == 15 and set(adata.obs.condition.iloc[rows]) == {"G2+ctrl"} and (np.diff(rows) > 0).all()
     assert set(adata.obs.condition.iloc[fit]) == {"G1+ctrl", "ctrl"} and len(
-        p.probed_cells(adata, Split(), "all")[0]) == N
-    with pytest.raises(ValueError, match="part: found 'held_out'"): p.probed_cells(adata, Split(), "held_out")
+        r.probed_cells(adata, Split(), "all")[0]) == N
+    with pytest.raises(ValueError, match="part: found 'held_out'"): r.probed_cells(adata, Split(), "held_out")
 
 
 def test_components_are_scikit_learns_and_see_only_the_cells_they_are_fitted_to(adata):
     fit, rows = np.arange(0, 200), np.arange(200, 260)
-    got = p.cell_components(adata, rows, fit, 5)
+    got = r.cell_components(adata, rows, fit, 5)
     want = PCA(5).fit(adata.X[fit].toarray()).transform(adata.X[rows].toarray())
     np.testing.assert_allclose(np.abs(got), np.abs(want), atol=1e-4)
     other = adata.copy()
     other.X[300:] = other.X[300:]*3
-    np.testing.assert_allclose(p.cell_components(other, rows, fit, 5), got, atol=1e-5)
-    loadings = p.gene_loadings(adata, fit, 200)   # all components: scalar products are covariances
+    np.testing.assert_allclose(r.cell_components(other, rows, fit, 5), got, atol=1e-5)
+    loadings = r.gene_loadings(adata, fit, 200)   # all components: scalar products are covariances
     np.testing.assert_allclose(loadings @ loadings.T, np.cov(adata.X[fit].toarray().T), atol=1e-4)
-    level = p.expression_level(adata, fit)
+    level = r.expression_level(adata, fit)
     np.testing.assert_allclose(
         level,
         np.stack([adata.X[fit].toarray().mean(0), (adata.X[fit].toarray() > 0).mean(0)], 1),
         atol=1e-5)
-    with pytest.raises(ValueError, match="found 2 cells"): p.cell_components(adata, rows, fit[:2], 5)
+    with pytest.raises(ValueError, match="found 2 cells"): r.cell_components(adata, rows, fit[:2], 5)
 
 
 def test_every_label_is_dealt_to_every_part(labels):
@@ -185,7 +185,7 @@ def test_perfect_representations_get_1_and_shuffled_ones_chance(labels):
 def test_the_planted_batch_and_perturbation_are_found_in_components(adata):
     rows = np.arange(N)
     table = p.probe_table(
-        {"PCA": p.cell_components(adata, rows, rows, 20), "depth": p.library_size(adata, rows)},
+        {"PCA": r.cell_components(adata, rows, rows, 20), "depth": r.library_size(adata, rows)},
         {k: adata.obs[k].astype(str) for k in ("batch", "condition")},
         n_shuffles=1,
         progress=False)
@@ -210,20 +210,20 @@ def test_probes_refuse_by_name(labels, change, message):
 
 def test_scores_from_tables_and_from_data(adata, tmp_path):
     (tmp_path/"scores.csv").write_text("symbol,chronos\nG1,-1.5\nG2,\nG3,0.25\n")
-    assert p.read_scores(tmp_path/"scores.csv", "symbol", "chronos").to_dict() == {"G1": -1.5, "G3": .25}
+    assert g.read_scores(tmp_path/"scores.csv", "symbol", "chronos").to_dict() == {"G1": -1.5, "G3": .25}
     for table, message in ((dict(gene=["A"], s=[1]), r"columns \['score'\] are missing"), (dict(
             gene=["A"], score=["high"]), "'high' in column 'score'"), (dict(
                 gene=["A", "A"],
                 score=[1, 2]), "'A' stands twice"), (dict(gene=["A"], score=[np.inf]), "infinite values")):
         with pytest.raises(ValueError, match=message):
-            p.read_scores(pd.DataFrame(table))
-    with pytest.raises(ValueError, match="no such file"): p.read_scores(tmp_path/"none.csv")
-    planted = p.planted_scores(adata)
+            g.read_scores(pd.DataFrame(table))
+    with pytest.raises(ValueError, match="no such file"): g.read_scores(tmp_path/"none.csv")
+    planted = g.planted_scores(adata)
     assert planted[["G3", "G4", "G5"
                     ]].tolist() == [2.5, 2., 0.] and planted.index.tolist() == adata.var_names.tolist()
     plain = AnnData(adata.X, obs=adata.obs, var=adata.var)
-    with pytest.raises(ValueError, match="no planted network"): p.planted_scores(plain)
-    effects = p.effect_scores(adata)
+    with pytest.raises(ValueError, match="no planted network"): g.planted_scores(plain)
+    effects = g.effect_scores(adata)
     assert sorted(effects.index) == ["G1", "G2"]    # X is not measured, the double is no single
     rows = lambda c, line: adata.X[
         ((adata.obs.condition == c) & (adata.obs.cell_type == line)).to_numpy()].toarray().mean(0)
@@ -235,14 +235,14 @@ def test_scores_from_tables_and_from_data(adata, tmp_path):
 
 def test_scores_of_the_genes_that_are_measured(adata, tmp_path):
     (tmp_path/"s.csv").write_text("gene,score\nG3,1\nG1,2\nTP53,5\n")
-    score, meaning = p.gene_scores(adata, tmp_path/"s.csv", negate=True)
+    score, meaning = g.gene_scores(adata, tmp_path/"s.csv", negate=True)
     assert score.to_dict() == {"G1": -2., "G3": -1.} and meaning == "− score (s.csv)"
-    assert p.gene_scores(adata)[1].startswith("planted") and len(p.gene_scores(adata)[0]) == G
+    assert g.gene_scores(adata)[1].startswith("planted") and len(g.gene_scores(adata)[0]) == G
     plain = AnnData(adata.X, obs=adata.obs, var=adata.var, uns=dict(biojepa=adata.uns["biojepa"]))
-    assert p.gene_scores(plain)[0].to_dict() == p.effect_scores(adata)[["G1", "G2"]].to_dict()
+    assert g.gene_scores(plain)[0].to_dict() == g.effect_scores(adata)[["G1", "G2"]].to_dict()
     (tmp_path/"s.csv").write_text("gene,score\nTP53,5\n")
     with pytest.raises(ValueError, match="none of 1 genes is among the 30 measured"):
-        p.gene_scores(adata, tmp_path/"s.csv")
+        g.gene_scores(adata, tmp_path/"s.csv")
 
 
 def test_representations_of_genes_are_rows_of_training_cells(adata):
@@ -251,15 +251,15 @@ def test_representations_of_genes_are_rows_of_training_cells(adata):
         def controls(self, adata, part): return np.arange(50, 80)
     model, other = BioJEPA(preset("smoke").model.changed(n_genes=G)), adata.copy()
     other.X[200:] = other.X[200:]*3
-    got, same = (p.gene_representations(model, a, Split(), ["G5", "G0"]) for a in (adata, other))
+    got, same = (r.gene_representations(model, a, Split(), ["G5", "G0"]) for a in (adata, other))
     for name in got: np.testing.assert_allclose(got[name], same[name], atol=1e-5)
-    np.testing.assert_allclose(got["gene embedding"], p.gene_embeddings(model)[[5, 0]])
+    np.testing.assert_allclose(got["gene embedding"], r.gene_embeddings(model)[[5, 0]])
     np.testing.assert_allclose(
         got["embedding and level"],
         np.concatenate(
-            [got["gene embedding"], p.expression_level(adata, np.arange(80))[[5, 0]]], 1))
+            [got["gene embedding"], r.expression_level(adata, np.arange(80))[[5, 0]]], 1))
     with pytest.raises(ValueError, match="'TP53' is not measured"):
-        p.gene_representations(model, adata, Split(), ["G1", "TP53"])
+        r.gene_representations(model, adata, Split(), ["G1", "TP53"])
 
 
 def gene_case(n=200, seed=0):
@@ -273,7 +273,7 @@ def gene_case(n=200, seed=0):
 
 def test_gene_probes_find_a_score_and_nothing_in_shuffled_rows():
     representations, score = gene_case()
-    result = p.gene_probe(representations, score, n_shuffles=6, n_draws=400, progress=False)
+    result = g.gene_probe(representations, score, n_shuffles=6, n_draws=400, progress=False)
     at = result.table.set_index(["representation", "measure"])
     for measure, best in (("auroc", 1.), ("r", 1.), ("rho", 1.)):
         assert at.loc[("held", measure), "value"] > .98*best and at.loc[("held", measure),
@@ -288,7 +288,7 @@ def test_gene_probes_find_a_score_and_nothing_in_shuffled_rows():
 def test_gene_probe_values_are_scipys_and_scikit_learns_on_held_out_genes():
     representations, score = gene_case(seed=1)
     representations["held"] = representations["held"] + np.random.default_rng(5).normal(0, 2, (200, 2))
-    result = p.gene_probe({k: representations[k] for k in ("held", "expression level")},
+    result = g.gene_probe({k: representations[k] for k in ("held", "expression level")},
                           score,
                           n_shuffles=0,
                           n_draws=200,
@@ -306,9 +306,9 @@ def test_bootstrap_weights_are_repeats():
     s, label, y = np.round(rng.normal(size=20), 1), rng.random(20) < .4, rng.normal(size=20)
     w = rng.multinomial(20, np.full(20, .05))
     again = np.repeat(np.arange(20), w)
-    assert p._weighted_auroc(s, label, w[None])[0] == pytest.approx(roc_auc_score(label[again], s[again]))
-    assert p._weighted_pearson(s, y, w[None])[0] == pytest.approx(stats.pearsonr(s[again], y[again])[0])
-    assert np.isnan(p._weighted_auroc(s, label, (w*label)[None])[0])
+    assert g._weighted_auroc(s, label, w[None])[0] == pytest.approx(roc_auc_score(label[again], s[again]))
+    assert g._weighted_pearson(s, y, w[None])[0] == pytest.approx(stats.pearsonr(s[again], y[again])[0])
+    assert np.isnan(g._weighted_auroc(s, label, (w*label)[None])[0])
 
 
 @pytest.mark.parametrize("change, message", [
@@ -319,7 +319,7 @@ def test_bootstrap_weights_are_repeats():
 def test_gene_probes_refuse_by_name(change, message):
     representations, score = gene_case()
     with pytest.raises(ValueError, match=message):
-        p.gene_probe(**(dict(representations=representations, score=score, n_shuffles=0, progress=False)
+        g.gene_probe(**(dict(representations=representations, score=score, n_shuffles=0, progress=False)
                         | change))
 
 
@@ -354,7 +354,7 @@ def test_released_cell_probe_by_hand():
     def gradient(z): return (softmax(z, axis=1) - one_hot)/len(train)
     steps = list(adam_by_hand(x[train], gradient, (3, 300), 100, np.inf, 5))
     looks = [((x[test] @ w.T + b).argmax(1) == code[test]).mean() for w, b in steps[19::20]]
-    found = p.released_cell_probe(x, labels, 5)
+    found = old.released_cell_probe(x, labels, 5)
     assert found["accuracy"] == pytest.approx(max(looks)) and len(looks) == 5
     assert max(looks) > found["majority"] == pytest.approx(50/120)
     assert (found["chance"], found["n_labels"], found["n_train"], found["n_test"]) == (pytest.approx(
@@ -368,12 +368,12 @@ def test_released_gene_probe_by_hand():
     score = 3*(x @ rng.normal(size=12)) + rng.normal(size=200)
     train, test = train_test_split(np.arange(200), test_size=.2, random_state=2)
     *_, (w, b) = adam_by_hand(x[train], lambda z: 2*(z - score[train, None])/len(train), (1, 12), 500, 1., 2)
-    guess, found = (x[test] @ w.T + b)[:, 0], p.released_gene_probe(x, score, 4., 2)
+    guess, found = (x[test] @ w.T + b)[:, 0], old.released_gene_probe(x, score, 4., 2)
     assert found["r"] == pytest.approx(stats.pearsonr(guess, score[test])[0], abs=1e-4)
     assert found["rho"] == pytest.approx(stats.spearmanr(guess, score[test])[0], abs=5e-3)
     assert found["auroc"] == pytest.approx(roc_auc_score(score[test] > 4, guess), abs=5e-3)
     assert found["n_positive"] == (score[test] > 4).sum()
-    assert np.isnan(p.released_gene_probe(x, score, 1e9, 2)["auroc"])
+    assert np.isnan(old.released_gene_probe(x, score, 1e9, 2)["auroc"])
 
 
 def test_released_probes_read_the_students_latents_of_the_paired_control_cells(adata, monkeypatch):
@@ -387,8 +387,8 @@ def test_released_probes_read_the_students_latents_of_the_paired_control_cells(a
     def probe(x, labels, seed):
         seen.append((x, list(labels)))
         return dict(accuracy=0.)
-    monkeypatch.setattr(p, "released_cell_probe", probe)
-    table = p.released_cell_probes(model, adata, SimpleNamespace(cells=frame), progress=False)
+    monkeypatch.setattr(old, "released_cell_probe", probe)
+    table = old.released_cell_probes(model, adata, SimpleNamespace(cells=frame), progress=False)
     size = torch.tensor(adata.obs["log_library_size"].to_numpy())
     for got, cells in ((seen[0][0], ctrl), (seen[2][0], rows)):
         with torch.inference_mode():
@@ -398,4 +398,4 @@ def test_released_probes_read_the_students_latents_of_the_paired_control_cells(a
     assert seen[1][0].shape == seen[0][0].shape and table["representation"].eq("released run").sum() == 2
     assert table.groupby("question").size().eq(4).all()
     with pytest.raises(ValueError, match="part: found 'student'"):
-        p.cell_latents(model, adata, rows, part="student", progress=False)
+        r.cell_latents(model, adata, rows, part="student", progress=False)

@@ -1,4 +1,6 @@
 "Retrieval: places against a loop, ties against all orders, exact chance, the model's sheet against the naive form, a library of measurements, bad input."
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -15,7 +17,7 @@ from biojepa.data.network import SimulationSpec
 from biojepa.data.preprocess import prepare
 from biojepa.data.simulate import simulate_perturb_seq
 from biojepa.data.splits import make_split
-from biojepa.evaluate import retrieval as r
+from biojepa.evaluate import retrieval as r, sheets
 from biojepa.model.biojepa import BioJEPA
 from biojepa.predict.baselines import oracle, train_mean
 from biojepa.predict.regressors import ridge, target_features
@@ -40,7 +42,7 @@ def case():
                        np.random.default_rng(0).normal(size=(len(table.genes), 5)), Modality.PROTEIN,
                        dict(featurizer="random"))
     template = test_set(adata, split)
-    return adata, split, table, bank, template, r.action_sheet(template, table)
+    return adata, split, table, bank, template, sheets.action_sheet(template, table)
 
 
 @pytest.fixture(scope="module")
@@ -242,19 +244,12 @@ def test_model_answers_as_the_naive_form_and_encodes_each_cell_once(case, model,
     forward = model.encoder.forward
     monkeypatch.setattr(model.encoder, "forward", lambda x, *a, **k:
                         (encoded.append(len(x)), forward(x, *a, **k))[1])
-    answer = r.answer_sheet(sheet,
-                            model,
-                            adata,
-                            split,
-                            actions,
-                            table,
-                            n_controls=3,
-                            batch_size=7,
-                            progress=False)
+    run = SimpleNamespace(model=model, adata=adata, split=split, actions=actions, table=table)
+    answer = sheets.answer_sheet(sheet, run, n_controls=3, batch_size=7, progress=False)
     assert sum(encoded) == 6    # three of each line
     monkeypatch.undo()
     for line in ("line1", "line2"):
-        controls = r._some_controls(adata, split, "test", line, 3, 0)
+        controls = sheets.some_controls(adata, split, "test", line, 3, 0)
         x = dense_rows(adata.X, controls)
         size = torch.from_numpy(adata.obs["log_library_size"].to_numpy(np.float32)[controls])
         for i in np.flatnonzero((sheet.groups["cell_type"] == line).to_numpy())[::9]:
@@ -299,6 +294,13 @@ def test_library_is_made_of_other_cells_than_its_queries(case, by):
 # --- bad input
 # --------------------------------------------------------------------------------------------------------
 
+def a_run(case, **changed):
+    "An untrained model and all that it needs to answer."
+    model = BioJEPA(ModelConfig(n_genes=120, d_model=8, n_heads=2))
+    held = dict(model=model, adata=case[0], split=case[1], actions=action_batch(case[2], case[3]), table=case[2])
+    return SimpleNamespace(**held | changed)
+
+
 @pytest.mark.parametrize("call, message", [
     (lambda c, q: r.responses(pseudobulk(c[4]), "both"), "which: found 'both'"),
     (lambda c, q: r.rank_candidates(q, q, "l3"), "measure: found 'l3'"),
@@ -307,13 +309,9 @@ def test_library_is_made_of_other_cells_than_its_queries(case, by):
     (lambda c, q: r.rank_candidates(q, q._replace(about=q.about[3:].reset_index(drop=True), delta=q.delta[3:])), "candidates: lack"),
     (lambda c, q: r.rank_candidates(q, q._replace(about=pd.concat([q.about]*2, ignore_index=True), delta=np.tile(q.delta, (2, 1)))), "stands twice"),
     (lambda c, q: r.rank_candidates(q, q._replace(about=q.about.assign(targets=[q.genes]*len(q.about)))), "every gene is a target"),
-    (lambda c, q: r.answer_sheet(c[5], BioJEPA(ModelConfig(n_genes=120, d_model=8, n_heads=2))), "adata, "
-                                                                                                 "split, "
-                                                                                                 "actions, "
-                                                                                                 "table: missing"),
-    (lambda c, q: r.answer_sheet(c[5], BioJEPA(ModelConfig(n_genes=120, d_model=8, n_heads=2)), c[0], c[1], action_batch(c[2], c[3]), c[2], n_controls=0), "n_controls: found 0"),
-    (lambda c, q: r.answer_sheet(c[5], BioJEPA(ModelConfig(n_genes=120, d_model=8, n_heads=2)), c[0], c[1], action_batch(c[2], c[3]), c[2].select([0, 1])), "table: lacks"),
-    (lambda c, q: r.action_sheet(c[4], c[2].select(np.flatnonzero(c[2].is_control))), "holds no action but "
+    (lambda c, q: sheets.answer_sheet(c[5], a_run(c), n_controls=0), "n_controls: found 0"),
+    (lambda c, q: sheets.answer_sheet(c[5], a_run(c, table=c[2].select([0, 1]))), "table: lacks"),
+    (lambda c, q: sheets.action_sheet(c[4], c[2].select(np.flatnonzero(c[2].is_control))), "holds no action but "
                                                                                       "controls"),
 ])
 def test_bad_input_is_named(case, queries, call, message):

@@ -2,14 +2,21 @@
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.sparse as sp
 from scipy import stats
 
-from biojepa.evaluate.metrics import METRICS
+from biojepa.data.datasets import load_dataset
+from biojepa.data.network import SimulationSpec
+from biojepa.data.preprocess import prepare
+from biojepa.data.simulate import simulate_perturb_seq
+from biojepa.data.splits import make_split
+from biojepa.evaluate.metrics import METRICS, evaluate
 from biojepa.evaluate.statistics import (
-    _draw_means, _draws, bootstrap_ci, bootstrap_panel, hierarchical_bootstrap, paired_bootstrap
+    _draw_means, _draws, bootstrap_ci, bootstrap_panel, hierarchical_bootstrap, paired_bootstrap, verdict
 )
-from biojepa.evaluate.summary import scaled_score, summarise
-from biojepa.predict.sets import Pseudobulk
+from biojepa.evaluate.summary import BOUNDS, noise_ceilings, scaled_score, summarise
+from biojepa.predict.baselines import HalvesError, half_of_the_cells, noise_ceiling
+from biojepa.predict.sets import Pseudobulk, pseudobulk, test_set
 
 
 def test_interval_is_scipys():
@@ -42,7 +49,7 @@ def test_a_table_draws_once():
     _draws.cache_clear()
     rng = np.random.default_rng(0)
     tidy = pd.DataFrame([dict(method=m, metric="r_delta", condition=f"G{i}", cell_type="a", value=rng.normal())
-                         for m in ("train_mean", "ridge", "forest", "ceiling") for i in range(40)])
+                         for m in ("train_mean", "ridge", "forest", "noise_ceiling") for i in range(40)])
     summarise(tidy)
     assert _draws.cache_info().misses == 1 and _draws.cache_info().hits > 10
 
@@ -111,6 +118,87 @@ def test_seeds_refuse():
     assert np.isnan(hierarchical_bootstrap([np.nan], [0], [0]).estimate)
 
 
+@pytest.mark.parametrize("low, high, direction, words", [
+    (.1, .2, "higher", "better than"), (.1, .2, "lower", "worse than"), (-.2, -.1, "higher", "worse than"),
+    (-.2, -.1, "lower", "better than"), (-.1, .2, "lower", "cannot be told from"),
+    (0., .2, "higher", "cannot be told from"), (np.nan, np.nan, "lower", "no interval against")
+])
+def test_verdict(low, high, direction, words):
+    assert verdict(low, high, direction, "train_mean") == f"{words} train mean"
+
+
+# --- the noise ceiling
+
+def planted(signal, noise, seed=0):
+    "A screen whose cells are a known effect (variance signal² over genes) plus noise of variance noise², far from 0."
+    spec = SimulationSpec(n_genes=800, n_cells=1200, n_targets=14, n_cell_types=1, n_batches=1, n_doubles=0)
+    adata = prepare(load_dataset(simulate_perturb_seq(spec), batch="batch", cell_type="cell_type"))
+    condition, rng = adata.obs["condition"].astype(str).to_numpy(), np.random.default_rng(seed)
+    targets = sorted(set(condition) - {"ctrl"})
+    split = make_split(adata,
+                       "custom",
+                       held_out=dict(train=targets[8:], test=targets[:8]),
+                       allow_empty_val=True)
+    x = 30 + rng.normal(0, noise, adata.shape)
+    truth = {c: rng.normal(0, signal, adata.n_vars) for c in targets}
+    for c in targets: x[condition == c] += truth[c]
+    adata.X = sp.csr_matrix(x.astype(np.float32))
+    return adata, split, test_set(adata, split), truth
+
+
+@pytest.mark.parametrize("signal, noise", [(1., 2.), (.3, 2.), (1., .1)])
+def test_noise_ceiling_is_the_closed_form_and_where_the_truth_stands(signal, noise):
+    adata, split, template, truth = planted(signal, noise)
+    found = noise_ceilings(template, adata, split).query("metric == 'r_delta'").set_index("condition")
+    bulk, m = pseudobulk(template), len(split.controls(adata, "test"))
+    ratio = (noise/signal)**2*(1/bulk.conditions["n_cells"] + 1/m
+                               )  # noise to signal, of the mean of all cells
+    closed = pd.Series((1/np.sqrt(1 + ratio)).to_numpy(), bulk.conditions["condition"])
+    reached = [np.corrcoef(truth[c], o)[0, 1] for c, o in zip(bulk.conditions["condition"], bulk.observed)]
+    assert (found["value"] - closed).abs().max() < .05 and found["value"].mean() == pytest.approx(
+        closed.mean(), abs=.015)
+    assert found["value"].mean() == pytest.approx(np.mean(reached), abs=.02)
+    assert found["n_cells"].to_dict() == bulk.conditions.set_index("condition")["n_cells"].to_dict()
+
+
+def test_half_of_the_cells_is_below_the_ceiling_and_noise_has_none():
+    adata, split, template, truth = planted(.5, 3.)
+    half = evaluate(half_of_the_cells(template, adata, split), ["r_delta"])["value"].mean()
+    ceiling = noise_ceilings(template, adata, split, ["r_delta"])["value"].mean()
+    assert half < ceiling - .1 and ceiling == pytest.approx(noise_ceiling(half), abs=.05)
+    adata, split, template, _ = planted(0., 1.)
+    nothing = noise_ceilings(template, adata, split, ["r_delta"])["value"]
+    assert nothing.min() == 0 and nothing.max() < .35 and nothing.mean() < .2   # roots of what ten deals leave
+
+
+def test_ceiling_is_the_mean_of_ten_deals_before_the_formula():
+    adata, split, template, _ = planted(.5, 2.)
+    deals = [evaluate(half_of_the_cells(template, adata, split, seed), ["r_delta"]) for seed in range(10)]
+    by_hand = noise_ceiling(np.mean([d["value"] for d in deals], 0))
+    found = noise_ceilings(template, adata, split, ["r_delta", "pds"])
+    np.testing.assert_allclose(found["value"], by_hand)
+    assert set(found["metric"]) == {"r_delta"} and set(found["method"]) == {"noise_ceiling"} < set(BOUNDS)
+    assert noise_ceilings(template, adata, split, "pds").empty
+
+
+def test_only_metrics_that_declare_a_ceiling_have_one_and_only_those_are_scaled():
+    declared = {m for m in METRICS if METRICS[m].ceiling}
+    assert declared == {"r_delta", "r_delta_perturbed_mean", "r_top20", "r_top20_without_target"}
+    rows = tidy(train_mean=dict(r_delta=.3, de_direction=.5), model=dict(r_delta=.4, de_direction=.6),
+                half_of_the_cells=dict(r_delta=.35, de_direction=.515), noise_ceiling=dict(r_delta=.6))
+    table = summarise(rows)
+    assert table[table["scaled"].notna()]["metric"].unique().tolist() == ["r_delta"]
+
+
+def test_what_cannot_be_halved_says_so():
+    adata, split, template, _ = planted(1., 1.)
+    first = adata.obs.groupby("perturbation", observed=True).head(1).index
+    few = adata[adata.obs_names.isin(first) | (adata.obs["condition"] == "ctrl")].copy()
+    with pytest.raises(HalvesError, match="two cells"): noise_ceilings(test_set(few, split), few, split)
+
+
+# --- the table
+
 @pytest.mark.parametrize("u, mean, ceiling, direction, score", [(.4, .3, .5, "higher", .5), (.3, .3, .5, "higher", 0), (.5, .3, .5, "higher", 1), (.2, .3, .5, "higher", -.5),
                                                                 (2, 3, 1, "lower", .5), (.4, .5, .5, "higher", np.nan), (.4, .5, .4, "higher", np.nan), (2, 1, 3, "lower", np.nan), (.8, .7, .9, "nominal", np.nan)])
 def test_scaled_score(u, mean, ceiling, direction, score):
@@ -136,11 +224,10 @@ def tidy(seed=0, n=30, **means):
 def test_table():
     rows = tidy(train_mean=dict(r_delta=.3, mse_delta=3.),
                 model=dict(r_delta=.4, mse_delta=2.),
-                ceiling=dict(r_delta=.5, mse_delta=1.))
+                noise_ceiling=dict(r_delta=.5))
     table = summarise(rows).set_index(["metric", "method"])
-    assert table.loc[("r_delta", "model"), "scaled"] == pytest.approx(
-        .1/((2*.5/1.5)**.5 - .3), abs=.05) and table.loc[("mse_delta", "model"), "scaled"] == pytest.approx(
-            .5, abs=.1)
+    assert table.loc[("r_delta", "model"), "scaled"] == pytest.approx(.1/.2, abs=.05)
+    assert table.loc["mse_delta", "scaled"].isna().all()    # a metric without a ceiling is not scaled
     value = lambda method, metric: rows[
         (rows["method"] == method) & (rows["metric"] == metric)]["value"].to_numpy()
     for metric in ("r_delta", "mse_delta"):
@@ -166,11 +253,11 @@ def test_pairs_are_found_by_name_not_by_order():
 def test_an_undefined_reference_stands_at_chance():
     rows = tidy(train_mean=dict(r_delta_perturbed_mean=0, mse_delta=3.),
                 model=dict(r_delta_perturbed_mean=.2, mse_delta=2.),
-                ceiling=dict(r_delta_perturbed_mean=.4, mse_delta=1.))
+                noise_ceiling=dict(r_delta_perturbed_mean=.4))
     rows.loc[(rows["method"] == "train_mean") & (rows["metric"] == "r_delta_perturbed_mean"), "value"] = np.nan
     row = summarise(rows).set_index(["metric", "method"]).loc[("r_delta_perturbed_mean", "model")]
     assert row["against"] == "chance" and row["difference"] == pytest.approx(
-        row["mean"]) and row["scaled"] == pytest.approx(.2/(2*.4/1.4)**.5, abs=.05)
+        row["mean"]) and row["scaled"] == pytest.approx(.2/.4, abs=.05)
     undefined = summarise(rows).set_index(["metric", "method"]).loc[("r_delta_perturbed_mean", "train_mean")]
     assert np.isnan(undefined["mean"]) and undefined["n"] == 0 and undefined["n_undefined"] == 30
 

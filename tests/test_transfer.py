@@ -164,14 +164,14 @@ def test_table_takes_the_best_baseline_and_pairs_the_differences():
     ps = template("an unseen cell line")
     extra = score_case(CASES["an unseen cell line"], [seen_elsewhere(ps, *data("an unseen cell line"))],
                        data("an unseen cell line")[1])
-    bound = extra.assign(method="ceiling", value=1.)
+    bound = extra.assign(method="noise_ceiling", value=1.)
     table = transfer_table(pd.concat([scores, extra, bound])).set_index("metric")
     row = table.loc["r_delta"]
     wide = pd.concat([scores, extra]).query("metric == 'r_delta'").pivot(index="condition",
                                                                          columns="method",
                                                                          values="value")
     assert row.best == "seen_elsewhere" and row.best_mean == pytest.approx(
-        wide.seen_elsewhere.mean()) and row.ceiling == 1
+        wide.seen_elsewhere.mean()) and row.noise_ceiling == 1
     expected = paired_bootstrap(wide.biojepa, wide.seen_elsewhere)
     assert (row.difference_best, row.difference_low_best, row.difference_high_best) == pytest.approx(
         expected[:3])
