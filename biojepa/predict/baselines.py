@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['control_mean', 'train_mean', 'Training', 'training_deltas', 'Guess', 'mean_guess', 'guess_by_line', 'additive',
-           'with_own_gene', 'oracle', 'half_of_the_cells', 'noise_ceiling']
+           'with_own_gene', 'oracle', 'HalvesError', 'half_of_the_cells', 'noise_ceiling']
 
 # %% ../../nbs/5_predict/06_baselines.ipynb #f75f2e99
 from collections.abc import Callable
@@ -165,6 +165,9 @@ def oracle(
     return template.with_prediction(name, changed if as_delta else fold, as_delta=as_delta)
 
 # %% ../../nbs/5_predict/06_baselines.ipynb #8efea2ee
+class HalvesError(ValueError):
+    "Too few cells to be halved."
+
 def _halves(
     labels:np.ndarray,          # (n,) what is dealt evenly
     rng:np.random.Generator,
@@ -189,7 +192,7 @@ def half_of_the_cells(
     rng, group = np.random.default_rng(seed), labels(rows, "perturbation")
     first, own = _halves(group, rng), _halves(labels(controls, "batch"), rng)
     for some, what in ((first, "perturbation of this part has two cells"), (own, "gem group has two controls")):
-        if not some.any(): raise ValueError(f"adata: no {what}, so they cannot be halved; leave out half_of_the_cells")
+        if not some.any(): raise HalvesError(f"adata: no {what} to be halved; leave out half_of_the_cells")
     rest, others = rows[~first & np.isin(group, group[first])], controls[~own]
     half = SimpleNamespace(hash=split.hash, kind=split.kind, seed=split.seed,
                            cells=lambda a, p: rest if p == part else split.cells(a, p),
