@@ -210,7 +210,7 @@ def test_pieces_add_up_to_the_batch_for_means_over_cells(k, tmp_path):
 
 
 def test_vicreg_moments_are_those_of_the_pieces(tmp_path):
-    "The distance is a mean over cells if each has as many hidden genes; the variance of a batch is not the mean of its parts' variances."
+    "A mean over cells is that of its pieces; the variance of a batch is not the mean of its parts' variances."
     x = torch.rand(16, 20, generator=torch.Generator().manual_seed(0))
     cells = BatchLoader(lambda epoch: np.arange(16),
                         lambda r: CellBatch(x[r], torch.zeros(len(r)), torch.from_numpy(r)), 16)
@@ -334,7 +334,8 @@ def spoil(path, how):
     if how == "gone": path.unlink()
 
 
-@pytest.mark.parametrize("suffix, how", [(s, h) for s in (".safetensors", ".json") for h in ("flipped", "cut", "empty", "gone")])
+@pytest.mark.parametrize("how", ["flipped", "cut", "empty", "gone"])
+@pytest.mark.parametrize("suffix", [".safetensors", ".json"])
 def test_damaged_newest_checkpoint_falls_back_and_ends_the_same(suffix, how, tmp_path):
     quiet(whole := new(), stage(), tmp_path/"plain")
     def stop(model, n, total):
@@ -396,8 +397,18 @@ def test_checkpoint_holds_nothing_pickled_and_every_kind_of_tensor(tmp_path):
 
 # what a folder belongs to
 
-@pytest.mark.parametrize("what, change", [("config", dict(stage=dict(config=dict(weight_decay=.1)))), ("trains", dict(stage=dict(trains={"first": .05}))), ("seed", dict(seed=1)),
-                                          ("accumulate", dict(accumulate=2)), ("weights", dict(model=1)), ("early_stop", dict(early_stop=(3, "loss"))), ("loader state", dict(stage=dict(loader_options=dict(seed=1))))])
+CHANGES = {
+    "config": dict(stage=dict(config=dict(weight_decay=.1))),
+    "trains": dict(stage=dict(trains={"first": .05})),
+    "seed": dict(seed=1),
+    "accumulate": dict(accumulate=2),
+    "weights": dict(model=1),
+    "early_stop": dict(early_stop=(3, "loss")),
+    "loader state": dict(stage=dict(loader_options=dict(seed=1))),
+}
+
+
+@pytest.mark.parametrize("what, change", CHANGES.items(), ids=CHANGES)
 def test_a_changed_run_is_refused_by_name(what, change, tmp_path):
     quiet(new(), stage(), tmp_path)
     options = {k: v for k, v in change.items() if k not in ("stage", "model")}

@@ -478,17 +478,21 @@ def test_the_documented_command_is_understood():
                                                      (3, "-val_top10"), 500, 100, 5)
 
 
-@pytest.mark.parametrize("text, message", [("--preset papre", "invalid choice: 'papre'"), ("--early-stop soon", "found 'soon'; write it like 3:val_total"), ("--devices two", "invalid int"), ("--stages pretrian", "invalid choice")])
+MISSPELT = {"--preset papre": "invalid choice: 'papre'", "--early-stop soon": "found 'soon'; write it like 3:val_total",
+            "--devices two": "invalid int", "--stages pretrian": "invalid choice"}
+WRONG = {"--set pretrain.epoch=3": "the configuration has no field 'pretrain.epoch'",
+         "--set pretrain.epochs=0": "greater than 0", "--set epochs": "found 'epochs'; write field=value",
+         "--set model.x.y=1": "no field 'model.x.y'", "--data none.h5ad": "'none.h5ad': neither a file nor a dataset",
+         "--features none.safetensors": "none.safetensors: no such file"}
+
+
+@pytest.mark.parametrize("text, message", MISSPELT.items())
 def test_wrong_options_are_refused_by_the_parser(text, message, capsys):
     with pytest.raises(SystemExit) as stop: main(text.split())
     assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("text, message", [("--set pretrain.epoch=3", "the configuration has no field "
-                                                                      "'pretrain.epoch'"), ("--set "
-                                                                                            "pretrain.epochs=0", "greater than 0"), ("--set epochs", "found 'epochs'; write field=value"),
-                                           ("--set model.x.y=1", "no field 'model.x.y'"), ("--data "
-                                                                                           "none.h5ad", "'none.h5ad': neither a file nor a dataset"), ("--features none.safetensors", "none.safetensors: no such file")])
+@pytest.mark.parametrize("text, message", WRONG.items())
 def test_wrong_input_is_one_line(text, message, capsys):
     with pytest.raises(SystemExit) as stop: main(f"--accelerator cpu --no-progress {text}".split())
     error = capsys.readouterr().err

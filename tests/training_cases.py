@@ -24,7 +24,7 @@ WIDTHS = dict(protein=24, dna=20)
 
 
 def alive(module, std=.1):
-    "The module, with noise on every parameter that begins as a constant (biases, norms, FiLM, heads): there mistakes would not show."
+    "The module, with noise on parameters that begin as a constant (biases, norms, heads): there mistakes would not show."
     with torch.no_grad():
         for p in module.parameters():
             if (p == p.flatten()[0]).all(): p.add_(std*torch.randn_like(p))
