@@ -11,15 +11,14 @@ from functools import partial
 from typing import Callable, NamedTuple
 
 import numpy as np
-import pandas as pd
 import torch
 from anndata import AnnData
 from torch import Tensor
 
 from ..actions.vocabulary import Mode
 from ..config import StageConfig
-from ..data.batches import ActionBatch, PairBatch, dense_rows, row_source
-from ..data.loaders import pair_loader
+from ..data.batches import ActionBatch, PairBatch
+from ..data.loaders import Roster, pair_loader
 from ..data.means import match_groups, matched_means
 from ..data.own_gene import own_gene_effects
 from ..model.biojepa import BioJEPA, Context, latents_of
@@ -106,7 +105,7 @@ def training_maps(
     seed:int,               # of the choice of cells
 )->Tensor:                  # (G, D)
     "`gene_maps` of some training cells."
-    cells = np.union1d(split.cells(adata, "train"), split.controls(adata, "train"))
+    cells = Roster.of(adata, split)["train"].seen
     some = np.random.default_rng(seed).permutation(cells)[:config.map_cells]
     return gene_maps(model, adata, some, config.map_ridge)
 

@@ -12,8 +12,8 @@ import torch
 from anndata import AnnData
 
 from ..config import StageConfig
-from ..data.batches import CellBatch, Roster
-from ..data.loaders import cell_loader
+from ..data.batches import CellBatch
+from ..data.loaders import Roster, cell_loader
 from ..model.biojepa import BioJEPA
 from ..model.objectives import pretrain_loss
 from .loop import Stage, StepOutput
@@ -45,7 +45,7 @@ def held_out_loss(
     seed:int=0,             # of the choice of cells and hidden genes
 )->Callable[[BioJEPA], dict[str, float]]:
     "A function of the model: its pretraining loss on validation cells; nothing if there are none."
-    if not len(split.cells(adata, "val")): return lambda model: {}
+    if not len(Roster.of(adata, split)["val"]): return lambda model: {}
     cells = next(iter(cell_loader(adata, split, "val", batch_size=n_cells, seed=seed, training=True)))
     @torch.no_grad()
     def validate(model):

@@ -14,7 +14,7 @@ from anndata import AnnData
 
 from ..config import StageConfig
 from ..data.batches import ActionBatch, PairBatch
-from ..data.loaders import pair_loader
+from ..data.loaders import Roster, pair_loader
 from ..model.biojepa import BioJEPA, Context
 from .dynamics import actions_of, training_maps
 from .loop import Stage, StepOutput
@@ -66,7 +66,7 @@ def readout_stage(
     loader = pair_loader(adata, split, "train", batch_size=config.batch_size, seed=seed,
                          fixed_controls=config.fixed_controls, drop_last=config.drop_last)
     def validate(model):
-        if not len(split.cells(adata, "val")): return {}
+        if not len(Roster.of(adata, split)["val"]): return {}
         pairs = next(iter(pair_loader(adata, split, "val", batch_size=128, seed=seed, training=True)))
         pairs = pairs.to(next(model.parameters()).device)
         error = {f"val_mse_{k}": readout_step(model, pairs, actions=actions, latents=k).loss.item()

@@ -31,10 +31,10 @@ from ..actions.describe import Actions, describe_actions, sized_to
 from ..actions.vocabulary import ActionTable
 from ..config import DataConfig, ExperimentConfig, config_hash
 from ..core import PATHS, atomic_path, object_hash
-from ..data.batches import ActionBatch, PairBatch, Roster
+from ..data.batches import ActionBatch, PairBatch
 from ..data.companions import load_screen
 from ..data.leakage import check_leakage
-from ..data.loaders import BatchLoader, cell_loader, pair_loader
+from ..data.loaders import BatchLoader, Roster, cell_loader, pair_loader
 from ..data.preprocess import prepare
 from ..data.schema import validate
 from ..data.splits import Split, make_split
