@@ -27,7 +27,8 @@ def modules(root=ROOT):
 def tests(root=ROOT): return sorted((root/"tests").glob("*.py"))
 
 
-def notebooks(root=ROOT): return [p for p in sorted((root/"nbs").rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts]
+def notebooks(root=ROOT):
+    return [p for p in sorted((root/"nbs").rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts]
 
 
 def cells(path, kind=None):
@@ -136,11 +137,12 @@ def prose_share(path):
 
 
 def has_picture(path):
-    return any(kind.startswith("image/") for c in cells(path, "code") for o in c["outputs"] for kind in o.get("data", ()))
+    outputs = [o for c in cells(path, "code") for o in c["outputs"]]
+    return any(kind.startswith("image/") for o in outputs for kind in o.get("data", ()))
 
 
 def repeated(root=ROOT, n=BLOCK):
-    "Places in package and tests where `n` or more lines stand that stand elsewhere too, but for white space; imports apart."
+    "Places in package and tests of `n` or more lines that stand elsewhere too, but for white space; imports apart."
     texts, where = {}, Counter()
     for path in (*modules(root), *tests(root)):
         lines = written_lines(path)

@@ -4,7 +4,8 @@
 2. Notebooks are clean and light, and hold their outputs: pictures too, no traceback, no path of one machine.
 3. A module imports only from what stands before it; plots import nothing else of the package.
 4. One version, one set of pins.
-5. Lines can be read (tests/house.py has the numbers), imports are sorted, nothing is unpickled, library code never prints."""
+5. Lines can be read (tests/house.py has the numbers), imports are sorted.
+6. Nothing is unpickled, library code never prints."""
 import ast
 import configparser
 import itertools
@@ -16,12 +17,12 @@ import house
 import pytest
 import yaml
 from execnb.nbio import read_nb
+from house import cells, source
 from nbdev.clean import clean_nb
 from nbdev.export import nb_export
 
 from biojepa import __version__
 from biojepa.core import PATHS
-from house import cells, source
 
 NOTEBOOKS = house.notebooks()
 LIBRARY = [n for n in NOTEBOOKS if n.parent != PATHS.nbs]

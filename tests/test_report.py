@@ -86,6 +86,19 @@ def test_the_stamp_holds_what_was_used_and_strikes_off_what_was_not_written_agai
     assert stamp_of(read_manifest(tmp_path), "n") != stamp, "the stamp comes last"
 
 
+def test_two_notebooks_may_make_one_file_and_a_difference_is_seen(tmp_path, monkeypatch):
+    monkeypatch.setattr(PATHS, "nbs", tmp_path)
+    stamps = {}
+    for name in ("a", "b", "a"):
+        notebook_of(tmp_path/f"{name}.ipynb", "k: int = 5  # how many")
+        report = Report(name, tmp_path)
+        report.table(TABLE, "shared")
+        stamps[name] = report.stamp(dict(k=5))
+    assert all(stamp_of(read_manifest(tmp_path), name) == stamp for name, stamp in stamps.items())
+    Report("b", tmp_path).table(2*TABLE, "shared")
+    assert stamp_of(read_manifest(tmp_path), "a") != stamps["a"]
+
+
 def test_changed_missing_and_unlisted_files_are_told_apart(tmp_path):
     report = Report("n", tmp_path)
     for name in ("same", "changed", "missing"): report.table(TABLE, name)

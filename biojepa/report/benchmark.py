@@ -6,7 +6,7 @@
 __all__ = ['FORMS', 'COLUMNS', 'NOTE', 'attention_cost', 'all_cases', 'measure_alone', 'matmul_peak', 'run_cases',
            'plot_benchmark', 'as_markdown', 'main']
 
-# %% ../../nbs/9_report/05_benchmark.ipynb #f06f356f
+# %% ../../nbs/9_report/05_benchmark.ipynb #74b1747d
 import argparse
 import itertools
 import json
@@ -14,7 +14,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -158,22 +157,21 @@ def plot_benchmark(
     plt.close(fig)
     return fig
 
-# %% ../../nbs/9_report/05_benchmark.ipynb #20844faf
-_TIMES = lambda v: f"{v:.2f} ×" if v == v else "–"
-COLUMNS = {  # heading -> text of a row
-    "stage": lambda r: r.stage,
-    "size": lambda r: r.size,
-    "expressed": lambda r: f"{r.expressed:.0%}",
-    "form": lambda r: r.form,
-    "precision": lambda r: r.precision,
-    "cells/s": lambda r: f"{r.cells_per_s:.3g}",
-    "over plain, memory kept": lambda r: _TIMES(r.over_plain_kept),
-    "arithmetic allows": lambda r: _TIMES(r.arithmetic),
-    "over plain": lambda r: _TIMES(r.over_plain),
-    "memory": lambda r: f"{r.memory_share:.0%}",
-    "memory (MB)": lambda r: f"{r.memory_mb:.0f}",
-    "GFLOP/s": lambda r: f"{r.gflop_per_s:.0f}",
-    "of peak": lambda r: f"{r.peak_share:.0%}",
+# %% ../../nbs/9_report/05_benchmark.ipynb #f7d79663
+COLUMNS = {  # of `run_cases` -> heading and format
+    "stage": ("stage", "{}"),
+    "size": ("size", "{}"),
+    "expressed": ("expressed", "{:.0%}"),
+    "form": ("form", "{}"),
+    "precision": ("precision", "{}"),
+    "cells_per_s": ("cells/s", "{:.3g}"),
+    "over_plain_kept": ("over plain, memory kept", "{:.2f} ×"),
+    "arithmetic": ("arithmetic allows", "{:.2f} ×"),
+    "over_plain": ("over plain", "{:.2f} ×"),
+    "memory_share": ("memory", "{:.0%}"),
+    "memory_mb": ("memory (MB)", "{:.0f}"),
+    "gflop_per_s": ("GFLOP/s", "{:.0f}"),
+    "peak_share": ("of peak", "{:.0%}"),
 }
 NOTE = """One training step, forward and backward, on {machine}, torch {torch}. Batch {batches}. *Plain*: textbook \
 layers, one token per gene, fp32. A process returns freed memory to the system, which clears it page by page when \
@@ -186,11 +184,12 @@ def as_markdown(
     table:pd.DataFrame,     # from `run_cases`
 )->str:
     "The table, with what it was measured on."
-    rows = [SimpleNamespace(**row) for row in table.to_dict("records")]
-    cells = [[*COLUMNS], ["---"]*len(COLUMNS), *([text(row) for text in COLUMNS.values()] for row in rows)]
     batches = ", ".join(f"{n} ({s})" for s, n in dict(zip(table["size"], table.n_cells)).items())
-    note = NOTE.format(machine=rows[0].machine, torch=rows[0].torch, batches=batches)
-    return "\n".join(["# Benchmark", "", note, "", *(f"| {' | '.join(line)} |" for line in cells), ""])
+    note = NOTE.format(machine=table.machine[0], torch=table.torch[0], batches=batches)
+    rows = [[heading for heading, _ in COLUMNS.values()], ["---"]*len(COLUMNS)]
+    rows += [[form.format(row[c]) for c, (_, form) in COLUMNS.items()] for row in table.to_dict("records")]
+    lines = [f"| {' | '.join(row)} |".replace("nan ×", "–") for row in rows]
+    return "\n".join(["# Benchmark", "", note, "", *lines, ""])
 
 # %% ../../nbs/9_report/05_benchmark.ipynb #d1e0ad2c
 def main(

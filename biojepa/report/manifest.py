@@ -83,14 +83,14 @@ def code_hash(
     "Identifies what a notebook computes."
     return object_hash([ast.dump(tree) for _, tree in _code(notebook)])
 
-# %% ../../nbs/9_report/01_manifest.ipynb #503c3f0e
+# %% ../../nbs/9_report/01_manifest.ipynb #37b5830c
 def stamp_of(
     entries:dict[str, dict],    # of `read_manifest`
     notebook:str,               # e.g. "90_eval"
 )->dict:                        # notebook, run, code, parameters, files: name -> first digits of its hash
     "What a list says of one notebook, short enough to be printed."
     made = entries["notebooks"][notebook]
-    files = {name: e["sha256"][:12] for name, e in entries["files"].items() if e["notebook"] == notebook}
+    files = {name: entries["files"][name]["sha256"][:12] for name in made.get("files", ())}
     return dict(notebook=notebook, run=object_hash(made["made_from"]), code=made.get("code"),
                 parameters=made.get("parameters"), files=files)
 
@@ -142,10 +142,12 @@ class Report:
         "Enter what the notebook was run with; the last cell of a paper notebook."
         path = PATHS.nbs/f"{self.notebook}.ipynb"
         used = {name: values[name] for name in parameters_of(path)}
+        about = self._origin() | dict(code=code_hash(path), parameters=used, files=sorted(self.written))
         with manifest(self.folder) as entries:
-            entries["files"] = {name: e for name, e in entries["files"].items()
-                                if e["notebook"] != self.notebook or name in self.written}
-            entries["notebooks"][self.notebook] = self._origin() | dict(code=code_hash(path), parameters=used)
+            entries["notebooks"][self.notebook] = about
+            kept = {name for made in entries["notebooks"].values() for name in made.get("files", ())}
+            entries["files"] = {name: entry for name, entry in entries["files"].items()
+                                if entry["notebook"] != self.notebook or name in kept}
         return stamp_of(entries, self.notebook)
 
     def _origin(self): return dict(made_from=self.made_from, versions=versions(), commit=commit())

@@ -79,6 +79,7 @@ def keep(
     from nbdev.clean import clean_nb
     notebook = read_nb(executed)
     for cell in notebook.cells:
+        cell.metadata = {"tags": tags} if (tags := cell.metadata.get("tags")) else {}
         if cell.cell_type != "code": continue
         cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
         for data in (o.data for o in cell.outputs if "image/png" in o.get("data", {})):
