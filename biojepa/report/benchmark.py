@@ -8,7 +8,6 @@ __all__ = ['FORMS', 'COLUMNS', 'NOTE', 'attention_cost', 'all_cases', 'measure_a
 
 # %% ../../nbs/9_report/05_benchmark.ipynb #74b1747d
 import argparse
-import itertools
 import json
 import subprocess
 import sys
@@ -27,7 +26,7 @@ from ..core import PATHS, atomic_path, default_device
 from ..model.kernels import LinearAttention, flop_counter
 from ..plots.style import STYLE
 from .manifest import Report
-from .speed import Case, machine_name, measure, timed
+from .speed import Case, machine_name, timed
 
 # %% ../../nbs/9_report/05_benchmark.ipynb #83f072d7
 def attention_cost(

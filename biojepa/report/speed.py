@@ -21,7 +21,7 @@ from ..config import ModelConfig, preset
 from ..core import keep_freed_memory
 from ..data.batches import ActionBatch, CellBatch, PairBatch
 from ..model.biojepa import BioJEPA
-from ..model.kernels import LinearAttention, flop_counter, textbook_
+from ..model.kernels import flop_counter, textbook_
 
 # %% ../../nbs/9_report/04_speed.ipynb #f942d306
 def timed(
