@@ -12,9 +12,9 @@ from pathlib import Path
 
 from .actions.featurizers import FeatureBank
 from .actions.vocabulary import Modality
-from .config import ExperimentConfig, changed_by, parse_settings, preset, read_config
+from .config import ExperimentConfig, parse_settings, preset, read_config, with_settings
 from .core import PATHS
-from .training.loop import make_fabric
+from .training.loop import FitOptions, make_fabric
 from .training.run import STAGES, run_stages
 
 # %% ../nbs/4_training/09_cli.ipynb #612d49b8
@@ -23,15 +23,10 @@ def parser()->argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         "python -m biojepa.cli",
         description="Train the four stages of BioJEPA-AC, or go on with an interrupted run.")
-    p.add_argument("--preset",
-                   default="laptop",
-                   choices=["smoke", "laptop", "paper"],
+    p.add_argument("--preset", default="laptop", choices=["smoke", "laptop", "paper"],
                    help="configuration to begin from")
     p.add_argument("--config", type=Path, metavar="JSON", help="a saved config.json, instead of a preset")
-    p.add_argument("--set",
-                   nargs="+",
-                   default=[],
-                   metavar="FIELD=VALUE",
+    p.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE",
                    help="fields of the configuration, e.g. pretrain.epochs=3 model.vicreg_over=cells")
     p.add_argument("--data", metavar="NAME|H5AD", help="a dataset card or an .h5ad file")
     for name, text in dict(condition="what was done to a cell",
@@ -50,47 +45,35 @@ def parser()->argparse.ArgumentParser:
     p.add_argument("--guides-from",
                    metavar="H5AD",
                    help="raw file of the same cells, which knows the guide of each")
-    p.add_argument("--relations",
-                   metavar="FILE",
+    p.add_argument("--relations", metavar="FILE",
                    help="csv or parquet of gene pairs (a, b), for graph features instead of proteins")
-    p.add_argument("--relations-db",
-                   metavar="NAME",
-                   help="only the pairs with this value in the file's column db")
+    p.add_argument("--relations-db", metavar="NAME", help="only the pairs with this value in the file's column db")
     p.add_argument("--features", nargs="+", metavar="kmer|pretrained|BANK",
                    help="what is made of the sequences, or feature banks (.safetensors) instead")
-    p.add_argument("--tokens",
-                   nargs="+",
-                   choices=[str(m) for m in Modality],
+    p.add_argument("--tokens", nargs="+", choices=[str(m) for m in Modality],
                    help="what describes an action in dynamics; as released if not given")
     p.add_argument("--seed", type=int, help="of weights, masks and order")
-    p.add_argument("--stages",
-                   nargs="+",
-                   default=STAGES,
-                   choices=STAGES,
-                   help="the first one, two or three only")
     p.add_argument("--runs", type=Path, default=PATHS.runs, metavar="FOLDER", help="where run folders live")
+    p.add_argument("--stages", nargs="+", default=STAGES, choices=STAGES, help="the first one, two or three only")
+    _add_fit_options(p)
+    return p
+
+def _add_fit_options(p:argparse.ArgumentParser)->None:
+    "How the stages are run: devices and `FitOptions`."
     p.add_argument("--devices", type=int, default=1, help="processes on each machine")
     p.add_argument("--nodes", type=int, default=1, help="machines")
     p.add_argument("--accelerator", default="auto", choices=["auto", "cpu", "cuda", "mps"])
-    p.add_argument("--precision",
-                   choices=["bf16-mixed", "32-true"],
+    p.add_argument("--precision", choices=["bf16-mixed", "32-true"],
                    help="chosen by device and model width if not given")
-    p.add_argument("--accumulate",
-                   type=int,
-                   default=1,
-                   metavar="N",
+    p.add_argument("--accumulate", type=int, default=1, metavar="N",
                    help="compute each batch in N pieces, for less memory")
     for name in ("validate", "checkpoint"):
         p.add_argument(f"--{name}-every", type=int, metavar="STEPS", help="once per epoch if not given")
     p.add_argument("--log-every", type=int, default=10, metavar="STEPS")
-    p.add_argument(
-        "--early-stop",
-        type=_early_stop,
-        metavar="N:METRIC",
-        help="stop a stage N validations after METRIC was lowest (or highest, -METRIC), e.g. 3:val_total")
+    p.add_argument("--early-stop", type=_early_stop, metavar="N:METRIC",
+                   help="stop a stage N validations after METRIC was lowest (or highest, -METRIC), e.g. 3:val_total")
     p.add_argument("--tensorboard", action="store_true", help="also write event files")
-    p.add_argument("--no-progress", action="store_true", help="no bars")
-    return p
+    p.add_argument("--no-progress", dest="progress", action="store_false", help="no bars")
 
 def _early_stop(text:str)->tuple[int, str]:
     "`3:val_total` as (3, 'val_total')."
@@ -98,6 +81,10 @@ def _early_stop(text:str)->tuple[int, str]:
     if not n.isdigit() or not metric:
         raise argparse.ArgumentTypeError(f"found {text!r}; write it like 3:val_total")
     return int(n), metric
+
+def _kind(features:Sequence[str]|None)->str|None:  # None where they are banks
+    "What is to be made of sequences, if that is what --features says."
+    return features[0] if features and features[0] in ("kmer", "pretrained") else None
 
 # %% ../nbs/4_training/09_cli.ipynb #47bfafdb
 def experiment_of(
@@ -110,14 +97,7 @@ def experiment_of(
     data = {k: getattr(args, k) for k in names} | dict(dataset=args.data, features=_kind(args.features))
     fields = {f"data.{k}": v for k, v in data.items() if v is not None
               } | ({"seed": args.seed} if args.seed is not None else {})
-    return changed_by(experiment, fields | parse_settings(args.set))
-
-# %% ../nbs/4_training/09_cli.ipynb #3f8d20c6
-def _kind(
-    features:Sequence[str]|None,    # of --features
-)->str|None:                        # None where they are banks
-    "What is to be made of sequences, if that is what --features says."
-    return features[0] if features and features[0] in ("kmer", "pretrained") else None
+    return with_settings(experiment, fields | parse_settings(args.set))
 
 # %% ../nbs/4_training/09_cli.ipynb #d99d483d
 def main(
@@ -126,25 +106,14 @@ def main(
     "The command: what is wrong with the input is one line, not a traceback."
     p = parser()
     args = p.parse_args(argv)
+    options = {name: getattr(args, name) for name in FitOptions.model_fields}
     try:
         experiment = experiment_of(args)
-        fabric = make_fabric(experiment.model.d_model, args.accelerator, args.devices, args.nodes,
-                             args.precision)
+        fabric = make_fabric(experiment.model.d_model, args.accelerator, args.devices, args.nodes, args.precision)
         fabric.launch()
         banks = args.features if args.features and not _kind(args.features) else None
         features = [FeatureBank.load(path) for path in banks] if banks else None
-        run = run_stages(experiment,
-                         runs=args.runs,
-                         features=features,
-                         stages=args.stages,
-                         fabric=fabric,
-                         progress=not args.no_progress,
-                         accumulate=args.accumulate,
-                         validate_every=args.validate_every,
-                         checkpoint_every=args.checkpoint_every,
-                         log_every=args.log_every,
-                         early_stop=args.early_stop,
-                         tensorboard=args.tensorboard)
+        run = run_stages(experiment, runs=args.runs, features=features, stages=args.stages, fabric=fabric, **options)
     except KeyboardInterrupt as interrupted: p.exit(130, f"{interrupted}\n")
     except (ValueError, OSError, FloatingPointError, ImportError) as error: p.exit(1, f"error: {error}\n")
     if fabric.is_global_zero: p.exit(0, f"finished: {run.folder}\n")

@@ -41,12 +41,9 @@ def project_paths(
 )->SimpleNamespace:    # root, nbs, cards, splits, raw, processed, figures, runs
     "Every folder of the project, absolute; `BIOJEPA_CARDS`, `_SPLITS`, `_RAW` and `_PROCESSED` move those of the data."
     package = Path(__file__).resolve().parent if "__file__" in globals() else root/"biojepa"
-    usual = dict(cards=package/"data"/
-                 "cards") | {name: root/"data"/name for name in ("splits", "raw", "processed")}
-    data = {
-        name: Path(os.environ.get(f"BIOJEPA_{name.upper()}") or path).resolve()
-        for name, path in usual.items()
-    }
+    data = dict(cards=package/"data"/"cards", splits=root/"data"/"splits", raw=root/"data"/"raw",
+                processed=root/"data"/"processed")
+    data = {name: Path(os.environ.get(f"BIOJEPA_{name.upper()}") or path).resolve() for name, path in data.items()}
     return SimpleNamespace(root=root, nbs=root/"nbs", **data, figures=root/"figures", runs=root/"runs")
 
 PATHS = project_paths(find_root())
@@ -75,17 +72,19 @@ def n_params(
     return sum(p.numel() for p in module.parameters() if p.requires_grad or not trainable)
 
 # %% ../nbs/0_base/01_core.ipynb #88f67d3a
-def keep_freed_memory()->bool:  # whether the process does so now; only glibc (Linux) can
-    "Keep freed memory for this process's next use instead of returning it to the system (mallopt(3): M_TRIM_THRESHOLD, M_MMAP_MAX)."
+def _allocator(function:str, *calls:tuple)->bool:  # whether every call worked
+    "Call a function of glibc's allocator; other systems have none."
     if not sys.platform.startswith("linux"): return False
-    try: return all(ctypes.CDLL("libc.so.6").mallopt(*option) for option in ((-1, -1), (-4, 0)))
+    try: return all(getattr(ctypes.CDLL("libc.so.6"), function)(*arguments) for arguments in calls)
     except (OSError, AttributeError): return False  # another C library
 
-def return_freed_memory()->bool:    # whether anything could be returned; only glibc (Linux) can
+def keep_freed_memory()->bool:      # whether the process does so now
+    "Keep freed memory for this process instead of returning it (mallopt(3): M_TRIM_THRESHOLD, M_MMAP_MAX)."
+    return _allocator("mallopt", (-1, -1), (-4, 0))
+
+def return_freed_memory()->bool:    # whether anything could be returned
     "Return what is free at this moment to the system, once (malloc_trim(3))."
-    if not sys.platform.startswith("linux"): return False
-    try: return bool(ctypes.CDLL("libc.so.6").malloc_trim(0))
-    except (OSError, AttributeError): return False
+    return _allocator("malloc_trim", (0,))
 
 # %% ../nbs/0_base/01_core.ipynb #d809c6f7
 def object_hash(
@@ -108,7 +107,7 @@ def file_hash(
 def atomic_path(
     path:Path,  # where the finished file belongs; its folder is made
 ):
-    "Yield a temporary path beside `path`; on success it becomes `path`, on an error it is removed and `path` is untouched."
+    "Yield a path beside `path` to write to; it becomes `path` on success, and is removed on an error."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")

@@ -29,7 +29,7 @@ import scipy.sparse as sp
 from hypothesis import given, settings, strategies as st
 
 from biojepa.core import PATHS, file_hash
-from biojepa.data import datasets
+from biojepa.data import datasets, download
 from biojepa.data.conditions import SchemaError, condition_name, parse_condition
 from biojepa.data.datasets import load_dataset
 from biojepa.data.download import Columns, DatasetCard, DownloadError, fetch, list_cards, read_card
@@ -318,7 +318,7 @@ def test_an_interrupted_extraction_leaves_nothing(tmp_path, zipped, monkeypatch)
     def interrupted(source, out, length): out.write(source.read(100)); raise KeyboardInterrupt
     with Server(zipped, ["ok"]) as server:
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(datasets.shutil, "copyfileobj", interrupted)
+            patch.setattr(download.shutil, "copyfileobj", interrupted)
             get(toy(server.url), tmp_path)
     assert files(tmp_path) == ["toy.zip"] and get(toy(server.url), tmp_path, offline=True).is_file()
 

@@ -9,7 +9,6 @@ import signal
 import sys
 import types
 import warnings
-from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -20,13 +19,11 @@ from torch import nn
 from biojepa.config import StageConfig, preset
 from biojepa.data.batches import ActionBatch, ActionPairBatch, BatchLoader, CellBatch
 from biojepa.model.biojepa import BioJEPA
-from biojepa.training import loop
 from biojepa.training.checkpoints import (
-    Checkpointer, TrainingLog, get_randomness, read_log, set_randomness, step_seed, weights_hash
+    Checkpointer, TrainingLog, get_randomness, read_log, set_randomness, step_seed, state_hash
 )
 from biojepa.training.loop import (
-    Meter, Stage, StepOutput, choose_precision, fit, make_fabric, one_cycle, pieces_of, should_stop,
-    train_only
+    Stage, StepOutput, choose_precision, fit, make_fabric, one_cycle, pieces_of
 )
 from biojepa.training.monitor import CollapseMonitor, effective_rank, encoder_latents
 
@@ -100,7 +97,7 @@ def test_fit_is_the_loop_written_out(tmp_path):
             rates.append(schedule.get_last_lr()); optimizer.step(); n += 1
             if n < 16: schedule.step()
             losses.append(loss.item())
-    assert weights_hash(model) == weights_hash(plain)
+    assert state_hash(model) == state_hash(plain)
     assert log.loss.tolist() == losses and log[["lr", "lr_second"]].values.tolist() == rates
     assert log.step.tolist() == [*range(1, 17)] and log.epoch.tolist() == [1]*4 + [2]*4 + [3]*4 + [4]*4
 
@@ -120,7 +117,7 @@ def test_one_cycle_of_any_length_starts_low_and_ends_lower(total, warmup):
 def test_clipping_can_be_switched_off(tmp_path):
     models = {clip: new() for clip in (None, 1e9, .1)}
     for clip, model in models.items(): quiet(model, stage(config=dict(clip_norm=clip)), tmp_path/str(clip))
-    assert weights_hash(models[None]) == weights_hash(models[1e9]) != weights_hash(models[.1])
+    assert state_hash(models[None]) == state_hash(models[1e9]) != state_hash(models[.1])
 
 
 def test_equal_seeds_give_equal_numbers_and_leave_the_caller_alone(tmp_path):
@@ -135,7 +132,7 @@ def test_equal_seeds_give_equal_numbers_and_leave_the_caller_alone(tmp_path):
     after = get_randomness()
     assert json.dumps(before[0]) == json.dumps(after[0]) and torch.equal(before[1]["torch"], after[1]["torch"])
     same_log(logs["a"], logs["b"])
-    assert weights_hash(models["a"]) == weights_hash(models["b"]) != weights_hash(models["c"])
+    assert state_hash(models["a"]) == state_hash(models["b"]) != state_hash(models["c"])
 
 
 def test_seeds_of_steps_differ():
@@ -168,12 +165,12 @@ def test_untrained_parts_keep_every_byte_and_everything_is_restored(tmp_path):
         assert {n.split(".")[0] for n, p in model.named_parameters()
                 if p.requires_grad} == {"encoder", "masked_predictor"}
         return StepOutput(loss.total, {}, len(batch.x))
-    before = {n: weights_hash(m) for n, m in model.named_children()}
+    before = {n: state_hash(m) for n, m in model.named_children()}
     quiet(
         model,
         Stage("pretrain", StageConfig(epochs=2, batch_size=4, lr=.1, weight_decay=.5), pretrain,
               {"encoder": .1, "masked_predictor": .1}, cells), tmp_path)
-    changed = {n for n, m in model.named_children() if weights_hash(m) != before[n]}
+    changed = {n for n, m in model.named_children() if state_hash(m) != before[n]}
     assert changed == {"encoder", "masked_predictor"}
     assert required == {n: p.requires_grad for n, p in model.named_parameters()}
     assert all(p.grad is None for p in model.parameters())
@@ -192,7 +189,7 @@ def test_unknown_part_and_nothing_to_train_are_refused(tmp_path):
         quiet(new(), stage(trains={"third": .1}), tmp_path)
     with pytest.raises(ValueError, match="trains nothing"):
         Stage("none", StageConfig(epochs=1, batch_size=1, lr=1), step, {}, loader())
-    with pytest.raises(ValueError, match="accumulate: found 0"): quiet(new(), stage(), tmp_path, accumulate=0)
+    with pytest.raises(ValueError, match="accumulate"): quiet(new(), stage(), tmp_path, accumulate=0)
 
 
 def test_after_step_sees_every_step(tmp_path):
@@ -205,8 +202,8 @@ def test_after_step_sees_every_step(tmp_path):
 
 @pytest.mark.parametrize("k", [2, 3, 5, 100])
 def test_pieces_add_up_to_the_batch_for_means_over_cells(k, tmp_path):
-    whole = quiet(a := new(), stage(), tmp_path/"whole", log_every=1)
-    pieces = quiet(b := new(), stage(), tmp_path/"pieces", log_every=1, accumulate=k)
+    whole = quiet(new(), stage(), tmp_path/"whole", log_every=1)
+    pieces = quiet(new(), stage(), tmp_path/"pieces", log_every=1, accumulate=k)
     np.testing.assert_allclose(whole.loss, pieces.loss, rtol=1e-5)
     np.testing.assert_allclose(whole.grad_norm, pieces.grad_norm, rtol=1e-4)
     assert whole.lr.equals(pieces.lr)
@@ -272,7 +269,7 @@ def test_interrupted_anywhere_ends_the_same(every, prefetch, tmp_path):
             last = Checkpointer(tmp_path/"stopped"/"checkpoints").steps()
             assert (f"checkpoint of step {last[-1]} in"
                     if last else "no checkpoint yet") in str(interrupted)
-    assert attempt == 5 and weights_hash(model) == weights_hash(whole)
+    assert attempt == 5 and state_hash(model) == state_hash(whole)
     same_log(log, plain)
     same_log(pd.DataFrame(read_log(tmp_path/"stopped"/"log.csv"), columns=log.columns), plain)
 
@@ -302,7 +299,7 @@ def test_full_disk_leaves_the_last_checkpoint(tmp_path):
         f"step-00000000{n}.{s}" for n in (4, 8) for s in ("json", "safetensors")
     ]
     quiet(model := new(), stage(), tmp_path/"full")
-    assert weights_hash(model) == weights_hash(whole)
+    assert state_hash(model) == state_hash(whole)
 
 
 def test_full_disk_before_any_checkpoint_says_so(tmp_path, monkeypatch):
@@ -321,7 +318,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
     done = []
     s = stage(step=explodes, after_step=lambda model, n, total: done.__setitem__(slice(None), [n]))
     with pytest.raises(FloatingPointError, match="loss is nan at step [5-8]"):
-        quiet(model := new(), s, tmp_path)
+        quiet(new(), s, tmp_path)
     assert Checkpointer(tmp_path/"checkpoints").steps() == [4]
     assert all(t.isfinite().all() for t in Checkpointer(tmp_path/"checkpoints").latest().tensors.values()
                if t.is_floating_point())
@@ -354,7 +351,7 @@ def test_damaged_newest_checkpoint_falls_back_and_ends_the_same(suffix, how, tmp
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         log = quiet(model := new(), stage(), tmp_path/"run")
-    assert weights_hash(model) == weights_hash(whole) and log.step.is_unique
+    assert state_hash(model) == state_hash(whole) and log.step.is_unique
 
 
 def test_a_changed_number_in_the_json_is_noticed(tmp_path):
@@ -370,7 +367,7 @@ def test_all_checkpoints_damaged_begins_again(tmp_path):
     for path in (tmp_path/"checkpoints").glob("*.safetensors"): spoil(path, "cut")
     with pytest.warns(UserWarning, match="damaged checkpoint") as warned:
         quiet(model := new(), stage(), tmp_path)
-    assert len(warned) == 2 and weights_hash(model) == weights_hash(whole)
+    assert len(warned) == 2 and state_hash(model) == state_hash(whole)
 
 
 def test_leftovers_of_killed_processes_are_removed_and_two_checkpoints_stay(tmp_path):
@@ -412,7 +409,7 @@ def test_a_finished_stage_is_only_read(tmp_path):
     log = quiet(trained := new(), stage(), tmp_path)
     def never(*_): raise AssertionError("a step was done")
     again = quiet(read := new(), stage(step=never), tmp_path)
-    assert weights_hash(read) == weights_hash(trained)
+    assert state_hash(read) == state_hash(trained)
     pd.testing.assert_frame_equal(again, log)
 
 
@@ -423,7 +420,7 @@ def test_intervals_of_checkpoints_and_log_may_change(tmp_path):
         quiet(new(), stage(after_step=stop), tmp_path/"a", checkpoint_every=3)
     quiet(model := new(), stage(), tmp_path/"a", checkpoint_every=5, log_every=2)
     quiet(whole := new(), stage(), tmp_path/"b")
-    assert weights_hash(model) == weights_hash(whole)
+    assert state_hash(model) == state_hash(whole)
 
 
 # stopping early
@@ -434,7 +431,7 @@ def test_early_stop_ends_the_stage_for_good(tmp_path):
     log = quiet(model := new(), s(), tmp_path, early_stop=(2, "val"))
     assert log.step.iloc[-1] == 16 and log.val.dropna().tolist() == [9., 5., 4., 6., 7.]
     again = quiet(read := new(), s(), tmp_path, early_stop=(2, "val"))
-    assert weights_hash(read) == weights_hash(model) and len(again) == len(log)
+    assert state_hash(read) == state_hash(model) and len(again) == len(log)
     with pytest.raises(ValueError,
                        match="early_stop: the log has no column 'loss_of_nothing'; it has step"):
         quiet(new(), stage(), tmp_path/"b", early_stop=(1, "loss_of_nothing"))

@@ -13,7 +13,7 @@ from training_cases import alive
 from biojepa.config import preset
 from biojepa.core import n_params
 from biojepa.data.batches import ActionBatch, CellBatch, PairBatch
-from biojepa.model import attention as attention_module
+from biojepa.model import kernels
 from biojepa.model.biojepa import BioJEPA
 from biojepa.model.encoder import CellEncoder
 from biojepa.model.kernels import MLP, Linear, LinearAttention
@@ -135,7 +135,7 @@ def test_linear_maps_are_those_of_torch(kind, dtype, eps, shape):
 def test_linear_maps_without_onednn_give_the_same_step(monkeypatch):
     losses = []
     for there in (True, False):
-        if not there: monkeypatch.setattr(attention_module, "_ONEDNN", None)
+        if not there: monkeypatch.setattr(kernels, "_ONEDNN", None)
         torch.manual_seed(0)
         model, (cells, *_), mask = alive(BioJEPA(SMALL)), make_batch(3, .5, 0), valid_mask(3, .6, 0)
         loss = model.pretrain_loss(cells, mask).total

@@ -81,7 +81,7 @@ def test_group_means_are_those_of_a_loop(case, control, by):
 
 
 def test_blocks_do_not_matter(case, monkeypatch):
-    import biojepa.predict as module
+    from biojepa.predict import means as module
     adata, split = case
     rows, whole = split.cells(adata, "test"), module._group_sums
     monkeypatch.setattr(module, "_group_sums", lambda *a: whole(*a, block=3))

@@ -11,15 +11,14 @@ import pandas as pd
 import pytest
 import torch
 
-from biojepa.actions.describe import default_features, describe_actions
-from biojepa.actions.featurizers import featurize
+from biojepa.actions.describe import describe_actions
 from biojepa.actions.vocabulary import Modality, Mode
 from biojepa.cli import experiment_of, main, parser
-from biojepa.config import DataConfig, changed_by, config_hash, named_experiment, preset
+from biojepa.config import DataConfig, config_hash, named_experiment, preset
 from biojepa.core import PATHS, file_hash
 from biojepa.model.saving import from_pretrained
 from biojepa.training import run as run_module
-from biojepa.training.checkpoints import Checkpointer, read_log, weights_hash
+from biojepa.training.checkpoints import Checkpointer, read_log, state_hash
 from biojepa.training.loop import make_fabric
 from biojepa.training.run import STAGES, data_hash, load_data, run_folder, run_stages
 
@@ -31,16 +30,28 @@ torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore:latents collapse", "ignore:find_unused_parameters")
 
 
-def program(*arguments, timeout=900):
-    "Run tests/training_cases.py in a process of its own, which forks the runs."
-    done = subprocess.run([sys.executable, training_cases.__file__, *map(str, arguments)],
-                          capture_output=True,
-                          text=True,
-                          timeout=timeout,
-                          cwd=PATHS.root,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"})
+def program(*jobs, timeout=900):
+    "Run tests/training_cases.py in a process of its own, which forks the runs of all jobs at once."
+    words = json.dumps([[str(word) for word in job] for job in jobs])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
+    done = subprocess.run([sys.executable, training_cases.__file__, words], capture_output=True, text=True,
+                          timeout=timeout, cwd=PATHS.root, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    return done
+    return done.stderr
+
+
+CASES = dict(tokens=({}, {}),
+             cells=(dict(vicreg_over="cells", mask_kind="exact", latent_loss="mse"), {}),
+             pieces=({}, dict(accumulate=2, stages=["pretrain"])))
+
+
+@pytest.fixture(scope="module")
+def forked(tmp_path_factory):
+    "A run killed twice, and runs shared by two processes: folder, and what was said."
+    folder = tmp_path_factory.mktemp("forked")
+    for name in ("killed", "shared"): (folder/name).mkdir()
+    said = program(("kill", folder/"killed", 2, "byte"), ("share", folder/"shared", json.dumps(CASES)))
+    return folder, said
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +66,9 @@ def finished(data, tmp_path_factory):
 
 # killed
 
-def check_kills(tmp_path, n, damages):
+def check_kills(folder, said, n, damages):
     "What must hold after `n` kills."
-    warned = program("kill", tmp_path, n, ",".join(damages)).stderr
-    report = json.loads((tmp_path/"report.json").read_text())
+    report = json.loads((folder/"report.json").read_text())
     plain, killed, kills = Path(report["plain"]), Path(report["killed"]), report["kills"]
     assert file_hash(plain/"model"/"model.safetensors") == file_hash(killed/"model"/"model.safetensors")
     for stage in STAGES:  # optimiser and generators, too
@@ -82,29 +92,29 @@ def check_kills(tmp_path, n, damages):
         if kill["killed_at"][0] == kill["checkpoint"][0]:
             assert kill["killed_at"][1] - kill["checkpoint"][1] <= OPTIONS["checkpoint_every"]
     assert len(kills) == n and not report["never_spoiled"]
-    assert warned.count("damaged checkpoint") >= len(damages)
+    assert said.count("damaged checkpoint") >= len(damages)
     return report
 
 
-def test_killed_twice_ends_with_the_same_bits(tmp_path):
-    check_kills(tmp_path, 2, ["byte"])
+def test_killed_twice_ends_with_the_same_bits(forked):
+    folder, said = forked
+    check_kills(folder/"killed", said, 2, ["byte"])
 
 
 @pytest.mark.slow
 def test_killed_twenty_times_ends_with_the_same_bits(tmp_path):
-    report = check_kills(tmp_path, 20, ["byte", "short", "json"])
+    damages = ["byte", "short", "json"]
+    said = program(("kill", tmp_path, 20, ",".join(damages)))
+    report = check_kills(tmp_path, said, 20, damages)
     assert {k["killed_at"][0] for k in report["kills"]} == set(STAGES)
     assert {k["spoiled"]["how"] for k in report["kills"] if k["spoiled"]} == {"byte", "short", "json"}
 
 
 # shared
 
-def test_two_processes_give_the_losses_of_one_with_twice_the_batch(tmp_path):
-    cases = dict(tokens=({}, {}),
-                 cells=(dict(vicreg_over="cells", mask_kind="exact", latent_loss="mse"), {}),
-                 pieces=({}, dict(accumulate=2, stages=["pretrain"])))
-    program("share", tmp_path, json.dumps(cases))
-    for case in cases:
+def test_two_processes_give_the_losses_of_one_with_twice_the_batch(forked):
+    tmp_path = forked[0]/"shared"
+    for case in CASES:
         one, first, second = (json.loads((tmp_path/f"{name}.json").read_text())
                               for name in (f"one-{case}-0", f"two-{case}-0", f"two-{case}-1"))
         assert first["weights"] == second["weights"] and first["teacher"] == second["teacher"] and first[
@@ -167,16 +177,16 @@ def test_a_run_leaves_what_it_was_made_of(finished, data):
     saved = from_pretrained(folder/"model",
                             genes=list(data["adata"].var_names),
                             config=small_experiment().model)
-    assert weights_hash(saved.model) == weights_hash(finished.model)
+    assert state_hash(saved.model) == state_hash(finished.model)
     assert [*finished.log.stage.unique()] == list(STAGES) and finished.log.columns[0] == "stage"
     assert len(finished.actions.features) == len(finished.table)
 
 
 def test_finished_stages_are_only_read(finished, data, monkeypatch):
     def never(*_): raise AssertionError("a step was done")
-    monkeypatch.setattr("biojepa.training.loop._Training.step", never)
+    monkeypatch.setattr("biojepa.training.loop.take_step", never)
     again = run_stages(small_experiment(), **data, runs=finished.folder.parent, **OPTIONS)
-    assert weights_hash(again.model) == weights_hash(finished.model)
+    assert state_hash(again.model) == state_hash(finished.model)
     pd.testing.assert_frame_equal(again.log, finished.log)
 
 
@@ -184,7 +194,7 @@ def test_stages_can_be_added_later(data, finished, tmp_path):
     first = run_stages(small_experiment(), **data, runs=tmp_path, stages=STAGES[:2], **OPTIONS)
     assert [*first.log.stage.unique()] == ["pretrain", "align"]
     whole = run_stages(small_experiment(), **data, runs=tmp_path, **OPTIONS)
-    assert weights_hash(whole.model) == weights_hash(finished.model)
+    assert state_hash(whole.model) == state_hash(finished.model)
     with pytest.raises(ValueError, match=r"stages: found \['dynamics'\]; each needs those before it"):
         run_stages(small_experiment(), **data, runs=tmp_path, stages=["dynamics"])
 
@@ -197,7 +207,7 @@ def test_each_stage_changes_only_its_parts(data, tmp_path):
                    stages=STAGES[:n],
                    **OPTIONS).model for n in (1, 2, 3, 4)
     ]
-    hashes = [{n: weights_hash(m) for n, m in model.named_children()} for model in states]
+    hashes = [{n: state_hash(m) for n, m in model.named_children()} for model in states]
     changed = [{n for n in a if a[n] != b[n]} for a, b in zip(hashes, hashes[1:])]
     assert changed == [{"composer"}, {"predictor", "composer"}, {"readout"}]
 
@@ -449,7 +459,7 @@ def test_wrong_input_is_one_line(text, message, capsys):
 
 def test_ctrl_c_on_the_command_line_says_where_it_stands(data, tmp_path, monkeypatch, capsys):
     def interrupted(*_, **__): raise KeyboardInterrupt("stage 'pretrain': interrupted at step 7")
-    monkeypatch.setattr(run_module, "run_stages", interrupted)
+    monkeypatch.setattr("biojepa.cli.run_stages", interrupted)
     with pytest.raises(SystemExit) as stop: main(["--preset", "smoke", "--accelerator", "cpu"])
     assert stop.value.code == 130 and capsys.readouterr().err == "stage 'pretrain': interrupted at step 7\n"
 

@@ -8,8 +8,6 @@ import time
 import warnings
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
 import torch
 
 from biojepa.actions.featurizers import featurize
@@ -81,11 +79,11 @@ OPTIONS = dict(progress=False, checkpoint_every=4, log_every=2)
 def run(runs, data, trace=None, **options):
     "Run all stages; each step is noted in `trace` before it is done."
     if trace:
-        descriptor, step = os.open(trace, os.O_WRONLY | os.O_APPEND | os.O_CREAT), loop._Training.step
-        def traced(self, batch):
-            os.write(descriptor, f"{os.getpid()} {self.stage.name} {self.step_number}\n".encode())
-            step(self, batch)
-        loop._Training.step = traced
+        descriptor, step = os.open(trace, os.O_WRONLY | os.O_APPEND | os.O_CREAT), loop.take_step
+        def traced(t, batch):
+            os.write(descriptor, f"{os.getpid()} {t.stage.name} {t.done}\n".encode())
+            step(t, batch)
+        loop.take_step = traced
     return run_stages(small_experiment(), **data, runs=runs, **(OPTIONS | options))
 
 
@@ -189,26 +187,29 @@ def shared_run(folder, cases):
                                   runs=folder/name/case,
                                   fabric=fabric,
                                   **(dict(progress=False, log_every=1) | options))
-            about = dict(weights=loop.weights_hash(done.model),
-                         teacher=loop.weights_hash(done.model.teacher),
+            about = dict(weights=loop.state_hash(done.model),
+                         teacher=loop.state_hash(done.model.teacher),
                          folder=str(done.folder),
                          log=done.log.drop(columns="cells_per_second").to_json(orient="records",
                                                                                double_precision=15))
             (folder/f"{name}-{case}-{fabric.global_rank}.json").write_text(json.dumps(about))
 
-    one = lambda: work(Fabric(accelerator="cpu", devices=1, precision="32-true"), "one")
-    two = lambda: Fabric(accelerator="cpu",
-                         devices=2,
-                         precision="32-true",
-                         strategy=DDPStrategy(start_method="fork", find_unused_parameters=True)).launch(
-                             work, "two")
-    for function in (one, two): assert os.waitpid(in_child(function), 0)[1] == 0
+    def one(): work(Fabric(accelerator="cpu", devices=1, precision="32-true"), "one")
+    def two():
+        strategy = DDPStrategy(start_method="fork", find_unused_parameters=True)
+        Fabric(accelerator="cpu", devices=2, precision="32-true", strategy=strategy).launch(work, "two")
+    for pid in [in_child(one), in_child(two)]: assert os.waitpid(pid, 0)[1] == 0
+
+
+def job(name, folder, *rest):
+    "`kill` FOLDER N_KILLS DAMAGES, or `share` FOLDER CASES."
+    if name == "kill":
+        report = kill_and_resume(Path(folder), int(rest[0]), damages=rest[1].split(","))
+        (Path(folder)/"report.json").write_text(json.dumps(report))
+    if name == "share": shared_run(Path(folder), json.loads(rest[0]))
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    job, folder, *rest = sys.argv[1:]
-    if job == "kill":
-        (Path(folder)/"report.json").write_text(
-            json.dumps(kill_and_resume(Path(folder), int(rest[0]), damages=rest[1].split(","))))
-    if job == "share": shared_run(Path(folder), json.loads(rest[0]))
+    children = [in_child(lambda words=words: job(*words)) for words in json.loads(sys.argv[1])]
+    assert [os.waitpid(pid, 0)[1] for pid in children] == [0]*len(children)

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['CellBatch', 'PairBatch', 'ActionBatch', 'ActionPairBatch', 'row_source', 'dense_rows', 'ControlPools',
-           'match_controls', 'counter_uniform', 'BatchLoader', 'pair_loader', 'cell_loader', 'action_loader',
-           'align_genes']
+           'match_controls', 'counter_uniform', 'BatchLoader', 'RosterPart', 'Roster', 'pair_loader', 'cell_loader',
+           'action_loader', 'align_genes']
 
 # %% ../../nbs/1_data/08_batches.ipynb #cc0ad28c
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Callable, Iterable, Iterator, NamedTuple
 
 import numpy as np
@@ -331,26 +332,62 @@ def _prepared(
     return size
 
 # %% ../../nbs/1_data/08_batches.ipynb #d630779f
-def _part_cells(
-    adata:AnnData,  # cells
-    split,          # Split of data.splits, or anything with its `cells` and `controls`
-    part:str,       # "train", "val" or "test"
-)->np.ndarray:      # (N,) int64, sorted rows
-    "The perturbed cells of a part; an unknown or empty part is an error."
-    if part not in ("train", "val", "test"):
-        raise ValueError(f"part: found {part!r}; choose 'train', 'val' or 'test'")
-    cells = np.sort(np.asarray(split.cells(adata, part), np.int64))
-    if not len(cells):
-        raise ValueError(
-            f"part {part!r}: the split leaves no perturbed cell of this AnnData in it; choose other fractions "
-            f"or another seed"
-        )
-    return cells
+class RosterPart:
+    "One part of a split in one AnnData; what is asked for is found once."
+    def __init__(self, adata:AnnData, split, name:str): self.adata, self.split, self.name = adata, split, name
+
+    def __len__(self)->int: return len(self._cells)
+
+    @cached_property
+    def _cells(self)->np.ndarray: return np.sort(np.asarray(self.split.cells(self.adata, self.name), np.int64))
+
+    @property
+    def cells(self)->np.ndarray:  # (N,) int64, sorted
+        "Rows of perturbed cells; an empty part is an error."
+        if len(self): return self._cells
+        raise ValueError(f"part {self.name!r}: the split leaves no perturbed cell of this AnnData in it; "
+                         "choose other fractions or another seed")
+
+    @cached_property
+    def controls(self)->np.ndarray:  # (M,) int64, sorted
+        "Rows of the controls that the part may use."
+        return np.sort(np.asarray(self.split.controls(self.adata, self.name), np.int64))
+
+    @cached_property
+    def seen(self)->np.ndarray: return np.union1d(self.cells, self.controls)
+
+    @cached_property
+    def pools(self)->ControlPools: return match_controls(self.adata, self.cells, self.controls)
+
+# %% ../../nbs/1_data/08_batches.ipynb #d6307790
+class Roster:
+    "A split in one AnnData: `roster[\"train\"].cells`, `.controls`, `.seen` (both) and `.pools`."
+    def __init__(self,
+        adata:AnnData,  # cells; not to be changed while this is used
+        split,          # Split of data.splits, or anything with its `cells` and `controls`
+    ):
+        self.adata, self.split = adata, split
+        self._parts = {name: RosterPart(adata, split, name) for name in ("train", "val", "test")}
+
+    def __getitem__(self, name:str)->RosterPart:
+        if name in self._parts: return self._parts[name]
+        raise ValueError(f"part: found {name!r}; choose 'train', 'val' or 'test'")
+
+    @cached_property
+    def code(self)->np.ndarray:  # (n_obs,) int64
+        "The perturbation of each cell: a row of the ActionTable."
+        return _codes(self.adata, "perturbation")[0]
+
+    @classmethod
+    def of(cls, adata:AnnData, split)->"Roster":
+        "`split` itself if it is the roster of these cells already."
+        if isinstance(split, cls): return split if split.adata is adata else cls(adata, split.split)
+        return cls(adata, split)
 
 # %% ../../nbs/1_data/08_batches.ipynb #5e5f4d13
 def pair_loader(
     adata:AnnData,            # prepared, in memory or backed
-    split,                    # Split: perturbed cells of a part, and the controls it may use
+    split,                    # Split or Roster: perturbed cells of a part, and the controls it may use
     part:str="train",         # "train", "val" or "test"
     batch_size:int=32,        # pairs of a batch, over all devices (32 in the released run)
     seed:int=0,               # of order and control pairing
@@ -361,9 +398,8 @@ def pair_loader(
 )->BatchLoader:               # of PairBatch
     "Each perturbed cell of a part beside a random control of its batch and cell type (report §5.3)."
     size, X = _prepared(adata, "batch", "cell_type", "perturbation"), row_source(adata)
-    code, _ = _codes(adata, "perturbation")
-    pools = match_controls(adata, _part_cells(adata, split, part),
-                           np.sort(np.asarray(split.controls(adata, part), np.int64)))
+    roster = Roster.of(adata, split)
+    code, pools = roster.code, roster[part].pools
 
     def items(epoch):
         uniform = counter_uniform(adata.n_obs, seed, 0 if fixed_controls else epoch, stream=1)
@@ -382,7 +418,7 @@ def pair_loader(
 # %% ../../nbs/1_data/08_batches.ipynb #3f2a79ab
 def cell_loader(
     adata:AnnData,                 # prepared, in memory or backed
-    split=None,                    # Split; None: every cell, whatever the part
+    split=None,                    # Split or Roster; None: every cell, whatever the part
     part:str="train",              # "train", "val" or "test"
     batch_size:int=64,             # cells of a batch, over all devices (64 in the released run)
     seed:int=0,                    # of the order
@@ -393,9 +429,10 @@ def cell_loader(
 )->BatchLoader:                    # of CellBatch
     "Cells for pretraining (report §5.1)."
     size, X = _prepared(adata), row_source(adata)
-    rows = np.arange(adata.n_obs) if split is None else _part_cells(adata, split, part)
-    if split is not None and (part == "train" if with_controls is None else with_controls):
-        rows = np.union1d(rows, np.asarray(split.controls(adata, part), np.int64))
+    rows = np.arange(adata.n_obs)
+    if split is not None:
+        mine = Roster.of(adata, split)[part]
+        rows = mine.seen if (part == "train" if with_controls is None else with_controls) else mine.cells
 
     def collate(cells):
         return CellBatch(dense_rows(X, cells), torch.from_numpy(size[cells]),

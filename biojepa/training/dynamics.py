@@ -20,7 +20,7 @@ from anndata import AnnData
 from torch import Tensor
 
 from ..config import StageConfig
-from ..data.batches import ActionBatch, PairBatch, dense_rows, match_controls, pair_loader, row_source
+from ..data.batches import ActionBatch, PairBatch, Roster, dense_rows, pair_loader, row_source
 from ..model.biojepa import BioJEPA, check_mask
 from ..model.losses import gaussian_nll, latent_distance
 from .loop import Stage, StepOutput, fit
@@ -82,12 +82,11 @@ def mean_changes(
     batch_size:int=64,
 )->Tensor:                  # (P, G, D) float16; zero where a perturbation has no training cell
     "Mean change of the teacher's latents by each training perturbation, beside the mean control of each cell's gem group."
-    train = np.asarray(split.cells(adata, "train"))
-    controls = np.sort(np.asarray(split.controls(adata, "train")))
-    pools = match_controls(adata, train, controls)
+    roster = Roster.of(adata, split)
+    pools = roster["train"].pools
     spans, group = np.unique(np.stack([pools.start, pools.size], 1), axis=0, return_inverse=True)
     control = torch.stack([*_mean_latents(model, adata, (pools.pool[a:a + n] for a, n in spans), batch_size)])
-    code = adata.obs["perturbation"].astype("category").cat.codes.to_numpy()[pools.cells]
+    code = roster.code[pools.cells]
     of = {int(p): np.flatnonzero(code == p) for p in np.unique(code)}
     means = _mean_latents(model, adata, (pools.cells[at] for at in of.values()), batch_size)
     change = torch.zeros(n_perturbations, *control.shape[1:], dtype=torch.float16)
@@ -205,10 +204,10 @@ def targeted_values(
         raise ValueError(
             "actions.genes: missing; make the actions with action_batch(table, banks, genes=adata.var_names)"
         )
-    pools = match_controls(adata, np.asarray(split.cells(adata, "train")),
-                           np.sort(np.asarray(split.controls(adata, "train"))))
+    roster = Roster.of(adata, split)
+    pools = roster["train"].pools
     control, X, rows = _group_controls(adata, pools), row_source(adata), []
-    code = adata.obs["perturbation"].astype("category").cat.codes.to_numpy()[pools.cells]
+    code = roster.code[pools.cells]
     for p in np.unique(code):
         genes, at = [g for g in actions.genes[p].tolist() if g >= 0], np.flatnonzero(code == p)
         if not genes: continue
@@ -255,8 +254,7 @@ def dynamics_stage(
                          fixed_controls=config.fixed_controls, drop_last=config.drop_last)
     step = partial(dynamics_step, actions=actions)
     if config.target == "mean":
-        cells = np.union1d(split.cells(adata, "train"), split.controls(adata, "train"))
-        cells = np.random.default_rng(seed).permutation(cells)[:2000]
+        cells = np.random.default_rng(seed).permutation(Roster.of(adata, split)["train"].seen)[:2000]
         targets = mean_targets(mean_changes(model, adata, split, len(actions.features)),
                                gene_maps(model, adata, cells))
         step = partial(mean_dynamics_step, actions=actions, targets=targets, action_noise=config.action_noise)
@@ -273,7 +271,7 @@ def _held_out_dynamics(
     adata:AnnData, split, actions:ActionBatch, seed:int, n_pairs:int=128,
 )->Callable[[BioJEPA], dict[str, float]]:
     "The published loss on pairs of validation perturbations; nothing if there are none."
-    if not len(split.cells(adata, "val")): return lambda model: {}
+    if not len(Roster.of(adata, split)["val"]): return lambda model: {}
     pairs = next(iter(pair_loader(adata, split, "val", batch_size=n_pairs, seed=seed, training=True)))
     def validate(model):
         device = next(model.parameters()).device

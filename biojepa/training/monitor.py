@@ -33,8 +33,8 @@ def encoder_latents(
     model:nn.Module,    # with encoder and teacher
     cells:CellBatch,    # B cells
     genes:Tensor,       # (g,) positions
-)->dict[str, Tensor]:   # name -> (g, B, D)
-    "Latents of whole cells at some genes, by student and by teacher; and the teacher's at all these genes together, as `tokens` (1, g·B, D)."
+)->dict[str, Tensor]:   # encoder, teacher: (g, B, D); tokens: (1, g·B, D), the teacher's at all these genes together
+    "Latents of whole cells at some genes, by student and by teacher."
     def at_genes(part): return part(cells.x, cells.log_library_size).genes()[:, genes].transpose(0, 1)
     teacher = at_genes(model.teacher)
     return dict(encoder=at_genes(model.encoder), teacher=teacher, tokens=teacher.flatten(0, 1)[None])
@@ -42,52 +42,39 @@ def encoder_latents(
 # %% ../../nbs/4_training/03_monitor.ipynb #3c614f0c
 class CollapseMonitor:
     "Effective rank and spread of latents across fixed cells, at fixed genes; a validation function that warns."
+    SHARE = .5                          # of its start, below which a rank or a mean standard deviation is too low
+    FLOORS = dict(rank=1.5, std=5e-3)   # below which it is too low whatever it began at
+
     def __init__(self,
         model:nn.Module,            # as it is at the start of the stage
         cells:CellBatch,            # B fixed cells, better more than D; or another batch that `latents` takes
         genes:Tensor,               # (g,) positions of fixed genes
-        share:float=.5,             # warn if a rank or a mean standard deviation falls below this share of its start
-        rank_floor:float=1.5,       # or below this
-        std_floor:float=5e-3,       # or if the mean standard deviation falls below this
         latents:Callable=encoder_latents,   # (model, cells, genes) -> {name: (g, B, D)}
     ):
         if (n := size_of(cells)) < 3:
-            raise ValueError(
-                f"cells: found {n}; spread across cells needs at least 3, better more than the latent width"
-            )
-        self.cells, self.genes, self.latents = cells, torch.as_tensor(genes), latents
-        self.share, self.rank_floor, self.std_floor, self.warned = share, rank_floor, std_floor, set()
+            raise ValueError(f"cells: found {n}; spread across cells needs at least 3, better more than D")
+        self.cells, self.genes, self.latents, self.warned = cells, torch.as_tensor(genes), latents, set()
         self.start = {k: v for k, v in self.measure(model).items() if not k.startswith("std_min_")}
 
     @torch.no_grad()
     def measure(self, model:nn.Module)->dict[str, float]:
         "Rank, mean standard deviation and that of the narrowest dimension, for each kind of latent."
         device, values = next(model.parameters()).device, {}
-        found = [
-            self.latents(model, piece.to(device), self.genes.to(device))
-            for piece, _ in pieces_of(self.cells, -(-size_of(self.cells) // 64))
-        ]
+        pieces = pieces_of(self.cells, -(-size_of(self.cells)//64))
+        found = [self.latents(model, piece.to(device), self.genes.to(device)) for piece, _ in pieces]
         for name in found[0]:
             z = torch.cat([f[name] for f in found], 1)
             std = z.float().std(1).mean(0)
-            values |= {
-                f"rank_{name}": effective_rank(z).mean().item(), f"std_{name}": std.mean().item(),
-                f"std_min_{name}": std.min().item()
-            }
+            values[f"rank_{name}"] = effective_rank(z).mean().item()
+            values[f"std_{name}"], values[f"std_min_{name}"] = std.mean().item(), std.min().item()
         return values
 
     def __call__(self, model:nn.Module)->dict[str, float]:
         "Columns of the log: what was measured, and `collapsed`, 1 if any of it is too low."
         values = self.measure(model)
-        floor = {
-            k: max(self.share*v, self.rank_floor if k.startswith("rank_") else self.std_floor)
-            for k, v in self.start.items()
-        }
-        problems = {
-            k: f"{k} is {values[k]:.3g}, it began at {self.start[k]:.3g}" for k in floor
-            if values[k] < floor[k]
-        }
-        for k in problems.keys() - self.warned:
-            warnings.warn(f"latents collapse: {problems[k]}; cells are hardly told apart", stacklevel=2)
-        self.warned |= problems.keys()
-        return values | dict(collapsed=int(bool(problems)))
+        low = {k for k, v in self.start.items() if values[k] < max(self.SHARE*v, self.FLOORS[k.split("_")[0]])}
+        for k in sorted(low - self.warned):
+            warnings.warn(f"latents collapse: {k} is {values[k]:.3g}, it began at {self.start[k]:.3g}; "
+                          "cells are hardly told apart", stacklevel=2)
+        self.warned |= low
+        return values | dict(collapsed=int(bool(low)))

@@ -14,7 +14,7 @@ import torch
 from anndata import AnnData
 
 from ..config import StageConfig
-from ..data.batches import CellBatch, cell_loader
+from ..data.batches import CellBatch, Roster, cell_loader
 from ..model.biojepa import BioJEPA
 from .loop import Stage, StepOutput, fit
 
@@ -46,7 +46,7 @@ def held_out_loss(
     seed:int=0,             # of the choice of cells and hidden genes
 )->Callable[[BioJEPA], dict[str, float]]:
     "A function of the model: its pretraining loss on validation cells; nothing if there are none."
-    if not len(split.cells(adata, "val")): return lambda model: {}
+    if not len(Roster.of(adata, split)["val"]): return lambda model: {}
     loader = cell_loader(adata, split, "val", batch_size=n_cells, seed=seed, training=True)
     cells = next(iter(loader))
     def validate(model):

@@ -17,7 +17,7 @@ from anndata import AnnData
 from torch import Tensor
 
 from ..config import StageConfig
-from ..data.batches import ActionBatch, PairBatch, pair_loader
+from ..data.batches import ActionBatch, PairBatch, Roster, pair_loader
 from ..model.biojepa import BioJEPA
 from .dynamics import actions_of, gene_maps
 from .loop import Stage, StepOutput, fit
@@ -52,7 +52,7 @@ def start_at_least_squares_(
     n_cells:int=2000,       # at most this many
 )->BioJEPA:                 # itself
     "Set a per-gene readout to the ridge regression from the teacher's latents; a shared one to the genes' average."
-    cells = np.union1d(split.cells(adata, "train"), split.controls(adata, "train"))
+    cells = Roster.of(adata, split)["train"].seen
     maps = gene_maps(model, adata, np.sort(np.random.default_rng(seed).permutation(cells)[:n_cells]))
     with torch.no_grad():
         model.readout.linear.weight.copy_(maps if model.readout.kind ==
@@ -75,7 +75,7 @@ def readout_stage(
     loader = pair_loader(adata, split, "train", batch_size=config.batch_size, seed=seed,
                          fixed_controls=config.fixed_controls, drop_last=config.drop_last)
     def validate(model):
-        if not len(split.cells(adata, "val")): return {}
+        if not len(Roster.of(adata, split)["val"]): return {}
         pairs = next(iter(pair_loader(adata, split, "val", batch_size=128, seed=seed,
                                       training=True))).to(next(model.parameters()).device)
         zero = (pairs.x_pert - pairs.x_ctrl).square().mean().item()

@@ -1,0 +1,186 @@
+"""Relations as features, and the memory of training perturbations.
+
+1. The heat kernel is the matrix exponential of the normalised adjacency; features' products are its cosine.
+2. Left-out answers are those of a process fitted without the row; clusters' means leave the row out, too.
+3. A combination is the sum of its members; a gene without relations gets the train mean and says so.
+4. Relations dealt anew give the train mean's answers.
+5. A saved memory answers as before.
+6. On the twin: above what nearest neighbours, forest and Gaussian process of raw features reach.
+"""
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.linalg import expm
+from sklearn.gaussian_process import GaussianProcessRegressor
+from sklearn.gaussian_process.kernels import RBF
+
+from biojepa.actions.diffusion import adjacency, diffused_features, heat_columns, relation_components
+from biojepa.actions.featurizers import FeatureBank
+from biojepa.actions.memory import (
+    apart, cluster_labels, fit_memory, kernel_of, load_memory, process_weights, prototype_weights,
+    row_correlations, save_memory, stack_weights)
+from biojepa.actions.vocabulary import Modality
+from biojepa.config import MemoryConfig
+
+
+@pytest.fixture(scope="module")
+def planted():
+    "Four modules of 25 genes; relations mostly inside; responses by module; 60 were measured."
+    rng = np.random.default_rng(3)
+    module = np.repeat(np.arange(4), 25)
+    genes = [f"g{i:02d}" for i in range(100)]
+    near = (module[:, None] == module) & (rng.random((100, 100)) < .2)
+    i, j = np.nonzero(np.triu(near | (rng.random((100, 100)) < .01), 1))
+    edges = pd.DataFrame(
+        dict(a=np.array(genes)[i], b=np.array(genes)[j], db=np.where(rng.random(len(i)) < .6, "x", "y")))
+    response = rng.normal(size=(4, 150))[module] + .7*rng.normal(size=(100, 150)) + rng.normal(size=150)
+    seen = np.sort(rng.permutation(100)[:60])
+    bank = diffused_features(edges, genes, width=30)
+    return dict(genes=genes,
+                edges=edges,
+                response=response,
+                seen=seen,
+                asked=np.setdiff1d(np.arange(100), seen),
+                bank=bank,
+                memory=fit_memory([(genes[s], ) for s in seen], response[seen], bank))
+
+
+def test_heat_is_the_matrix_exponential(planted):
+    A, _ = adjacency(planted["edges"])
+    degree = np.asarray(A.sum(1)).ravel()
+    exact = expm(3*A.toarray()/np.sqrt(np.outer(degree, degree)))
+    np.testing.assert_allclose(heat_columns(A, np.arange(A.shape[0]), 3., 20), exact, atol=1e-5)
+
+
+def test_products_of_components_are_cosines_of_heat(planted):
+    A, names = adjacency(planted["edges"])
+    H = heat_columns(A, np.arange(len(names)), 6., 30).astype(float)
+    cosine = H/np.sqrt(np.outer(np.diag(H), np.diag(H)))
+    found, F = relation_components(planted["edges"], names, len(names))
+    assert list(found) == list(names)
+    np.testing.assert_allclose(F @ F.T, cosine, atol=5e-3)
+
+
+def test_every_gene_of_the_table_has_features_block_by_block(planted):
+    bank = diffused_features(planted["edges"], planted["genes"][:40], width=12)
+    assert bank.provenance["blocks"] == ["x", "y", "all"] and bank.width == 36
+    assert set(bank.keys) == set(planted["edges"].a) | set(planted["edges"].b)
+
+
+def test_left_out_answers_are_those_of_a_process_fitted_without_the_row():
+    rng = np.random.default_rng(0)
+    X, Y = rng.normal(size=(25, 3)), rng.normal(size=(25, 4))
+    K = RBF(1.3)(X)
+    _, weights = process_weights(K, .2)
+    for i in (0, 11, 24):
+        rest = np.delete(np.arange(25), i)
+        other = GaussianProcessRegressor(RBF(1.3), alpha=.2, optimizer=None).fit(X[rest], Y[rest])
+        np.testing.assert_allclose(weights[i] @ Y, other.predict(X[i:i + 1])[0], atol=1e-8)
+
+
+def test_prototypes_are_sharpened_means_of_clusters_without_the_row_itself():
+    rng = np.random.default_rng(1)
+    Y = rng.normal(size=(30, 3))
+    labels, = cluster_labels(Y, [5])
+    shares = rng.random((30, labels.max() + 1))
+    got = prototype_weights(shares.copy(), labels, 2., left_out=True) @ Y
+    for i in range(30):
+        share = shares[i]**2/(shares[i]**2).sum()
+        expected = np.zeros(3)
+        for c, s in enumerate(share):
+            others = [j for j in range(30) if labels[j] == c and j != i]
+            if others: expected += s*Y[others].mean(0)
+        np.testing.assert_allclose(got[i], expected, atol=1e-9)
+
+
+def test_stack_weights_are_never_negative_and_leave_out_what_says_nothing():
+    rng = np.random.default_rng(2)
+    Y = rng.normal(size=(200, 3))
+    good, noise = Y + .5*rng.normal(size=Y.shape), rng.normal(size=Y.shape)
+    weights = stack_weights([good, noise], Y)
+    assert (weights >= 0).all() and weights[1].max() < .15 and weights[0].min() > .6
+    assert stack_weights([-good], Y).max() == 0
+
+
+def test_unseen_targets_are_answered_better_than_by_the_mean(planted):
+    genes, asked, memory = planted["genes"], planted["asked"], planted["memory"]
+    answer = memory.answer([(genes[a],) for a in asked])
+    r = row_correlations(answer.delta, planted["response"][asked]).mean()
+    assert r > row_correlations(np.tile(memory.mean, (len(asked), 1)), planted["response"][asked]).mean() + .15
+    assert abs(row_correlations(memory.left_out(), planted["response"][planted["seen"]]).mean() - r) < .1
+
+
+def test_a_training_target_is_surer_than_an_unseen_one_and_a_stranger_is_not_known(planted):
+    genes, memory = planted["genes"], planted["memory"]
+    answer = memory.answer([(genes[planted["seen"][0]],), (genes[planted["asked"][0]],), ("NOWHERE",)])
+    assert answer.reliability[0] > answer.reliability[1] > answer.reliability[2] == 0
+    assert answer.known.tolist() == [True, True, False]
+    np.testing.assert_array_equal(answer.delta[2], memory.mean)
+
+
+def test_a_combination_is_the_sum_of_its_members(planted):
+    a, b = (planted["genes"][i] for i in planted["asked"][:2])
+    memory = planted["memory"]
+    K = memory._kernel([(a,), (b,), (a, b)])
+    np.testing.assert_allclose(K[2], K[0] + K[1])
+    assert memory.answer([(a, b)]).known[0]
+
+
+def test_an_answer_leans_on_targets_that_are_related(planted):
+    genes, memory = planted["genes"], planted["memory"]
+    for a in planted["asked"][:8]:
+        leaning = memory.leaning([(genes[a],)], n=3)
+        assert np.mean([genes.index(g)//25 == a//25 for g in leaning.leans_on]) >= 2/3
+
+
+def test_relations_dealt_anew_give_the_train_mean(planted):
+    genes, bank, seen, asked = (planted[k] for k in ("genes", "bank", "seen", "asked"))
+    dealt = FeatureBank(tuple(np.random.default_rng(5).permutation(bank.keys)), bank.values, bank.modality,
+                        bank.provenance)
+    memory = fit_memory([(genes[s],) for s in seen], planted["response"][seen], dealt)
+    blind = row_correlations(memory.answer([(genes[a],) for a in asked]).delta, planted["response"][asked])
+    mean = row_correlations(np.tile(memory.mean, (len(asked), 1)), planted["response"][asked])
+    assert abs(blind.mean() - mean.mean()) < .03 and memory.stack.mean() < planted["memory"].stack.mean()/2
+
+
+def test_a_bank_of_sequences_is_one_block(planted):
+    rng = np.random.default_rng(0)
+    bank = FeatureBank(("a", "b", "c"), rng.normal(size=(3, 5)), Modality.PROTEIN, dict(featurizer="kmer"))
+    distance = apart(bank, ["a", "b", "z"], ["a", "b", "c"])["features"]
+    assert np.diag(distance)[:2].tolist() == [0, 0] and distance[2].tolist() == [1, 1, 1]
+    assert kernel_of({"features": distance}, {"features": 2.})[2, 0] == pytest.approx(np.exp(-1))
+
+
+def test_a_saved_memory_answers_as_before(planted, tmp_path):
+    memory = planted["memory"]
+    again = load_memory(save_memory(memory, tmp_path/"memory.safetensors"))
+    asked = [(planted["genes"][a],) for a in planted["asked"]]
+    before, after = memory.answer(asked), again.answer(asked)
+    np.testing.assert_allclose(after.delta, before.delta, atol=5e-3)
+    np.testing.assert_allclose(after.reliability, before.reliability, atol=5e-3)
+
+
+def test_amplitude_stretches_what_is_added_to_the_mean(planted):
+    genes, seen, asked = planted["genes"], planted["seen"], planted["asked"]
+    plain = planted["memory"].answer([(genes[asked[0]],)]).delta
+    wide = fit_memory([(genes[s], ) for s in seen], planted["response"][seen], planted["bank"],
+                      MemoryConfig(amplitude=1.25))
+    mean = planted["memory"].mean
+    np.testing.assert_allclose(wide.answer([(genes[asked[0]],)]).delta - mean, 1.25*(plain - mean))
+
+
+@pytest.mark.parametrize("wrong, message", [
+    (dict(delta=np.zeros((3, 5))), "found shape"),
+    (dict(perturbations=[("a",)]*3, delta=np.zeros((3, 5))), "at least 4"),
+    (dict(delta=np.full((4, 5), np.nan)), "NaN or infinite"),
+])
+def test_what_cannot_be_remembered_is_refused(planted, wrong, message):
+    given = dict(perturbations=[("a", ), ("b", ), ("c", ), ("d", )],
+                 delta=np.zeros((4, 5)),
+                 features=planted["bank"]) | wrong
+    with pytest.raises(ValueError, match=message): fit_memory(**given)
+
+
+def test_what_is_no_memory_is_refused(tmp_path):
+    (tmp_path/"x.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="not a memory"): load_memory(tmp_path/"x.safetensors")
