@@ -1,20 +1,24 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 READY := .venv/.installed
-export MPLBACKEND := Agg
+# pip says errors only, papermill what the notebook's own bars say, as they move
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
+PAPER := $(sort $(wildcard nbs/8*.ipynb nbs/9*.ipynb))
+PAPERMILL := $(BIN)/papermill --no-progress-bar --stderr-file -
 
 .PHONY: eval test docs figures notebooks bench clean
 
 eval: $(READY)          # the main job: the evaluation notebook on the embedded default
 	@mkdir -p runs
-	$(BIN)/papermill nbs/90_eval.ipynb runs/90_eval.ipynb --progress-bar
+	$(PAPERMILL) nbs/90_eval.ipynb runs/90_eval.ipynb
 
+test: export MPLBACKEND := Agg
 test: $(READY)          # export in step and notebooks clean, then the notebooks' own checks, then the rest
 	$(BIN)/pytest -q tests/test_repo.py
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q --ignore tests/test_repo.py
 
-notebooks: $(READY)     # re-execute the library notebooks in place; paper notebooks (80-99) run by papermill
+notebooks: $(READY)     # re-execute the library notebooks in place; paper notebooks are executed by make figures
 	for nb in nbs/index.ipynb nbs/[0-9]_*/*.ipynb; do $(BIN)/jupyter execute --inplace $$nb || exit 1; done
 	$(BIN)/nbdev_clean && $(BIN)/nbdev_export
 
@@ -22,17 +26,19 @@ docs: $(READY)          # the notebooks as a searchable site in _docs: python -m
 	$(BIN)/python -m biojepa.report.site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -f _proc/mkdocs.yml
 
-figures: $(READY)       # every paper notebook on the default run; figures/ and its MANIFEST.json
+figures: $(READY)       # every paper notebook on the default run: figures/, its MANIFEST.json, and the outputs in nbs/
 	@mkdir -p runs
-	for nb in nbs/8*.ipynb nbs/9*.ipynb; do $(BIN)/papermill $$nb runs/$$(basename $$nb) --progress-bar || exit 1; done
+	@for nb in $(PAPER); do echo "== $$nb"; $(PAPERMILL) $$nb runs/$$(basename $$nb) || exit 1; done
+	$(BIN)/python -m biojepa.report.paper $(PAPER:nbs/%=runs/%)
 
 bench: $(READY)         # collapsed against naive: figures/benchmark.csv, .md and .png
-	$(BIN)/python -m biojepa.report.speed
+	$(BIN)/python -m biojepa.report.benchmark
 
 $(READY): requirements.lock pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.lock
-	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@echo "installing the pinned packages into .venv: some minutes, then nothing to do again"
+	$(PIP) -r requirements.lock
+	$(PIP) --no-deps --no-build-isolation -e .
 	@if git rev-parse --git-dir >/dev/null 2>&1; then $(BIN)/nbdev_install_hooks; fi
 	@mkdir -p runs && touch $@
 

@@ -1,17 +1,25 @@
 "Artefacts are listed with what they were made from, and a change is seen."
+import base64
 import hashlib
+import io
 import json
 import tracemalloc
+from concurrent.futures import ProcessPoolExecutor
 
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
 from anndata import AnnData
 from matplotlib.figure import Figure
+from PIL import Image
 
 from biojepa.core import PATHS
-from biojepa.report.manifest import Report, check_manifest, commit, read_manifest, versions
+from biojepa.report.manifest import (
+    Report, check_manifest, code_hash, commit, parameters_of, read_manifest, stamp_of, versions
+)
+from biojepa.report.paper import keep, sentences
 from biojepa.report.tables import gene_table
 
 TABLE = pd.DataFrame(dict(a=[1, 2]))
@@ -21,14 +29,74 @@ def test_entries_say_what_was_made_from_what(tmp_path):
     report = Report("90_eval", tmp_path, dict(data="abc", split="def"))
     report.figure(Figure(), dict(numbers=TABLE), "f")
     entries = read_manifest(tmp_path)
-    assert list(entries) == ["f.png", "f_numbers.csv"] and entries["f.png"]["drawn_from"] == ["f_numbers.csv"]
-    for name, entry in entries.items():
+    assert list(entries["files"]) == ["f.png", "f_numbers.csv"]
+    assert entries["files"]["f.png"]["drawn_from"] == ["f_numbers.csv"]
+    for name, entry in entries["files"].items():
         assert entry["sha256"] == hashlib.sha256((tmp_path/name).read_bytes()).hexdigest()
-        assert entry["notebook"] == "90_eval" and entry["made_from"] == dict(
-            data="abc", split="def") and entry["versions"]["torch"]
+        assert entry["notebook"] == "90_eval"
+    about = entries["notebooks"]["90_eval"]
+    assert about["made_from"] == dict(data="abc", split="def") and about["versions"]["torch"]
     Report("91_gene_level", tmp_path).table(TABLE, "t")
-    assert set(read_manifest(tmp_path)) == {"f.png", "f_numbers.csv",
-                                            "t.csv"}, "entries of other notebooks stay"
+    assert set(read_manifest(tmp_path)["files"]) == {"f.png", "f_numbers.csv", "t.csv"}, "others' entries stay"
+
+
+def test_a_figure_of_one_table_shares_its_name(tmp_path):
+    Report("n", tmp_path).figure(Figure(), TABLE, "f")
+    assert read_manifest(tmp_path)["files"]["f.png"]["drawn_from"] == ["f.csv"] and (tmp_path/"f.csv").is_file()
+
+
+def write_tables(folder, notebook):
+    for i in range(20): Report(notebook, folder).table(TABLE, f"{notebook}_{i}")
+
+
+def test_two_writers_lose_no_entry(tmp_path):
+    with ProcessPoolExecutor(2) as pool: list(pool.map(write_tables, [tmp_path]*2, ["a", "b"]))
+    assert len(read_manifest(tmp_path)["files"]) == 40 and (check_manifest(tmp_path).state == "as listed").all()
+
+
+def notebook_of(path, *sources):
+    "A notebook whose first code cell is tagged as parameters."
+    cells = [dict(cell_type="code", source=[s], metadata={}, outputs=[]) for s in sources]
+    cells[0]["metadata"] = dict(tags=["parameters"])
+    path.write_text(json.dumps(dict(cells=cells)))
+    return path
+
+
+def test_hash_of_a_notebook_sees_code_and_defaults_but_no_comment_or_line_break(tmp_path):
+    path = tmp_path/"91.ipynb"
+    def hashed(*sources): return code_hash(notebook_of(path, *sources))
+    first = hashed("k: int = 5  # how many", "f(k, 2)")
+    assert parameters_of(path) == dict(k=5)
+    assert hashed("k: int = 5  # how many neighbours", "f(k,\n  2)  # so") == first
+    assert len({first, hashed("k: int = 6", "f(k, 2)"), hashed("k: int = 5", "f(k, 3)")}) == 3
+
+
+def test_the_stamp_holds_what_was_used_and_strikes_off_what_was_not_written_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(PATHS, "nbs", tmp_path)
+    notebook_of(tmp_path/"n.ipynb", "k: int = 5  # how many")
+    for name in ("old", "kept"): Report("n", tmp_path).table(TABLE, name)
+    Report("other", tmp_path).table(TABLE, "others")
+    report = Report("n", tmp_path, dict(config="c"))
+    report.table(TABLE, "kept")
+    stamp = report.stamp(dict(k=7, unrelated=1))
+    assert stamp["parameters"] == dict(k=7) and list(stamp["files"]) == ["kept.csv"]
+    assert stamp == stamp_of(read_manifest(tmp_path), "n")
+    assert set(read_manifest(tmp_path)["files"]) == {"kept.csv", "others.csv"}
+    report.table(TABLE, "late")
+    assert stamp_of(read_manifest(tmp_path), "n") != stamp, "the stamp comes last"
+
+
+def test_two_notebooks_may_make_one_file_and_a_difference_is_seen(tmp_path, monkeypatch):
+    monkeypatch.setattr(PATHS, "nbs", tmp_path)
+    stamps = {}
+    for name in ("a", "b", "a"):
+        notebook_of(tmp_path/f"{name}.ipynb", "k: int = 5  # how many")
+        report = Report(name, tmp_path)
+        report.table(TABLE, "shared")
+        stamps[name] = report.stamp(dict(k=5))
+    assert all(stamp_of(read_manifest(tmp_path), name) == stamp for name, stamp in stamps.items())
+    Report("b", tmp_path).table(2*TABLE, "shared")
+    assert stamp_of(read_manifest(tmp_path), "a") != stamps["a"]
 
 
 def test_changed_missing_and_unlisted_files_are_told_apart(tmp_path):
@@ -38,10 +106,8 @@ def test_changed_missing_and_unlisted_files_are_told_apart(tmp_path):
     (tmp_path/"missing.csv").unlink()
     (tmp_path/"stray.csv").write_text("")
     found = check_manifest(tmp_path).set_index("file").state.to_dict()
-    assert found == {
-        "same.csv": "as listed", "changed.csv": "changed", "missing.csv": "missing", "stray.csv":
-        "not listed"
-    }
+    states = dict(same="as listed", changed="changed", missing="missing", stray="not listed")
+    assert found == {f"{name}.csv": state for name, state in states.items()}
     assert check_manifest(tmp_path/"nothing").empty
 
 
@@ -66,6 +132,28 @@ def test_versions_and_commit(tmp_path):
 def test_committed_figures_are_as_listed():
     found = check_manifest(PATHS.figures)
     assert len(found) and (found.state == "as listed").all(), found[found.state != "as listed"].to_string()
+
+
+def test_a_kept_notebook_has_no_bars_no_metadata_and_light_pictures(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (60, 60, 3), dtype=np.uint8)
+    raw = io.BytesIO()
+    Image.fromarray(noise).save(raw, "PNG")
+    picture = nbformat.v4.new_output("display_data", {"image/png": base64.b64encode(raw.getvalue()).decode()})
+    bar, said = (nbformat.v4.new_output("stream", name=n, text="50%|##") for n in ("stderr", "stdout"))
+    cell = nbformat.v4.new_code_cell("f()", outputs=[bar, said, picture], execution_count=3,
+                                     metadata=dict(papermill={}, tags=["parameters"]))
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata=dict(papermill={})), tmp_path/"executed.ipynb")
+    kept = nbformat.read(keep(tmp_path/"executed.ipynb", tmp_path/"kept.ipynb"), 4)
+    found = kept.cells[0]
+    assert [o.get("name") for o in found.outputs] == ["stdout", None] and found.execution_count is None
+    assert found.metadata == dict(tags=["parameters"]) and "papermill" not in kept.metadata
+    data = base64.b64decode(found.outputs[1].data["image/png"])
+    assert Image.open(io.BytesIO(data)).size == (60, 60) and len(data) < .6*len(raw.getvalue())
+
+
+def test_sentences_are_made_from_the_rows():
+    table = pd.DataFrame(dict(method=["ridge", "model"], r=[.3123, .2]))
+    assert sentences(table, "{method}: {r:.2f}").data == "- ridge: 0.31\n- model: 0.20"
 
 
 def test_gene_table_holds_no_copy_of_the_matrix():

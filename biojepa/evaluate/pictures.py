@@ -19,7 +19,9 @@ from sklearn.decomposition import PCA
 from ..data.conditions import parse_condition
 from ..data.means import group_means
 from ..data.splits import Split
-from .metrics import DETable, own_targets, row_pearson
+from .differential import DETable
+from .metrics import own_targets
+from .published import row_pearson
 from ..predict.baselines import noise_ceiling
 from ..predict.sets import PredictionSet, Pseudobulk, pseudobulk
 

@@ -25,7 +25,7 @@ from .cases import Case, case_data
 from .metrics import METRICS, evaluate
 from .statistics import bootstrap_ci, paired_bootstrap, verdict
 from .summary import BOUNDS, noise_ceilings
-from ..predict.baselines import Answer, answer_lines, training_deltas
+from ..predict.baselines import Guess, guess_by_line, training_deltas
 from ..predict.methods import all_methods, relations_of
 from ..predict.sets import PredictionSet
 from ..training.run import Run, run_stages
@@ -41,8 +41,8 @@ def seen_elsewhere(
     def answer(targets, delta, asked):      # modes are not told apart
         rows = [[i for i, t in enumerate(targets) if t == a] for a in asked]
         means = np.stack([delta[r].mean(0) if r else delta.mean(0) for r in rows])
-        return Answer(means, np.array([bool(r) for r in rows]))
-    return answer_lines(name, template, training_deltas(template, adata, split), answer)
+        return Guess(means, np.array([bool(r) for r in rows]))
+    return guess_by_line(name, template, training_deltas(template, adata, split), answer)
 
 def case_methods(
     run:Run,
