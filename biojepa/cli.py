@@ -50,14 +50,20 @@ def parser()->argparse.ArgumentParser:
                    help="raw file of the same cells, which knows the guide of each")
     p.add_argument("--relations", metavar="FILE",
                    help="csv or parquet of gene pairs (a, b), for graph features instead of proteins")
-    p.add_argument("--relations-db", metavar="NAME", help="only the pairs with this value in the file's column db")
+    p.add_argument("--relations-db",
+                   metavar="NAME",
+                   help="only the pairs with this value in the file's column db")
     p.add_argument("--features", nargs="+", metavar="kmer|pretrained|BANK",
                    help="what is made of the sequences, or feature banks (.safetensors) instead")
     p.add_argument("--tokens", nargs="+", choices=[str(m) for m in Modality],
                    help="what describes an action in dynamics; as released if not given")
     p.add_argument("--seed", type=int, help="of weights, masks and order")
     p.add_argument("--runs", type=Path, default=PATHS.runs, metavar="FOLDER", help="where run folders live")
-    p.add_argument("--stages", nargs="+", default=STAGES, choices=STAGES, help="the first one, two or three only")
+    p.add_argument("--stages",
+                   nargs="+",
+                   default=STAGES,
+                   choices=STAGES,
+                   help="the first one, two or three only")
     _add_fit_options(p)
     return p
 
@@ -73,8 +79,11 @@ def _add_fit_options(p:argparse.ArgumentParser)->None:
     for name in ("validate", "checkpoint"):
         p.add_argument(f"--{name}-every", type=int, metavar="STEPS", help="once per epoch if not given")
     p.add_argument("--log-every", type=int, default=10, metavar="STEPS")
-    p.add_argument("--early-stop", type=_early_stop, metavar="N:METRIC",
-                   help="stop a stage N validations after METRIC was lowest (or highest, -METRIC), e.g. 3:val_total")
+    p.add_argument(
+        "--early-stop",
+        type=_early_stop,
+        metavar="N:METRIC",
+        help="stop a stage N validations after METRIC was lowest (or highest, -METRIC), e.g. 3:val_total")
     p.add_argument("--tensorboard", action="store_true", help="also write event files")
     p.add_argument("--no-progress", dest="progress", action="store_false", help="no bars")
 
@@ -90,8 +99,8 @@ def _kind(features:Sequence[str]|None)->str|None:  # None where they are banks
     return features[0] if features and features[0] in ("kmer", "pretrained") else None
 
 # %% ../nbs/4_training/09_cli.ipynb #47bfafdb
-DATA_OPTIONS = ("condition", "control", "batch", "cell_type", "guide", "mode", "guides", "proteins", "guides_from",
-                "relations", "relations_db", "tokens")  # called as the fields they set
+DATA_OPTIONS = ("condition", "control", "batch", "cell_type", "guide", "mode", "guides", "proteins",
+                "guides_from", "relations", "relations_db", "tokens")  # called as the fields they set
 
 def experiment_of(
     args:argparse.Namespace,    # of `parser`
@@ -113,11 +122,17 @@ def main(
     options = {name: getattr(args, name) for name in FitOptions.model_fields}
     try:
         experiment = experiment_of(args)
-        fabric = make_fabric(experiment.model.d_model, args.accelerator, args.devices, args.nodes, args.precision)
+        fabric = make_fabric(experiment.model.d_model, args.accelerator, args.devices, args.nodes,
+                             args.precision)
         fabric.launch()
         banks = args.features if args.features and not _kind(args.features) else None
         features = [FeatureBank.load(path) for path in banks] if banks else None
-        run = run_stages(experiment, runs=args.runs, features=features, stages=args.stages, fabric=fabric, **options)
+        run = run_stages(experiment,
+                         runs=args.runs,
+                         features=features,
+                         stages=args.stages,
+                         fabric=fabric,
+                         **options)
     except KeyboardInterrupt as interrupted: p.exit(130, f"{interrupted}\n")
     except (ValueError, OSError, FloatingPointError, ImportError) as error: p.exit(1, f"error: {error}\n")
     if fabric.is_global_zero: p.exit(0, f"finished: {run.folder}\n")

@@ -60,7 +60,8 @@ class ModelConfig(Frozen):
     predicts:Literal["latent", "change"] = "latent"  # what the action predictor gives
     intervenes:bool = False                  # change the targeted gene's own value first
     readout:Literal["shared", "per_gene"] = "shared"
-    delta_from:Literal["encoder", "teacher"] = "encoder"  # whose latents of the control cell Δ is decoded against
+    delta_from: Literal["encoder",
+                        "teacher"] = "encoder"  # whose latents of the control cell Δ is decoded against
 
     @model_validator(mode="after")
     def _check(self):
@@ -88,19 +89,22 @@ class StageConfig(Frozen):
     clip_norm:float|None = 1.                # largest gradient norm
     drop_last:bool = False                   # leave out the last batch of an epoch where it is short
     lr_composer:float|None = None            # peak learning rate of the composer, where it differs
-    fixed_controls:bool = False              # dynamics, readout: a cell keeps its control; False: a new one each epoch
+    fixed_controls: bool = False  # dynamics, readout: a cell keeps its control; False: a new one each epoch
     pairs:Literal["train", "all"] = "train"  # align: of training perturbations, or of all of them
     held_out_by:Literal["target", "pair"] = "target"    # align: what a share is kept aside of, to look at
     held_out:float = Field(0.1, ge=0, lt=1)  # align: that share
     same_target_negatives:bool = False       # align: guides of one target repel each other
     feature_noise:float = Field(0., ge=0)    # align: noise on features, relative to their size
     temperature:float = Field(0.07, gt=0)    # align: τ of InfoNCE
-    target:Literal["cell", "mean"] = "cell"  # dynamics: latents of a perturbed cell, or its perturbation's mean change
+    target: Literal[
+        "cell", "mean"] = "cell"  # dynamics: latents of a perturbed cell, or its perturbation's mean change
     action_noise:float = Field(0., ge=0)     # dynamics, "mean": noise on action latents, relative to their size
-    side_weight:float = Field(0.1, ge=0)     # dynamics, "mean": latent distance and likelihood, beside the decoded change
+    side_weight: float = Field(
+        0.1, ge=0)  # dynamics, "mean": latent distance and likelihood, beside the decoded change
     map_cells:PositiveInt = 2000             # dynamics, readout: cells that genes' linear maps are learned from
     map_ridge:float = Field(1e-3, gt=0)      # dynamics, readout: added to the covariance of the latents
-    latents:Literal["predicted", "observed"] = "predicted"  # readout: what is decoded, predicted or the teacher's
+    latents: Literal["predicted",
+                     "observed"] = "predicted"  # readout: what is decoded, predicted or the teacher's
 
 # %% ../nbs/0_base/02_config.ipynb #c01a0002
 def _names(text):  # "a, b" as ["a", "b"]; anything else as it is
@@ -111,7 +115,7 @@ class Columns(Frozen):
     condition:str|None = None      # obs: what was done to the cell; `condition` if there is one
     control:str|None = None        # its label for control cells; `ctrl`
     batch:str|None = None          # obs: lane or gem group; one batch for all
-    batch_pattern:str|None = None  # instead: regular expression with one group on the cells' names, e.g. r"-(\d+)$"
+    batch_pattern: str | None = None  # instead: regular expression with one group on the cells' names, e.g. r"-(\d+)$"
     cell_type:str|None = None      # obs: cell line; `unknown`
     guide:str|None = None          # obs: name of the guide (pair), kept as `guide_id`
     guide_seq:tuple[str, ...]|None = None  # obs: guide DNA, kept as `guide_seq_a`, `guide_seq_b`, …
@@ -141,15 +145,17 @@ class DataConfig(Frozen):
     guides:str|None = None          # table of guides, genes and DNA; None: the card's, or what the file holds
     proteins:str|None = None        # table of genes and amino acids; None: the card's, or what the file holds
     guides_from:str|None = None     # raw .h5ad of the same cells that knows the guide of each
-    features:Literal["kmer", "pretrained"] = "kmer"             # of sequences: counts, or ESM-2 and NTv3 as released
-    pooling:Literal["residues", "tokens"] = "residues"          # of ESM-2: without start and end, or, as released, with
-    relations:str|None = None       # table of gene pairs; a target's place in this graph then stands for its protein
+    features: Literal["kmer", "pretrained"] = "kmer"  # of sequences: counts, or ESM-2 and NTv3 as released
+    pooling: Literal["residues",
+                     "tokens"] = "residues"  # of ESM-2: without start and end, or, as released, with
+    relations: str | None = None  # table of gene pairs; a target's place in this graph then stands for its protein
     relations_db:str|None = None    # only the pairs with this value in a column `db`
     expression_space:Literal["log1p", "log1p_twice"] = "log1p"
     n_top_genes:PositiveInt|None = None     # variable genes to keep, chosen on training cells; all if None
     split:Literal["simulation", "guide", "combination", "cell_type", "custom"] = "simulation"
     split_seed:int = 1
-    held_out:tuple[str, ...]|None = None    # targets, combinations or cell lines, by the kind of split; None: drawn
+    held_out: tuple[
+        str, ...] | None = None  # targets, combinations or cell lines, by the kind of split; None: drawn
     tokens:tuple[Literal["protein", "chemical", "dna"], ...]|None = None  # of an action; guide DNA if None
 
     _split = field_validator("held_out", mode="before")(_names)
@@ -167,12 +173,15 @@ class DataConfig(Frozen):
 class MemoryConfig(Frozen):
     "What `actions.memory` chooses among; every choice is made by leaving out one training perturbation at a time."
     components:PositiveInt = 15                             # directions of the responses that are remembered
-    noises:tuple[float, ...] = (.05, .1, .2, .3, .5, .8, 1.5)  # variance of the noise, beside a prior variance of 1
-    block_weights:tuple[float, ...] = (0., .5, 1., 2.)      # of a block of features in the distance of two genes
-    prototypes:tuple[PositiveInt, ...] = (17, 25, 40)       # clusters of responses, one member of the stack in all
+    noises: tuple[float, ...] = (
+        .05, .1, .2, .3, .5, .8, 1.5)  # variance of the noise, beside a prior variance of 1
+    block_weights: tuple[float,
+                         ...] = (0., .5, 1., 2.)  # of a block of features in the distance of two genes
+    prototypes: tuple[PositiveInt,
+                      ...] = (17, 25, 40)  # clusters of responses, one member of the stack in all
     sharpness:float = Field(1.6, gt=0)                      # power of a target's shares in the clusters
-    pooled:float = Field(.5, ge=0, le=1)                    # how far each component's stack weights go to the common ones
-    amplitude:float = Field(1., gt=0)                       # of what is added to the train mean: 1 for r, about 1.25 for PDS
+    pooled: float = Field(.5, ge=0, le=1)  # how far each component's stack weights go to the common ones
+    amplitude: float = Field(1., gt=0)  # of what is added to the train mean: 1 for r, about 1.25 for PDS
 
 # %% ../nbs/0_base/02_config.ipynb #6695553a
 class ExperimentConfig(Frozen):
@@ -349,7 +358,8 @@ def with_settings(
         for name in parents: node = node.get(name) if isinstance(node, dict) else None
         if not isinstance(node, dict) or last not in node:
             known = ", ".join(node) if isinstance(node, dict) else "none"
-            raise ValueError(f"the configuration has no field {path!r}; {'.'.join(parents) or 'it'} has {known}")
+            raise ValueError(
+                f"the configuration has no field {path!r}; {'.'.join(parents) or 'it'} has {known}")
         node[last] = value
     return ExperimentConfig(**tree)
 

@@ -43,7 +43,10 @@ def project_paths(
     package = Path(__file__).resolve().parent if "__file__" in globals() else root/"biojepa"
     data = dict(cards=package/"data"/"cards", splits=root/"data"/"splits", raw=root/"data"/"raw",
                 processed=root/"data"/"processed")
-    data = {name: Path(os.environ.get(f"BIOJEPA_{name.upper()}") or path).resolve() for name, path in data.items()}
+    data = {
+        name: Path(os.environ.get(f"BIOJEPA_{name.upper()}") or path).resolve()
+        for name, path in data.items()
+    }
     return SimpleNamespace(root=root, nbs=root/"nbs", **data, figures=root/"figures", runs=root/"runs")
 
 PATHS = project_paths(find_root())

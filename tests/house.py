@@ -67,14 +67,17 @@ def wide(root=ROOT, limit=MAX_LINE):
     for path in notebooks(root):
         for cell in cells(path):
             kind = "notebooks, prose" if cell["cell_type"] == "markdown" else "notebooks, code"
-            found[kind] += [f"{path.relative_to(root)} {cell.get('id')}: {line.strip()[:60]}"
-                            for line in source(cell).splitlines() if len(line) > limit and not _unbreakable(kind, line)]
+            found[kind] += [
+                f"{path.relative_to(root)} {cell.get('id')}: {line.strip()[:60]}"
+                for line in source(cell).splitlines() if len(line) > limit and not _unbreakable(kind, line)
+            ]
     return found
 
 
 def _unbreakable(kind, line):
     "A row of a table or a link in prose cannot be broken."
-    return kind.endswith("prose") and (line.lstrip().startswith("|") or "](" in line and " " not in line.strip())
+    return kind.endswith("prose") and (line.lstrip().startswith("|")
+                                       or "](" in line and " " not in line.strip())
 
 
 def tokens(path):

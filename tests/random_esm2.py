@@ -33,7 +33,10 @@ def write_random_esm2(folder, seed=0, layers=6, width=320, heads=20):
         for p in fair.parameters():
             nn.init.normal_(p, std=0.1) if p.ndim > 1 else p.data.add_(0.1*torch.randn_like(p))
     state, folder, words = fair.state_dict(), Path(folder), fair.alphabet.all_toks
-    shape = Namespace(encoder_layers=layers, encoder_embed_dim=width, encoder_attention_heads=heads, token_dropout=True)
+    shape = Namespace(encoder_layers=layers,
+                      encoder_embed_dim=width,
+                      encoder_attention_heads=heads,
+                      token_dropout=True)
     stored = {f"encoder.sentence_encoder.{k}": v for k, v in state.items()}
     torch.save({"cfg": {"model": shape}, "model": stored}, folder/"random.pt")
     config = EsmConfig(vocab_size=len(words), pad_token_id=fair.padding_idx, mask_token_id=fair.mask_idx,

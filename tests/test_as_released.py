@@ -170,6 +170,7 @@ def screen(): return small_data()
 def stages(screen, **changes):
     "All four stages of a small screen with the paper's optimisers."
     from biojepa.actions.describe import describe_actions
+    from biojepa.data.loaders import Roster
     from biojepa.training.run import build_stage
     experiment = small_experiment()
     batches = dict(pretrain=16, align=5, dynamics=16, readout=16)
@@ -178,7 +179,7 @@ def stages(screen, **changes):
     actions = describe_actions(screen["adata"], screen["split"], screen["features"], experiment.data)
     torch.manual_seed(0)
     model = BioJEPA(experiment.model)
-    build = lambda name: build_stage(name, model, experiment, screen["adata"], screen["split"], actions)
+    build = lambda name: build_stage(name, model, experiment, Roster(screen["adata"], screen["split"]), actions)
     return model, actions, {name: build(name) for name in RELEASED}
 
 

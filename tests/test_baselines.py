@@ -438,7 +438,9 @@ def test_truth_follows_the_names_of_genes_conditions_and_lines(case):
     plain, turned = oracle(template, adata), oracle(test_set(moved, split), moved)
     np.testing.assert_allclose(turned.delta, plain.delta[:, order], atol=1e-12)
     fewer = adata[:, order[:50]].copy()
-    np.testing.assert_allclose(oracle(test_set(fewer, split), fewer).delta, plain.delta[:, order[:50]], atol=1e-12)
+    np.testing.assert_allclose(oracle(test_set(fewer, split), fewer).delta,
+                               plain.delta[:, order[:50]],
+                               atol=1e-12)
     alone = {c: dict(zip(adata.uns["truth"]["gene"], adata.uns["truth"]["log_fold_by_cell_type"][0, i]))
              for i, c in enumerate(adata.uns["truth"]["condition"])}
     folds = oracle(test_set(moved, split), moved, as_delta=False)
@@ -455,7 +457,7 @@ def test_run_baselines_makes_what_the_data_allow(case):
         "control_mean", "train_mean", "train_mean, own gene", "nearest_neighbours, random, own gene",
         "random_forest, random, own gene", "ridge, random", "nearest_neighbours, random",
         "random_forest, random", "gaussian_process, random", "shuffled ridge, random", "graph_neighbours",
-        "gaussian_process, graph", "additive", "half_of_the_cells", "oracle"
+        "gaussian_process, graph", "memory, diffusion", "memory, diffusion, own gene", "additive", "half_of_the_cells", "oracle"
     }
     assert all(s.name == name and s.provenance["split"] == split.hash for name, s in sets.items())
     some = ["half_of_the_cells", "train_mean"]
@@ -561,7 +563,8 @@ def test_known_answers_of_the_twin(shared):
     bank = spectral_embedding(edges, width=256)
     known = [g for g in genes if g in bank]
     places = pd.DataFrame(bank.rows(known), index=known)
-    assert r(ridge(template, adata, split, places)) == pytest.approx(.395, abs=.035)  # its penalty is chosen here
+    assert r(ridge(template, adata, split, places)) == pytest.approx(.395,
+                                                                     abs=.035)  # its penalty is chosen here
     assert r(process) == pytest.approx(.439, abs=.02) and r(process, beyond=True) == pytest.approx(.310,
                                                                                                    abs=.03)
     assert r(oracle(template, adata, log_fold=fold, as_delta=False)) == pytest.approx(.500, abs=.02)

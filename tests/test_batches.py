@@ -61,8 +61,10 @@ def runs_equal(a, b): return len(a) == len(b) and all(same(x, y) for x, y in zip
 # --- dense rows
 # ---------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("convert", [sp.csr_matrix, sp.csr_array, sp.csc_matrix, lambda x: x.toarray(), lambda x: x.astype(np.float64),
-                                     lambda x: (x*10).astype(np.int64), lambda x: (x*10).astype(np.int32).toarray()])
+@pytest.mark.parametrize("convert", [
+    sp.csr_matrix, sp.csr_array, sp.csc_matrix, lambda x: x.toarray(), lambda x: x.astype(np.float64),
+    lambda x: (x*10).astype(np.int64), lambda x: (x*10).astype(np.int32).toarray()
+])
 def test_every_storage_gives_the_same_rows(convert):
     X = convert(screen().X)
     rows = np.array([5, 1, 1, 799, 0])
@@ -89,7 +91,8 @@ def test_backed_equals_memory(adata, tmp_path, dense):
     copy.write_h5ad(tmp_path/"cells.h5ad")
     on_disk = ad.read_h5ad(tmp_path/"cells.h5ad", backed="r")
     for make in (pair_loader, cell_loader):
-        assert runs_equal(list(make(adata, HeldOut(), batch_size=50)), list(make(on_disk, HeldOut(), batch_size=50)))
+        assert runs_equal(list(make(adata, HeldOut(), batch_size=50)),
+                          list(make(on_disk, HeldOut(), batch_size=50)))
     with pytest.raises(ValueError, match="view of a file on disk"): cell_loader(on_disk[:100])
     assert align_genes(on_disk, ["gene3", "gene1"]).shape == (800, 2)
     on_disk.file.close()
@@ -474,11 +477,16 @@ def test_batches_move_as_a_whole(adata):
 # ---------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("settings,message", [
-    (dict(part="tset"), "part: found 'tset'"), (dict(batch_size=0), "batch_size: found 0"), (dict(batch_size=2.5), "batch_size: found 2.5"), (dict(seed=-1), "seed: found -1"),
-    (dict(epoch=-1), "epoch: found -1"), (dict(rank=1), "rank: found 1"), (dict(world_size=3), "batch_size: "
-                                                                                               "found 32; give "
-                                                                                               "a multiple of "
-                                                                                               "world_size"),
+    (dict(part="tset"), "part: found 'tset'"),
+    (dict(batch_size=0), "batch_size: found 0"),
+    (dict(batch_size=2.5), "batch_size: found 2.5"),
+    (dict(seed=-1), "seed: found -1"),
+    (dict(epoch=-1), "epoch: found -1"),
+    (dict(rank=1), "rank: found 1"),
+    (dict(world_size=3), "batch_size: "
+     "found 32; give "
+     "a multiple of "
+     "world_size"),
     (dict(part="test", drop_last=True), "drop_last: found True"),
 ])
 def test_settings_by_name(adata, settings, message):

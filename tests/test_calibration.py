@@ -1,4 +1,5 @@
-"Calibration: closed forms against integration, Gaussian answers of known uncertainty, best and chance values, repairs learned on other perturbations, bad input."
+"""Calibration: closed forms against integration, Gaussian answers of known uncertainty, best and chance values,
+repairs learned on other perturbations, bad input."""
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +15,8 @@ from biojepa.predict.sets import PredictionSet, pseudobulk
 
 
 def known(claim=1., seed=0, P=30, n_cells=20, G=40, sd=(.2, .8), equal=True, noise=stats.norm):
-    "Independent values around the prediction, standard deviation by perturbation; two guides a condition; `claim` times the true variance is predicted."
+    """Independent values around the prediction, standard deviation by perturbation; two guides a condition;
+    `claim` times the true variance is predicted."""
     rng, sd = np.random.default_rng(seed), np.linspace(*sd, P)
     n = np.full(P, n_cells) if equal else rng.integers(2, 2*n_cells, P)
     group = np.repeat(np.arange(P), n)
@@ -282,16 +284,18 @@ def no_variance(ps): return ps.with_prediction("train_mean", ps.delta)
     (lambda s: c.calibrate(s, "gene"), "level: found 'gene'"),
     (lambda s: c.calibrate(no_variance(s)), "train_mean: predicts no variance of a cell"),
     (lambda s: c.calibrate(no_variance(s), "perturbation"), "train_mean: predicts no variance of a "
-                                                            "perturbation mean"),
+     "perturbation mean"),
     (lambda s: u.error_and_variance(no_variance(s)), "predicts no variance"),
     (lambda s: c.fit_recalibration(s, "isotonic"), "kind: found 'isotonic'"),
     (lambda s: c.fit_recalibration(replace(s, variance=np.zeros_like(s.variance))), "variances are 0"),
-    (lambda s: c.calibrate(s, "perturbation", c.fit_recalibration(s, "scale", "cell")), "recalibration: was "
-                                                                                        "learned for a cell"),
-    (lambda s: c.calibrate(s, "cell", replace(c.fit_recalibration(s, "constant"), gene_variance=np.ones(3))), "recalibration: has 3 genes"),
+    (lambda s: c.calibrate(s, "perturbation", c.fit_recalibration(s, "scale", "cell")),
+     "recalibration: was "
+     "learned for a cell"),
+    (lambda s: c.calibrate(s, "cell", replace(c.fit_recalibration(s, "constant"),
+                                              gene_variance=np.ones(3))), "recalibration: has 3 genes"),
     (lambda s: c.calibrate(s, "cell", c.fit_recalibration(s, "conformal"), nominal=(.5, .99)), "levels: "
-                                                                                               "found 0.99"),
-    (lambda s: c.calibration_table([c.calibrate(s)], at=(.99,)), "at: 0.99"),
+     "found 0.99"),
+    (lambda s: c.calibration_table([c.calibrate(s)], at=(.99, )), "at: 0.99"),
 ])
 def test_bad_input_is_named(honest, call, message):
     with pytest.raises(ValueError, match=message): call(honest)

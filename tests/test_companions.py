@@ -185,7 +185,8 @@ def test_a_table_of_ones_own_needs_no_card():
 
 
 def test_the_library_of_the_screen(shared):
-    "On the twin, without its guides: every target gets its pairs, and one with a single pair just what the twin says."
+    """On the twin, without its guides: every target gets its pairs, and one with a single pair just what the twin
+    says."""
     with h5py.File(shared/"k562_essential_twin.h5ad") as f: obs = ad.io.read_elem(f["obs"])
     twin = ad.AnnData(sp.csr_matrix(np.ones((len(obs), 2), "float32")), obs, pd.DataFrame(index=["x", "y"]))
     plain = load_dataset(twin, batch="gem_group", cell_type="cell_type", unknown_targets="allow")

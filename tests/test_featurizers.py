@@ -49,11 +49,18 @@ def test_a_missing_key_is_an_error_that_names_it():
     assert issubclass(MissingFeatureError, ValueError)
 
 
-@pytest.mark.parametrize("values,keys,message", [
-    ([[1, 2], [0, 0]], "AB", "only zeros in B"), ([[1, np.nan], [1, 0]], "AB", "NaN or infinite values in A"),
-    ([[1, np.inf], [1, 0]], "AB", "infinite values in A"), ([[1, 1e300], [1, 0]], "AB", "infinite "
-                                                                                        "values in A"),   # too large for float32
-    ([[1, 2], [3, 4]], "AA", "found A more than once"), ([[1, 2]], "AB", r"shape \(1, 2\) for 2 keys"), ([1, 2], "AB", r"shape \(2,\)")])
+@pytest.mark.parametrize(
+    "values,keys,message",
+    [
+        ([[1, 2], [0, 0]], "AB", "only zeros in B"),
+        ([[1, np.nan], [1, 0]], "AB", "NaN or infinite values in A"),
+        ([[1, np.inf], [1, 0]], "AB", "infinite values in A"),
+        ([[1, 1e300], [1, 0]], "AB", "infinite "
+         "values in A"),  # too large for float32
+        ([[1, 2], [3, 4]], "AA", "found A more than once"),
+        ([[1, 2]], "AB", r"shape \(1, 2\) for 2 keys"),
+        ([1, 2], "AB", r"shape \(2,\)")
+    ])
 def test_bad_tables_are_refused(values, keys, message):
     with pytest.raises(ValueError, match=message): bank_of(values, tuple(keys))
 
@@ -119,11 +126,16 @@ def test_one_spelling(text, modality, clean):
     assert clean_sequence(text, modality) == clean
 
 
-@pytest.mark.parametrize("text,modality,message", [
-    ("", Modality.PROTEIN, "TP53: found an empty sequence"), (" \n", Modality.DNA, "TP53: found an empty"), ("*", Modality.PROTEIN, "empty"),
-    (None, Modality.DNA, "TP53: found None"), (float("nan"), Modality.PROTEIN, "TP53: found nan"), ("MK-T", Modality.PROTEIN, "'-' at position 3 of a PROTEIN"),
-    ("M*K", Modality.PROTEIN, "'\\*' at position 2"), ("ACGT*", Modality.DNA, "'\\*' at position 5"), ("MKTA", Modality.DNA, "found 'E'|allowed are ACGTN"),
-    ("CCO", Modality.CHEMICAL, "modality: found")])
+@pytest.mark.parametrize("text,modality,message",
+                        [("", Modality.PROTEIN, "TP53: found an empty sequence"),
+                         (" \n", Modality.DNA, "TP53: found an empty"), ("*", Modality.PROTEIN, "empty"),
+                         (None, Modality.DNA, "TP53: found None"),
+                         (float("nan"), Modality.PROTEIN, "TP53: found nan"),
+                         ("MK-T", Modality.PROTEIN, "'-' at position 3 of a PROTEIN"),
+                         ("M*K", Modality.PROTEIN, "'\\*' at position 2"),
+                         ("ACGT*", Modality.DNA, "'\\*' at position 5"),
+                         ("MKTA", Modality.DNA, "found 'E'|allowed are ACGTN"),
+                         ("CCO", Modality.CHEMICAL, "modality: found")])
 def test_bad_letters_are_named(text, modality, message):
     if text == "MKTA": text = "ACGE"
     with pytest.raises(ValueError, match=message): clean_sequence(text, modality, "TP53")
@@ -167,8 +179,12 @@ def slow_kmer_row(sequence, letters, width):
     return row/np.sqrt((row**2).sum())
 
 
-@pytest.mark.parametrize("modality,letters,sequences", [(Modality.PROTEIN, AMINO, [*PROTEINS.values(), "M", "MXXU", "A"*50]),
-                                                        (Modality.DNA, BASES, [spell(BASES, 20), spell("ACGTN", 20), "ACGT", "A", spell(BASES, 500)])])
+@pytest.mark.parametrize(
+    "modality,letters,sequences",
+    [(Modality.PROTEIN, AMINO, [*PROTEINS.values(), "M", "MXXU", "A"*50]),
+     (Modality.DNA, BASES, [spell(BASES, 20),
+                            spell("ACGTN", 20), "ACGT", "A",
+                            spell(BASES, 500)])])
 def test_kmer_rows_by_hand(modality, letters, sequences):
     made = KmerHash(modality)
     rows = made.embed(sequences)
@@ -373,7 +389,9 @@ def test_morgan_against_rdkit():
     assert narrow.width == 128 and narrow.provenance["model"] == "Morgan radius 1"
 
 
-@pytest.mark.parametrize("smiles,message", [("C1CC", "typo: found the SMILES 'C1CC'"), ("", "typo: found ''"), ("hello", "RDKit cannot read"), (None, "typo: found None")])
+@pytest.mark.parametrize("smiles,message", [("C1CC", "typo: found the SMILES 'C1CC'"),
+                                           ("", "typo: found ''"), ("hello", "RDKit cannot read"),
+                                           (None, "typo: found None")])
 def test_invalid_smiles_are_named(smiles, message, capfd):
     with pytest.raises(ValueError, match=message): featurize("morgan", {"ok": "C", "typo": smiles}, cache=False)
     assert "SMILES Parse Error" not in capfd.readouterr().err

@@ -1,4 +1,5 @@
-"Directions and rankings of genes: sklearn and slow forms, perfect predictions, shuffled ones, exact chance levels, bad input."
+"""Directions and rankings of genes: sklearn and slow forms, perfect predictions, shuffled ones, exact chance
+levels, bad input."""
 import numpy as np
 import pandas as pd
 import pytest

@@ -72,14 +72,17 @@ def test_genes_outside_are_an_error_or_are_listed():
         spectral_embedding(edges, ["g001"], width=4, missing="zero")
 
 
-@pytest.mark.parametrize("edges,options,message", [
-    (pd.DataFrame({"x": ["A"], "y": ["B"]}), {}, "found columns \\['x', 'y'\\]; give 'a', 'b'"),
-    (pd.DataFrame({"a": ["A", None], "b": ["B", "C"]}), {}, "missing names"),
-    (pd.DataFrame({"a": ["A"], "b": ["B"], "weight": [-1.]}), {}, "weight: found negative"),
-    (pd.DataFrame({"a": ["A"], "b": ["B"], "weight": [np.nan]}), {}, "weight: found negative, NaN"),
-    (random_graph(), {"width": 40}, "found 40 for a largest connected component of 40 genes"), (random_graph(), {}, "found 320 for"),
-    (pd.DataFrame({"a": [], "b": []}), {}, "component of 0 genes"), ("nowhere.csv", {}, "nowhere.csv: no "
-                                                                                        "such file")])
+@pytest.mark.parametrize(
+    "edges,options,message",
+    [(pd.DataFrame({"x": ["A"], "y": ["B"]}), {}, "found columns \\['x', 'y'\\]; give 'a', 'b'"),
+     (pd.DataFrame({"a": ["A", None], "b": ["B", "C"]}), {}, "missing names"),
+     (pd.DataFrame({"a": ["A"], "b": ["B"], "weight": [-1.]}), {}, "weight: found negative"),
+     (pd.DataFrame({"a": ["A"], "b": ["B"], "weight": [np.nan]}), {}, "weight: found negative, NaN"),
+     (random_graph(), {"width": 40}, "found 40 for a largest connected component of 40 genes"),
+     (random_graph(), {}, "found 320 for"),
+     (pd.DataFrame({"a": [], "b": []}), {}, "component of 0 genes"),
+     ("nowhere.csv", {}, "nowhere.csv: no "
+      "such file")])
 def test_bad_edges_are_named(edges, options, message):
     with pytest.raises(ValueError, match=message): spectral_embedding(edges, **options)
 
@@ -91,7 +94,9 @@ def test_every_format_gives_the_same_bank(ending, tmp_path):
     edges, path = random_graph(), tmp_path/f"t.{ending}"
     if ending == "parquet": edges.to_parquet(path)
     else: edges.to_csv(path, sep="\t" if ending == "tsv" else ",", index=False)
-    np.testing.assert_allclose(featurize("graph", path, width=5).values, spectral_embedding(edges, width=5).values, atol=1e-6)
+    np.testing.assert_allclose(featurize("graph", path, width=5).values,
+                               spectral_embedding(edges, width=5).values,
+                               atol=1e-6)
 
 
 def test_bad_files_are_named(tmp_path):
@@ -103,7 +108,8 @@ def test_bad_files_are_named(tmp_path):
 # ---------------------------------------------------------------- real relations
 
 def test_relations_of_the_twins_targets(shared):
-    "636 of the twin's 652 targets (simulated cells, real gene names) are in the largest component of the real relations."
+    """636 of the twin's 652 targets (simulated cells, real gene names) are in the largest component of the real
+    relations."""
     import anndata as ad
     condition = ad.read_h5ad(shared/"k562_essential_twin.h5ad", backed="r").obs["condition"]
     targets = sorted({c.removesuffix("+ctrl") for c in condition.unique()} - {"ctrl"})

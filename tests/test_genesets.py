@@ -1,4 +1,5 @@
-"Relations, neighbour shares and their null against slow forms and closed forms; perfect spaces get the best value, shuffled ones chance."
+"""Relations, neighbour shares and their null against slow forms and closed forms; perfect spaces get the best
+value, shuffled ones chance."""
 import numpy as np
 import pandas as pd
 import pytest

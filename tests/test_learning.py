@@ -1,4 +1,5 @@
-"That the model learns, not only runs: the default preset on the simulator, against the train mean, with features shuffled, and as published."
+"""That the model learns, not only runs: the default preset on the simulator, against the train mean, with features
+shuffled, and as published."""
 import learning
 import numpy as np
 import pytest
@@ -56,7 +57,8 @@ def test_pretraining_loss_falls(trained):
 
 @pytest.mark.slow
 def test_latents_use_more_than_half_of_their_dimensions(trained):
-    "Over all tokens; across cells at one gene, whose value is a single number, fewer are used, and must not become fewer still."
+    """Over all tokens; across cells at one gene, whose value is a single number, fewer are used, and must not
+    become fewer still."""
     screen, model, logs, _ = trained
     cells = next(iter(cell_loader(screen.adata, screen.split, "val", batch_size=256, seed=0, training=True)))
     torch.manual_seed(0)

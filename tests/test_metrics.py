@@ -1,4 +1,5 @@
-"Metrics against scipy, sklearn and slow loops; best and chance values; the published protocol and its artefact on the shared data."
+"""Metrics against scipy, sklearn and slow loops; best and chance values; the published protocol and its artefact
+on the shared data."""
 import warnings
 from dataclasses import replace
 
@@ -23,7 +24,8 @@ N_GENES = 60
 
 
 def example(seed=0, conditions=("A+ctrl", "B+ctrl", "A+B", "G7+ctrl", "G9+ctrl"), lines=("K562", "RPE1"), n=12):
-    "Cells of two lines in which every condition shifts its own genes; two guides for each; genes A and B are measured."
+    """Cells of two lines in which every condition shifts its own genes; two guides for each; genes A and B are
+    measured."""
     rng = np.random.default_rng(seed)
     genes = ("A", "B", *(f"G{i}" for i in range(2, N_GENES)))
     shift = {c: rng.normal(0, .6, N_GENES)*(rng.random(N_GENES) < .5) for c in conditions}
@@ -186,7 +188,8 @@ def test_a_small_delta_counts_down_to_the_released_limit(ps):
 
 
 def test_the_last_full_batch_is_counted_from_the_front(ps):
-    "126 cells: the last full batch is cells 64 to 95, and the 30 after it do not count; under 32 cells there is none."
+    """126 cells: the last full batch is cells 64 to 95, and the 30 after it do not count; under 32 cells there is
+    none."""
     delta = np.zeros(ps.control.shape, np.float32)
     delta[64:96] = .25
     marked = ps.with_prediction("marked", np.zeros_like(ps.delta), delta)

@@ -426,13 +426,14 @@ def edit(path, change):
 
 @pytest.mark.parametrize("damage, message", [
     (lambda f: (f/"model.safetensors").unlink(), "model.safetensors: missing"),
-    (lambda f: (f/"model.safetensors").write_bytes((f/"model.safetensors").read_bytes()[:-100]),
-     "model.safetensors: damaged"),
+    (lambda f: (f/"model.safetensors").write_bytes(
+        (f/"model.safetensors").read_bytes()[:-100]), "model.safetensors: damaged"),
     (lambda f: (f/"config.json").write_text("{"), "config.json: not readable"),
     (lambda f: edit(f/"config.json", lambda c: {**c, "format": 2}), "format 1"),
-    (lambda f: edit(f/"config.json", lambda c: {**c, "model": {**c["model"], "n_encoder_layers": 3}}), "do not "
-                                                                                                       "fit "
-                                                                                                       "config.json"),
+    (lambda f: edit(f/"config.json", lambda c: {**c, "model": {**c["model"], "n_encoder_layers": 3}}),
+     "do not "
+     "fit "
+     "config.json"),
     (lambda f: edit(f/"genes.json", lambda g: g[1:]), "found 39 genes"),
     (lambda f: (f/"actions.json").unlink(), "actions.json: missing"),
 ])

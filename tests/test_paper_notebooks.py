@@ -41,7 +41,8 @@ def run(name, folder, **parameters):
     return folder/f"{name}.ipynb"
 
 
-@pytest.mark.parametrize("name", [n if n < "91" else pytest.param(n, marks=pytest.mark.slow) for n in NOTEBOOKS])
+@pytest.mark.parametrize("name",
+                        [n if n < "91" else pytest.param(n, marks=pytest.mark.slow) for n in NOTEBOOKS])
 def test_runs_on_the_smoke_preset(name, folder):
     executed = run(name, folder, **(dict(cost_steps=0) if name == "80_train" else {}))
     listed, entries = check_manifest(folder/name), read_manifest(folder/name)
@@ -61,8 +62,12 @@ def test_parameters_are_tagged_typed_explained_and_their_names_used_for_nothing_
     assert len(tagged) == 1 and "settings: str" in source(tagged[0])
     assert sum("settings=settings" in source(c) for c in code) == 1
     for line in source(tagged[0]).splitlines():
-        if line.strip(): assert ": " in line.split("=")[0] and "#" in line, f"{line!r}: give a type and a comment"
-    names = [n for c in code if c not in tagged for n in ast.walk(ast.parse(source(c))) if isinstance(n, ast.Name)]
+        if line.strip():
+            assert ": " in line.split("=")[0] and "#" in line, f"{line!r}: give a type and a comment"
+    names = [
+        n for c in code if c not in tagged for n in ast.walk(ast.parse(source(c)))
+        if isinstance(n, ast.Name)
+    ]
     assigned = {n.id for n in names if isinstance(n.ctx, ast.Store)}
     assert not assigned & set(parameters_of(PATHS.nbs/f"{name}.ipynb")), "the stamp would tell another value"
 
@@ -73,7 +78,8 @@ def test_committed_outputs_are_of_this_code_these_parameters_and_the_listed_file
     code = cells(path)
     assert source(code[-1]) == "report.stamp(globals())"
     assert code[-1]["outputs"], f"{name} is committed without outputs; run make figures"
-    assert not any("injected-parameters" in c["metadata"].get("tags", []) for c in code), "not run on the default"
+    assert not any("injected-parameters" in c["metadata"].get("tags", [])
+                   for c in code), "not run on the default"
     stamp = ast.literal_eval("".join(code[-1]["outputs"][0]["data"]["text/plain"]))
     assert stamp["code"] == code_hash(path), f"{name} was edited after it was executed; run make figures"
     assert stamp["parameters"] == parameters_of(path)
@@ -85,7 +91,10 @@ def test_committed_outputs_are_of_this_code_these_parameters_and_the_listed_file
 
 def test_a_run_folder_stands_for_its_parameters(folder):
     def smoke():  # 98 leaves runs on screens of its own beside the preset's
-        return [f.parent for f in (folder/"runs").glob("*/config.json") if json.loads(f.read_text())["name"] == "smoke"]
+        return [
+            f.parent for f in (folder/"runs").glob("*/config.json")
+            if json.loads(f.read_text())["name"] == "smoke"
+        ]
     if not smoke(): run("80_train", folder, cost_steps=0)
     before, out = sorted((folder/"runs").glob("*-0")), folder/"again"
     given = dict(preset="paper", run=str(smoke()[0]), baselines="train_mean; control_mean")

@@ -1,4 +1,5 @@
-"Spaces of actions against naive forms; pathway and mechanism questions find what is planted and say what does not apply."
+"""Spaces of actions against naive forms; pathway and mechanism questions find what is planted and say what does
+not apply."""
 import numpy as np
 import pandas as pd
 import pytest
@@ -112,7 +113,8 @@ def test_crossed_puts_both_sides_on_one_scale():
 
 
 def made_up(n=40, modules=8, held=10, seed=0):
-    "Single targets of modules, whose observed and predicted responses say which; guides of two kinds; features without information."
+    """Single targets of modules, whose observed and predicted responses say which; guides of two kinds; features
+    without information."""
     rng = np.random.default_rng(seed)
     module = np.arange(n) % modules
     actions = pd.DataFrame(

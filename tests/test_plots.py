@@ -64,11 +64,11 @@ FIGURES = {  # name -> the figure, drawn from the numbers that are committed bes
     "predicted_variance": lambda: plot_uncertainty(csv("predicted_variance_coverage"),
                                                    csv("predicted_variance_errors"),
                                                    csv("predicted_variance_risks"), "how sure?"),
-    "batch_effects": lambda: plot_probes(csv("batch_effects_probes"), "probes"),
-    "pathways": lambda: plot_relations(csv("pathways_tests"), "pathways"),
-    "mechanism": lambda: plot_relations(csv("mechanism_tests"), "guides"),
+    "batch_effects": lambda: plot_probes(csv("batch_effects"), "probes"),
+    "pathways": lambda: plot_relations(csv("pathways"), "pathways"),
+    "mechanism": lambda: plot_relations(csv("mechanism"), "guides"),
     "pathway_similarity": lambda: plot_set_similarity({n: modules(n) for n in MATRICES}, "sets"),
-    "essentiality": lambda: plot_gene_probe(csv("essentiality_probes"), csv("essentiality_genes"),
+    "essentiality": lambda: plot_gene_probe(csv("essentiality"), csv("essentiality_genes"),
                                             "gene embedding", "summed |weight| of its edges", "genes"),
     "screen": screen,
     "screen_search": lambda: plot_search(csv("screen_search_history"), csv("screen_search_nearest"), title="way"),
@@ -79,15 +79,18 @@ def texts(figure):
     "Bounding boxes of all texts that are seen, in pixels."
     FigureCanvasAgg(figure).draw()      # a closed figure has no canvas that draws
     seen = [t for t in figure.findobj(Text) if t.get_visible() and t.get_text().strip()]
-    axes_of = {id(t): ax for ax in figure.axes for axis in (ax.xaxis, ax.yaxis)
-               for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks()) for t in (tick.label1, tick.label2)}
+    axes_of = {
+        id(t): ax for ax in figure.axes for axis in (ax.xaxis, ax.yaxis)
+        for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks()) for t in (tick.label1, tick.label2)
+    }
     for t in seen:
         ax = axes_of.get(id(t))
         box = Text.get_window_extent(t)     # of an annotation: of its words, without its arrow
         if ax is not None:
             if not ax.axison: continue
             middle, frame = (box.x0 + box.x1)/2, ax.bbox
-            if box.y1 <= frame.y0 and not frame.x0 - 1 <= middle <= frame.x1 + 1: continue     # a tick out of view
+            if box.y1 <= frame.y0 and not frame.x0 - 1 <= middle <= frame.x1 + 1:
+                continue  # a tick out of view
             if box.x1 <= frame.x0 and not frame.y0 - 1 <= (box.y0 + box.y1)/2 <= frame.y1 + 1: continue
         yield t.get_text(), box
 
@@ -212,9 +215,12 @@ def test_heights_are_apart_and_in_order(seed):
     (lambda: plot_training(csv("training_log").drop(columns="step")), "step"),
     (lambda: plot_metric_strips(csv("scores").drop(columns="value"), csv("scores"), {}), "value"),
     (lambda: plot_transfer(csv("transfer_table").drop(columns="best_low"), {}), "best_low"),
-    (lambda: plot_retrieval(csv("retrieval_curves"), csv("retrieval_scores").drop(columns="low")), "low"),
-    (lambda: plot_relations(csv("mechanism_tests").drop(columns="knn_best")), "knn_best"),
-    (lambda: plot_search(csv("screen_search_history").drop(columns="gain"), csv("screen_search_nearest")), "gain"),
-], ids=["training", "strips", "transfer", "retrieval", "relations", "search"])
+    (lambda: plot_retrieval(csv("retrieval_curves"),
+                            csv("retrieval_scores").drop(columns="low")), "low"),
+    (lambda: plot_relations(csv("mechanism").drop(columns="knn_best")), "knn_best"),
+    (lambda: plot_search(csv("screen_search_history").drop(columns="gain"), csv("screen_search_nearest")),
+     "gain"),
+],
+                        ids=["training", "strips", "transfer", "retrieval", "relations", "search"])
 def test_a_missing_column_is_named(draw, missing):
     with pytest.raises(ValueError, match=rf"columns \['{missing}'\] are missing"): draw()

@@ -113,7 +113,8 @@ def test_latents_are_averaged_like_expression_one_group_in_memory(case):
     for p, mean, beside in matched_means(matched, latents):
         mine = rows[code == p]
         seen.append(p)
-        assert read_to[-1] < np.searchsorted(code[order], p, "right") + 4     # no row of a later group than its block's
+        assert read_to[-1] < np.searchsorted(code[order], p,
+                                             "right") + 4  # no row of a later group than its block's
         torch.testing.assert_close(mean, torch.einsum("bg,gij->ij", x[mine], weight)/len(mine))
         like = torch.stack([x[control & (batch == batch[i])].mean(0) for i in mine]).mean(0)
         torch.testing.assert_close(beside, torch.einsum("g,gij->ij", like, weight))
@@ -358,7 +359,10 @@ def plain_change(model, adata, cell, actions, p):
 
 
 SWITCHES = dict(released={},
-                laptop=dict(predicts="change", readout="per_gene", library_norm=(7., 15.), delta_from="teacher"),
+                laptop=dict(predicts="change",
+                            readout="per_gene",
+                            library_norm=(7., 15.),
+                            delta_from="teacher"),
                 naive=dict(value_embedding="offset", mask_keeps_gene=True))
 
 

@@ -115,7 +115,8 @@ def test_many_blocks_equal_one(monkeypatch):
     np.testing.assert_array_equal(prepare(adata, expression_space="log1p_twice").X.toarray(), expected)
 
 
-@pytest.mark.parametrize("layout", ["dense", "csc", "int", "float64", "duplicates", "view", "backed", "csr_array"])
+@pytest.mark.parametrize("layout",
+                        ["dense", "csc", "int", "float64", "duplicates", "view", "backed", "csr_array"])
 def test_layouts_that_work(layout, tmp_path):
     adata = screen()
     expected, X = prepare(adata), adata.X
@@ -149,7 +150,10 @@ def test_layouts_that_work(layout, tmp_path):
     np.testing.assert_array_equal(out.layers["counts"].toarray(), expected.layers["counts"].toarray())
 
 
-@pytest.mark.parametrize("options", [{}, dict(expression_space="log1p_twice"), dict(n_top_genes=20, split=split_of("A+ctrl")), dict(zero_counts="drop")])
+@pytest.mark.parametrize("options", [{},
+                                    dict(expression_space="log1p_twice"),
+                                    dict(n_top_genes=20, split=split_of("A+ctrl")),
+                                    dict(zero_counts="drop")])
 def test_input_is_untouched(options):
     adata = screen()
     if "zero_counts" in options: _empty_cell(adata)
@@ -380,9 +384,12 @@ def build(n, width, genes, rng):  # no temporary is as large as the matrix
         data[i*width:(i+1)*width] = rng.integers(1, 30, width) if space == "counts" else rng.random(width) + .5
     X = sp.csr_matrix((data, indices, np.arange(0, n*width + 1, width, dtype=np.int32)), shape=(n, genes))
     condition = np.where(np.arange(n) % 4 == 0, "ctrl", np.where(np.arange(n) % 4 == 1, "B+ctrl", "A+ctrl"))
-    obs = pd.DataFrame(dict(condition=condition, batch="0", cell_type="x", perturbation=condition), index=np.arange(n).astype(str)).astype("category")
+    obs = dict(condition=condition, batch="0", cell_type="x", perturbation=condition)
+    obs = pd.DataFrame(obs, index=np.arange(n).astype(str)).astype("category")
     var = pd.DataFrame({"gene_name": [f"g{i}" for i in range(genes)]}, index=[f"g{i}" for i in range(genes)])
-    return AnnData(X, obs=obs, var=var, uns={"biojepa": dict(schema_version=1, source="", expression_space=space, history=np.array([], dtype=object))})
+    history = np.array([], dtype=object)
+    about = dict(schema_version=1, source="", expression_space=space, history=history)
+    return AnnData(X, obs=obs, var=var, uns={"biojepa": about})
 rows = lambda a, *names: np.flatnonzero(a.obs["condition"].isin(names))
 split = SimpleNamespace(hash="s", cells=lambda a, p: rows(a, "A+ctrl"), controls=lambda a, p: rows(a, "ctrl"))
 options = dict(n_top_genes=600, split=split) if choose else {}
@@ -396,7 +403,8 @@ json.dump(dict(size=size, loaded=(loaded - before)/size, peak=(peak() - before)/
 """
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak from /proc")
-@pytest.mark.parametrize("space,choose", [("counts", 0), *(pytest.param(s, 1, marks=pytest.mark.slow) for s in ("counts", "log1p"))])
+@pytest.mark.parametrize("space,choose", [("counts", 0), *(pytest.param(s, 1, marks=pytest.mark.slow)
+                                                          for s in ("counts", "log1p"))])
 def test_memory_stays_within_two_and_a_half_matrices(space, choose):
     run = subprocess.run([sys.executable, "-c", MEMORY, space, str(choose)], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

@@ -1,4 +1,5 @@
-"ESM-2 and Nucleotide Transformer without their weights: random models of the same architecture, saved as the real ones are."
+"""ESM-2 and Nucleotide Transformer without their weights: random models of the same architecture, saved as the
+real ones are."""
 import json
 import pickle
 import sys
@@ -220,9 +221,10 @@ def test_a_missing_weight_is_never_drawn_at_random(esm, tmp_path):
 
 # ---------------------------------------------------------------- weights that are not there
 
-@pytest.mark.parametrize("kind,address,gate", [("esm2_fair", "https://dl.fbaipublicfiles.com/", False),
-                                               ("esm2_hf", "https://huggingface.co/facebook/esm2_t6_8M_UR50D", False),
-                                               ("ntv3", "https://huggingface.co/InstaDeepAI/NTv3_650M_pre", True)])
+@pytest.mark.parametrize("kind,address,gate",
+                        [("esm2_fair", "https://dl.fbaipublicfiles.com/", False),
+                         ("esm2_hf", "https://huggingface.co/facebook/esm2_t6_8M_UR50D", False),
+                         ("ntv3", "https://huggingface.co/InstaDeepAI/NTv3_650M_pre", True)])
 def test_missing_weights_say_what_to_do(kind, address, gate, tmp_path, monkeypatch):
     monkeypatch.setattr(pretrained.PATHS, "raw", pretrained.PATHS.root/"data"/"raw-of-this-test")
     with pytest.raises(MissingWeightsError) as error: featurize(kind, {"a": "ACGT"}, download=False)
@@ -272,7 +274,8 @@ def test_weights_are_found_where_the_error_says(tmp_path, monkeypatch, esm):
 # ---------------------------------------------------------------- Nucleotide Transformer
 
 STAND_IN = '''
-"A small U-Net over bases with NTv3's calling shape: lengths in multiples of 128, no padding mask, rotary frequencies in a non-persistent buffer."
+# A small U-Net over bases with NTv3's calling shape: lengths in multiples of 128, no padding mask,
+# rotary frequencies in a non-persistent buffer.
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -289,7 +292,8 @@ class StandIn(PreTrainedModel):
     def __init__(self, config):
         super().__init__(config)
         d = config.embed_dim
-        self.embed, self.mix, self.head = nn.Embedding(config.vocab_size, d), nn.Linear(d, d), nn.Linear(d, config.vocab_size)
+        self.embed, self.mix = nn.Embedding(config.vocab_size, d), nn.Linear(d, d)
+        self.head = nn.Linear(d, config.vocab_size)
         self.register_buffer("inv_freq", 1.0/(10.0**(torch.arange(d)/d)), persistent=False)
         self.post_init()
     def forward(self, input_ids, output_hidden_states=False):
@@ -297,7 +301,7 @@ class StandIn(PreTrainedModel):
         x = self.embed(input_ids)
         position = torch.arange(x.shape[1], device=x.device)[:, None]
         x = x + torch.sin(position*self.inv_freq)
-        coarse = x.unflatten(1, (-1, 128)).mean(2)                       # padding reaches every base, as in the real one,
+        coarse = x.unflatten(1, (-1, 128)).mean(2)    # padding reaches every base, as in the real one,
         coarse = coarse + coarse.mean(1, keepdim=True)                   # and every block every other
         up = x + torch.tanh(self.mix(coarse)).repeat_interleave(128, 1)
         return MaskedLMOutput(logits=self.head(up), hidden_states=(x, coarse, up) if output_hidden_states else None)

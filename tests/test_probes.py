@@ -1,4 +1,5 @@
-"Probes against scikit-learn and slow forms; perfect representations get the best value, shuffled ones chance; bad input by name."
+"""Probes against scikit-learn and slow forms; perfect representations get the best value, shuffled ones chance;
+bad input by name."""
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,7 +27,8 @@ N, G = 400, 30
 
 @pytest.fixture(scope="module")
 def adata():
-    "Cells of two lines and four gem groups that shift their own genes; three single targets, a double and controls; planted edges."
+    """Cells of two lines and four gem groups that shift their own genes; three single targets, a double and
+    controls; planted edges."""
     rng = np.random.default_rng(0)
     condition = rng.choice(["ctrl", "G1+ctrl", "G2+ctrl", "X+ctrl", "G1+G2"], N, p=[.3, .2, .2, .2, .1])
     batch, line = rng.integers(4, size=N), rng.choice(["K562", "RPE1"], N)
@@ -196,13 +198,16 @@ def test_the_planted_batch_and_perturbation_are_found_in_components(adata):
     assert at.loc[("batch", "depth"), "low"] < .3
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(x=np.ones((N - 1, 2))), "one row, label and part per cell"), (dict(x=np.full((N, 2), np.nan)), "NaN "
-                                                                                                         "or "
-                                                                                                         "infinite"),
-    (dict(labels=np.full(N, "a")), "found 1 among the training cells"), (dict(parts=np.full(N, "train")), "no "
-                                                                                                          "validation or no test cell"),
-    (dict(labels=np.where(np.arange(N) == N - 1, "new", np.where(np.arange(N) % 2, "a", "b")), parts=np.repeat(["train", "val", "test"], [200, 100, 100])), "in no training cell")])
+@pytest.mark.parametrize(
+    "change, message",
+    [(dict(x=np.ones((N - 1, 2))), "one row, label and part per cell"),
+     (dict(x=np.full((N, 2), np.nan)), "NaN "
+      "or "
+      "infinite"), (dict(labels=np.full(N, "a")), "found 1 among the training cells"),
+     (dict(parts=np.full(N, "train")), "no "
+      "validation or no test cell"),
+     (dict(labels=np.where(np.arange(N) == N - 1, "new", np.where(np.arange(N) % 2, "a", "b")),
+           parts=np.repeat(["train", "val", "test"], [200, 100, 100])), "in no training cell")])
 def test_probes_refuse_by_name(labels, change, message):
     given = dict(x=np.ones((N, 2)), labels=labels, parts=p.label_parts(labels)) | change
     with pytest.raises(ValueError, match=message): p.fit_probe(**given)
@@ -311,11 +316,14 @@ def test_bootstrap_weights_are_repeats():
     assert np.isnan(g._weighted_auroc(s, label, (w*label)[None])[0])
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(reference="level"), "'level' is not among"), (dict(threshold=99.), "0 of 200 genes are above 99"),
-    (dict(score=gene_case()[1].iloc[:50]), "one row per gene"), (dict(score=gene_case()[1]*np.nan), "score: "
-                                                                                                    "found NaN"),
-    (dict(score=pd.Series(np.arange(200) < 5, dtype=float)), "5 of 200 genes are above 0.5")])
+@pytest.mark.parametrize(
+    "change, message",
+    [(dict(reference="level"), "'level' is not among"),
+     (dict(threshold=99.), "0 of 200 genes are above 99"),
+     (dict(score=gene_case()[1].iloc[:50]), "one row per gene"),
+     (dict(score=gene_case()[1]*np.nan), "score: "
+      "found NaN"),
+     (dict(score=pd.Series(np.arange(200) < 5, dtype=float)), "5 of 200 genes are above 0.5")])
 def test_gene_probes_refuse_by_name(change, message):
     representations, score = gene_case()
     with pytest.raises(ValueError, match=message):

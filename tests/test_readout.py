@@ -20,7 +20,11 @@ def loop(readout, z):
 
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=25, deadline=None)
-@given(b=st.integers(1, 3), g=st.integers(1, 6), t=st.integers(1, 5), d=st.integers(1, 5), seed=st.integers(0, 10**6))
+@given(b=st.integers(1, 3),
+      g=st.integers(1, 6),
+      t=st.integers(1, 5),
+      d=st.integers(1, 5),
+      seed=st.integers(0, 10**6))
 def test_tokens_with_an_index_equal_every_genes_copy(kind, b, g, t, d, seed):
     gen = torch.Generator().manual_seed(seed)
     readout = LinearReadout(d, g, kind).double()

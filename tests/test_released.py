@@ -260,7 +260,9 @@ OPTIMIZER = dict(state={0: dict(step=torch.tensor(3.))}, param_groups=[dict(beta
 
 @pytest.mark.parametrize("renamed", [
     lambda n: n, lambda n: f"_orig_mod.{n}", lambda n: f"module.{n}", lambda n: f"module._orig_mod.{n}",
-    lambda n: n.replace("student.", "student._orig_mod.")], ids=["plain", "compiled", "parallel", "both", "inside"])
+    lambda n: n.replace("student.", "student._orig_mod.")
+],
+                        ids=["plain", "compiled", "parallel", "both", "inside"])
 @pytest.mark.parametrize("wrapped", [
     lambda s: s, lambda s: dict(model=s, optimizer=OPTIMIZER, step=3)], ids=["bare", "under model"])
 @pytest.mark.parametrize("zipped", [True, False])
@@ -395,8 +397,10 @@ class Settings:
 
 
 @pytest.mark.parametrize("place", [
-    lambda t: t, lambda t: dict(model=SMALL, optimizer=t), lambda t: dict(model=SMALL | {"student.ln_f.bias": t}),
-    lambda t: SMALL | {"extra": t}], ids=["alone", "beside", "among", "bare"])
+    lambda t: t, lambda t: dict(model=SMALL, optimizer=t),
+    lambda t: dict(model=SMALL | {"student.ln_f.bias": t}), lambda t: SMALL | {"extra": t}
+],
+                        ids=["alone", "beside", "among", "bare"])
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_pickle_that_acts_is_refused_and_does_not_act(tmp_path, decoder, place, zipped):
     sprung = tmp_path/"sprung"

@@ -142,7 +142,8 @@ def test_a_kept_notebook_has_no_bars_no_metadata_and_light_pictures(tmp_path):
     bar, said = (nbformat.v4.new_output("stream", name=n, text="50%|##") for n in ("stderr", "stdout"))
     cell = nbformat.v4.new_code_cell("f()", outputs=[bar, said, picture], execution_count=3,
                                      metadata=dict(papermill={}, tags=["parameters"]))
-    nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata=dict(papermill={})), tmp_path/"executed.ipynb")
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata=dict(papermill={})),
+                   tmp_path/"executed.ipynb")
     kept = nbformat.read(keep(tmp_path/"executed.ipynb", tmp_path/"kept.ipynb"), 4)
     found = kept.cells[0]
     assert [o.get("name") for o in found.outputs] == ["stdout", None] and found.execution_count is None

@@ -1,4 +1,5 @@
-"Retrieval: places against a loop, ties against all orders, exact chance, the model's sheet against the naive form, a library of measurements, bad input."
+"""Retrieval: places against a loop, ties against all orders, exact chance, the model's sheet against the naive
+form, a library of measurements, bad input."""
 from types import SimpleNamespace
 
 import numpy as np
@@ -297,7 +298,11 @@ def test_library_is_made_of_other_cells_than_its_queries(case, by):
 def a_run(case, **changed):
     "An untrained model and all that it needs to answer."
     model = BioJEPA(ModelConfig(n_genes=120, d_model=8, n_heads=2))
-    held = dict(model=model, adata=case[0], split=case[1], actions=action_batch(case[2], case[3]), table=case[2])
+    held = dict(model=model,
+                adata=case[0],
+                split=case[1],
+                actions=action_batch(case[2], case[3]),
+                table=case[2])
     return SimpleNamespace(**held | changed)
 
 
@@ -306,13 +311,18 @@ def a_run(case, **changed):
     (lambda c, q: r.rank_candidates(q, q, "l3"), "measure: found 'l3'"),
     (lambda c, q: r.rank_candidates(q, q, among="some"), "among: found 'some'"),
     (lambda c, q: r.rank_candidates(q, q._replace(genes=q.genes[::-1])), "candidates.genes"),
-    (lambda c, q: r.rank_candidates(q, q._replace(about=q.about[3:].reset_index(drop=True), delta=q.delta[3:])), "candidates: lack"),
-    (lambda c, q: r.rank_candidates(q, q._replace(about=pd.concat([q.about]*2, ignore_index=True), delta=np.tile(q.delta, (2, 1)))), "stands twice"),
-    (lambda c, q: r.rank_candidates(q, q._replace(about=q.about.assign(targets=[q.genes]*len(q.about)))), "every gene is a target"),
+    (lambda c, q: r.rank_candidates(
+        q, q._replace(about=q.about[3:].reset_index(drop=True), delta=q.delta[3:])), "candidates: lack"),
+    (lambda c, q: r.rank_candidates(
+        q, q._replace(about=pd.concat([q.about]*2, ignore_index=True), delta=np.tile(q.delta, (2, 1)))),
+     "stands twice"),
+    (lambda c, q: r.rank_candidates(q, q._replace(about=q.about.assign(targets=[q.genes]*len(q.about)))),
+     "every gene is a target"),
     (lambda c, q: sheets.answer_sheet(c[5], a_run(c), n_controls=0), "n_controls: found 0"),
     (lambda c, q: sheets.answer_sheet(c[5], a_run(c, table=c[2].select([0, 1]))), "table: lacks"),
-    (lambda c, q: sheets.action_sheet(c[4], c[2].select(np.flatnonzero(c[2].is_control))), "holds no action but "
-                                                                                      "controls"),
+    (lambda c, q: sheets.action_sheet(c[4], c[2].select(np.flatnonzero(c[2].is_control))), "holds no "
+     "action but "
+     "controls"),
 ])
 def test_bad_input_is_named(case, queries, call, message):
     with pytest.raises(ValueError, match=message): call(case, queries)

@@ -16,6 +16,7 @@ from biojepa.actions.vocabulary import Modality, Mode
 from biojepa.cli import experiment_of, main, parser
 from biojepa.config import Columns, DataConfig, config_hash, named_experiment, preset, with_settings
 from biojepa.core import PATHS, file_hash
+from biojepa.data.held_out import KINDS
 from biojepa.data.network import SimulationSpec
 from biojepa.data.simulate import simulate_perturb_seq
 from biojepa.data.splits import make_split
@@ -386,7 +387,7 @@ def test_a_split_is_made_once_and_read_back(tmp_path, monkeypatch):
     first = load_data(config, runs=tmp_path)[1]
     assert len([*(tmp_path/"splits").glob("simulated-guide-3-*.json")]) == 1
     def never(*a, **k): raise AssertionError("made again")
-    monkeypatch.setattr("biojepa.data.splits._guide", never)
+    monkeypatch.setitem(KINDS, "guide", (never, KINDS["guide"][1]))
     assert load_data(config, runs=tmp_path)[1].hash == first.hash
 
 
@@ -445,18 +446,23 @@ def test_hashes_of_the_presets_are_those_of_the_committed_figures():
     "Runs, figures and notes of before are found under the same names."
     assert [config_hash(preset(p)) for p in ("laptop", "smoke", "paper")] == [
         "cc6432bbbeed", "839f066dd564", "e711645c5373"]
-    assert config_hash(with_settings(preset("laptop"), {})) == "cc6432bbbeed"  # written out in full, and read again
+    assert config_hash(with_settings(preset("laptop"),
+                                     {})) == "cc6432bbbeed"  # written out in full, and read again
 
 
 def test_columns_of_the_configuration_reach_the_file(tmp_path):
     spec = dict(n_genes=60, n_cells=200, n_targets=8, n_modules=4, n_batches=1)
     screen = simulate_perturb_seq(SimulationSpec(**spec))
-    lab = ad.AnnData(np.zeros(screen.shape), obs=screen.obs[["condition"]].rename(columns=dict(condition="gene")).astype(str),
-                  var=pd.DataFrame(dict(symbol=screen.var_names), index=[f"E{i}" for i in range(screen.n_vars)]),
-                  layers=dict(counts=screen.X))
+    lab = ad.AnnData(np.zeros(screen.shape),
+                     obs=screen.obs[["condition"]].rename(columns=dict(condition="gene")).astype(str),
+                     var=pd.DataFrame(dict(symbol=screen.var_names),
+                                      index=[f"E{i}" for i in range(screen.n_vars)]),
+                     layers=dict(counts=screen.X))
     lab.write_h5ad(tmp_path/"lab.h5ad")
     text = "data.columns.layer=counts data.columns.gene_name=symbol data.columns.values=counts"
-    data = named_experiment(dataset=str(tmp_path/"lab.h5ad"), condition="gene", settings=f"{text} data.split=guide").data
+    data = named_experiment(dataset=str(tmp_path/"lab.h5ad"),
+                            condition="gene",
+                            settings=f"{text} data.split=guide").data
     targets = sorted(set(screen.obs["condition"]) - {"ctrl"})
     split = make_split(screen, "custom", held_out=dict(train=targets[2:], val=targets[:1], test=targets[1:2]))
     adata, _ = load_data(data, split, tmp_path)
@@ -478,12 +484,17 @@ def test_the_documented_command_is_understood():
                                                      (3, "-val_top10"), 500, 100, 5)
 
 
-MISSPELT = {"--preset papre": "invalid choice: 'papre'", "--early-stop soon": "found 'soon'; write it like 3:val_total",
-            "--devices two": "invalid int", "--stages pretrian": "invalid choice"}
-WRONG = {"--set pretrain.epoch=3": "the configuration has no field 'pretrain.epoch'",
-         "--set pretrain.epochs=0": "greater than 0", "--set epochs": "found 'epochs'; write field=value",
-         "--set model.x.y=1": "no field 'model.x.y'", "--data none.h5ad": "'none.h5ad': neither a file nor a dataset",
-         "--features none.safetensors": "none.safetensors: no such file"}
+MISSPELT = {
+    "--preset papre": "invalid choice: 'papre'", "--early-stop soon":
+    "found 'soon'; write it like 3:val_total", "--devices two": "invalid int", "--stages pretrian":
+    "invalid choice"
+}
+WRONG = {
+    "--set pretrain.epoch=3": "the configuration has no field 'pretrain.epoch'", "--set pretrain.epochs=0":
+    "greater than 0", "--set epochs": "found 'epochs'; write field=value", "--set model.x.y=1":
+    "no field 'model.x.y'", "--data none.h5ad": "'none.h5ad': neither a file nor a dataset",
+    "--features none.safetensors": "none.safetensors: no such file"
+}
 
 
 @pytest.mark.parametrize("text, message", MISSPELT.items())

@@ -197,7 +197,8 @@ def test_only_the_named_genes_count(data, model):
 @pytest.mark.parametrize("relative", [True, False])
 @torch.inference_mode()
 def test_the_ranking_is_that_of_a_naive_loop(data, switches, space, relative):
-    "Each action, and each pair, encodes the cells again, token by token, from where its own intervention leaves them."
+    """Each action, and each pair, encodes the cells again, token by token, from where its own intervention leaves
+    them."""
     adata, _, table, actions = data
     model, cells = small(**switches), controls(adata)[:6]
     state = target_state(model, adata[adata.obs.condition == table.condition[3]],
@@ -467,7 +468,9 @@ def test_gradient_finds_a_planted_action(data, switches, space):
     assert abs(at_once.nearest.gain[0] - at_once.nearest.gain.iloc[-1]) < 1e-4
 
 
-@pytest.mark.parametrize("switches", [dict(), dict(intervenes=False), dict(predicts="latent", intervenes=False)])
+@pytest.mark.parametrize(
+    "switches", [dict(), dict(intervenes=False),
+                 dict(predicts="latent", intervenes=False)])
 def test_gains_of_a_search_are_those_of_the_screen(data, switches):
     "What an action gains is one number, however it is asked; with `intervenes` the targeted gene is part of it."
     adata, _, table, actions = data
@@ -476,7 +479,15 @@ def test_gains_of_a_search_are_those_of_the_screen(data, switches):
     name = table.perturbation[int(np.flatnonzero(~table.is_control)[4])]
     options = dict(n_cells=None, progress=False)
     screen = rank_actions(model, cells, wanted, actions, table, **options).set_index("perturbation")
-    searched = optimise_action(model, cells, wanted, actions, table, start=name, steps=0, n_nearest=12, **options)
+    searched = optimise_action(model,
+                               cells,
+                               wanted,
+                               actions,
+                               table,
+                               start=name,
+                               steps=0,
+                               n_nearest=12,
+                               **options)
     real = searched.nearest[:-1].set_index("perturbation")
     assert len(real) == 12 and real.gain.std() > 1e-3
     np.testing.assert_allclose(real.energy, screen.energy[real.index], rtol=1e-4)

@@ -431,7 +431,13 @@ def test_simulating_leaves_the_global_stream_alone():
     assert np.array_equal(before, np.random.get_state()[1])
 
 
-@pytest.mark.parametrize("change", [dict(n_batches=2), dict(n_cells=2000), dict(zero_fraction=0.7), dict(library_sd=0.1), dict(control_fraction=0.3)])
+@pytest.mark.parametrize("change", [
+    dict(n_batches=2),
+    dict(n_cells=2000),
+    dict(zero_fraction=0.7),
+    dict(library_sd=0.1),
+    dict(control_fraction=0.3)
+])
 def test_the_network_does_not_depend_on_how_it_is_measured(change):
     a, b = (simulate_perturb_seq(s).uns["truth"] for s in (SMALL, replace(SMALL, **change)))
     assert same(a["edges"], b["edges"]) and np.array_equal(a["log_fold"], b["log_fold"])
@@ -478,10 +484,30 @@ def test_the_specification_is_frozen_and_the_simulator_wants_one():
 
 
 @pytest.mark.parametrize("spec", [
-    SimulationSpec(n_genes=20, n_cells=30, n_targets=1, n_modules=1, guides_per_target=1, n_control_guides=1, n_batches=1),
-    SimulationSpec(n_genes=20, n_cells=100, n_targets=10, n_modules=2, guides_per_target=3, n_doubles=5, n_batches=1),
-    SimulationSpec(n_genes=40, n_cells=100, n_targets=2, n_modules=4, guides_per_target=1, n_batches=1, cell_state_sd=0, batch_sd=0),
-    SimulationSpec(n_genes=np.int64(60), n_cells=257, n_targets=3, n_modules=2, zero_fraction=np.float32(0.99), effect_size=3),
+    SimulationSpec(n_genes=20,
+                   n_cells=30,
+                   n_targets=1,
+                   n_modules=1,
+                   guides_per_target=1,
+                   n_control_guides=1,
+                   n_batches=1),
+    SimulationSpec(
+        n_genes=20, n_cells=100, n_targets=10, n_modules=2, guides_per_target=3, n_doubles=5,
+        n_batches=1),
+    SimulationSpec(n_genes=40,
+                   n_cells=100,
+                   n_targets=2,
+                   n_modules=4,
+                   guides_per_target=1,
+                   n_batches=1,
+                   cell_state_sd=0,
+                   batch_sd=0),
+    SimulationSpec(n_genes=np.int64(60),
+                   n_cells=257,
+                   n_targets=3,
+                   n_modules=2,
+                   zero_fraction=np.float32(0.99),
+                   effect_size=3),
 ])
 def test_edges_of_the_allowed(spec):
     adata = simulate_perturb_seq(spec)
@@ -497,9 +523,12 @@ def test_a_full_screen_fits_in_8_gb():
         import json, resource, sys, time
         from biojepa.data.simulate import SimulationSpec, simulate_perturb_seq
         start = time.perf_counter()
-        adata = simulate_perturb_seq(SimulationSpec(n_genes=5000, n_cells=160_000, n_targets=1087, n_modules=40, n_batches=48, control_fraction=0.066))
+        spec = SimulationSpec(n_genes=5000, n_cells=160_000, n_targets=1087, n_modules=40, n_batches=48,
+                              control_fraction=0.066)
+        adata = simulate_perturb_seq(spec)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == 'darwin' else 1024)
-        print(json.dumps(dict(seconds=time.perf_counter() - start, peak_gb=peak/1e9, cells=adata.n_obs, genes=adata.n_vars, nnz=int(adata.X.nnz))))
+        measured = dict(seconds=time.perf_counter() - start, peak_gb=peak/1e9)
+        print(json.dumps(measured | dict(cells=adata.n_obs, genes=adata.n_vars, nnz=int(adata.X.nnz))))
     """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert out.returncode == 0, out.stderr[-2000:]

@@ -27,7 +27,8 @@ from biojepa.data.splits import PARTS, Split, make_split
 
 
 def cells_of(conditions, per=3, guides=1, lines=("x",), genes=100):
-    "A canonical AnnData: `per` cells for each condition, guide and line, and twice as many controls; counts mean nothing."
+    """A canonical AnnData: `per` cells for each condition, guide and line, and twice as many controls; counts mean
+    nothing."""
     rows = [(c, "ctrl" if c == "ctrl" else f"{c}|{c}_{g}" if guides > 1 else c, f"{c}_{g}", line)
             for c in ["ctrl", "ctrl", *conditions] for g in range(guides) for line in lines for _ in range(per)]
     obs = pd.DataFrame(rows,
@@ -124,7 +125,8 @@ def test_as_many_as_in_the_report():
     assert (len(split.train), len(split.val), len(split.test)) == (733, 82, 272)
 
 def test_the_split_of_the_report_is_drawn_after_the_card_drops_its_targets(tmp_path):
-    "A file in GEARS' shape: the draw equals cell-gears' from the conditions without the five, and not its draw from all."
+    """A file in GEARS' shape: the draw equals cell-gears' from the conditions without the five, and not its draw
+    from all."""
     card = read_card("replogle_k562_essential").changed(cells=None, genes=None, targets=None, url=None)
     five, names = list(card.columns.drop), [f"T{i:02d}" for i in range(40)]
     assert len(five) == 5

@@ -75,7 +75,8 @@ def changed(model, before):
 
 
 @pytest.mark.parametrize("name, parts", [("pretrain", {"encoder", "masked_predictor", "teacher"}),
-                                         ("align", {"composer"}), ("dynamics", {"predictor", "composer"}), ("readout", {"readout"})])
+                                        ("align", {"composer"}), ("dynamics", {"predictor", "composer"}),
+                                        ("readout", {"readout"})])
 def test_a_stage_changes_its_parts_and_no_other(screen, tmp_path, name, parts):
     model = small()
     before, required = values(model), [p.requires_grad for p in model.parameters()]

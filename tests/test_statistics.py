@@ -199,8 +199,15 @@ def test_what_cannot_be_halved_says_so():
 
 # --- the table
 
-@pytest.mark.parametrize("u, mean, ceiling, direction, score", [(.4, .3, .5, "higher", .5), (.3, .3, .5, "higher", 0), (.5, .3, .5, "higher", 1), (.2, .3, .5, "higher", -.5),
-                                                                (2, 3, 1, "lower", .5), (.4, .5, .5, "higher", np.nan), (.4, .5, .4, "higher", np.nan), (2, 1, 3, "lower", np.nan), (.8, .7, .9, "nominal", np.nan)])
+@pytest.mark.parametrize("u, mean, ceiling, direction, score", [(.4, .3, .5, "higher", .5),
+                                                               (.3, .3, .5, "higher", 0),
+                                                               (.5, .3, .5, "higher", 1),
+                                                               (.2, .3, .5, "higher", -.5),
+                                                               (2, 3, 1, "lower", .5),
+                                                               (.4, .5, .5, "higher", np.nan),
+                                                               (.4, .5, .4, "higher", np.nan),
+                                                               (2, 1, 3, "lower", np.nan),
+                                                               (.8, .7, .9, "nominal", np.nan)])
 def test_scaled_score(u, mean, ceiling, direction, score):
     assert scaled_score(u, mean, ceiling, direction) == pytest.approx(score, nan_ok=True)
 

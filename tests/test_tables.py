@@ -39,7 +39,8 @@ def test_the_effect_of_a_condition_does_not_mix_cell_lines(n):
 
 
 def test_noise_is_the_sampling_error_of_the_effect():
-    found = condition_table(two_lines(effect=0., noise=1., n=(30, 10)), SimpleNamespace(part_of=lambda a: [""]*len(a)))
+    found = condition_table(two_lines(effect=0., noise=1., n=(30, 10)),
+                            SimpleNamespace(part_of=lambda a: [""]*len(a)))
     x = two_lines(effect=0., noise=1., n=(30, 10))
     control = (x.obs["condition"] == "ctrl").to_numpy()
     variance = [x.X[control & (x.obs["cell_type"] == line).to_numpy()].toarray().var(0).mean() for line in "xy"]

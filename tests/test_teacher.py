@@ -128,7 +128,8 @@ def test_a_half_precision_student_has_a_float32_teacher_that_arrives():
     (lambda s, t: EMATeacher(s, float("nan")), "momentum: found nan"),
     (lambda s, t: t.update(s, momentum=2), "momentum: found 2"),
     (lambda s, t: t.update(s[0]), "found 2 parameters, the teacher has 6"),
-    (lambda s, t: t.update(nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2))), "found 0 buffers"),
+    (lambda s, t: t.update(nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2))), "found "
+                                                                                              "0 buffers"),
 ])
 def test_refusals(call, said):
     student = make()

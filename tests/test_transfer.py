@@ -1,4 +1,5 @@
-"Cases of transfer: what differs between them, what each is compared with, and what perfect and shuffled answers score."
+"""Cases of transfer: what differs between them, what each is compared with, and what perfect and shuffled answers
+score."""
 from dataclasses import replace
 
 import numpy as np
@@ -52,7 +53,9 @@ def test_every_case_has_a_configuration_of_its_own_and_differs_from_the_referenc
                                              and c.experiment.data.split == reference.experiment.data.split)
 
 
-@pytest.mark.parametrize("name", ["unseen targets", "unseen guides of known targets", "unseen combinations", "an unseen cell line"])
+@pytest.mark.parametrize(
+    "name",
+    ["unseen targets", "unseen guides of known targets", "unseen combinations", "an unseen cell line"])
 def test_what_is_held_out_is_what_the_name_says(name):
     adata, split = data(name)
     check_leakage(adata, split)

@@ -129,23 +129,27 @@ def test_missing_guides_are_no_guides():
 
 
 @pytest.mark.parametrize("columns,message", [
-    (dict(guide_seq_a=["ACGT", "", "GGGG", "ACGA", "", "GGGG"]), r"adata.obs\['guide_seq_a'\]: 1 perturbations "
-                                                                 r"have more than one value, first 'B\+ctrl' "
-                                                                 r"with 'ACGT', 'ACGA'"),
+    (dict(guide_seq_a=["ACGT", "", "GGGG", "ACGA", "", "GGGG"]),
+     r"adata.obs\['guide_seq_a'\]: 1 perturbations "
+     r"have more than one value, first 'B\+ctrl' "
+     r"with 'ACGT', 'ACGA'"),
     (dict(guide_seq_a=["ACGT", "", "GGGG", np.nan, "", "GGGG"]), "first 'B\\+ctrl' with 'ACGT', ''"),
     (dict(guide_id=["g1", "", "g2", "g3", "", "g2"]), r"adata.obs\['guide_id'\]: 1 perturbations"),
-    (dict(mode=["crispri", "control", "crispra", "crispri", "control", "crispri"]), r"adata.obs\['mode'\]: 1 "
-                                                                                    r"perturbations have more "
-                                                                                    r"than one value, "
-                                                                                    r"first 'A\+B'"),
+    (dict(mode=["crispri", "control", "crispra", "crispri", "control", "crispri"]),
+     r"adata.obs\['mode'\]: 1 "
+     r"perturbations have more "
+     r"than one value, "
+     r"first 'A\+B'"),
     (dict(mode=["crispr"]*6), "mode: found 'crispr'; choose one of"),
     (dict(guide_seq_b=["MKLV"]*6), "guide sequence 'MKLV' of 'A\\+B' is not DNA"),
-    (dict(perturbation=["x", "ctrl", "x", "x", "ctrl", "x"]), r"adata.obs\['condition'\]: 1 perturbations have "
-                                                              r"more than one value, first 'x' with "
-                                                              r"'B\+ctrl', 'A\+B'"),
+    (dict(perturbation=["x", "ctrl", "x", "x", "ctrl", "x"]),
+     r"adata.obs\['condition'\]: 1 perturbations have "
+     r"more than one value, first 'x' with "
+     r"'B\+ctrl', 'A\+B'"),
     (dict(perturbation=pd.Categorical(["x"]*6, categories=["x", "y", "z"]), condition=["A+ctrl"]*6), "2 "
-                                                                                                     "categories have no cell, first 'y'"),
-    (dict(perturbation=["x", None, "x", "x", "x", "x"]), r"adata.obs\['perturbation'\]: 1 cells have no value"),
+     "categories have no cell, first 'y'"),
+    (dict(perturbation=["x", None, "x", "x", "x", "x"]),
+     r"adata.obs\['perturbation'\]: 1 cells have no value"),
     (dict(condition=["A++B"]*6, perturbation=["x"]*6), "A\\+\\+B"),
 ])
 def test_cells_that_disagree(columns, message):
@@ -261,9 +265,23 @@ def test_files_that_are_no_table(table, tmp_path):
 # ---------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name,columns,expected", [
-    ("k562_essential_twin", dict(condition="condition", control="ctrl", batch="gem_group", cell_type="cell_type", guide="guide_id", guide_seq=("guide_seq_a", "guide_seq_b"), mode="crispri"), (652, {Mode.CRISPRI})),
-    ("papalexi21_thp1_crisprko", dict(condition="perturbation", control="control", batch="batch", guide="guide", mode="knockout"), (25, {Mode.KNOCKOUT})),
-    ("norman19_mcfaline23_hvg500", dict(condition="condition", control="control", batch="dataset", cell_type="cell_type", mode="perturbation_type"), (31, {Mode.CRISPRI, Mode.CRISPRA})),
+    ("k562_essential_twin",
+     dict(condition="condition",
+          control="ctrl",
+          batch="gem_group",
+          cell_type="cell_type",
+          guide="guide_id",
+          guide_seq=("guide_seq_a", "guide_seq_b"),
+          mode="crispri"), (652, {Mode.CRISPRI})),
+    ("papalexi21_thp1_crisprko",
+     dict(condition="perturbation", control="control", batch="batch", guide="guide", mode="knockout"),
+     (25, {Mode.KNOCKOUT})),
+    ("norman19_mcfaline23_hvg500",
+     dict(condition="condition",
+          control="control",
+          batch="dataset",
+          cell_type="cell_type",
+          mode="perturbation_type"), (31, {Mode.CRISPRI, Mode.CRISPRA})),
 ])
 def test_real_files(shared, name, columns, expected):
     table = ActionTable.from_anndata(

@@ -1,4 +1,5 @@
-"Small runs for the training tests, and a program that kills, damages, resumes and shares them; not a test file itself."
+"""Small runs for the training tests, and a program that kills, damages, resumes and shares them; not a test file
+itself."""
 import json
 import os
 import random
@@ -24,7 +25,8 @@ WIDTHS = dict(protein=24, dna=20)
 
 
 def alive(module, std=.1):
-    "The module, with noise on parameters that begin as a constant (biases, norms, heads): there mistakes would not show."
+    """The module, with noise on parameters that begin as a constant (biases, norms, heads): there mistakes would
+    not show."""
     with torch.no_grad():
         for p in module.parameters():
             if (p == p.flatten()[0]).all(): p.add_(std*torch.randn_like(p))

@@ -68,7 +68,8 @@ def action_batch(
     if not banks or len({m for m, _ in widths}) != len(widths):
         raise ValueError(f"banks: found {listed(map(repr, banks))}; give at least one bank, and one width per "
                          f"modality")
-    if missing not in ("error", "drop"): raise ValueError(f"missing: found {missing!r}; choose 'error' or 'drop'")
+    if missing not in ("error", "drop"):
+        raise ValueError(f"missing: found {missing!r}; choose 'error' or 'drop'")
     rows = zip(table.targets, table.guide_id, table.guide_seqs)
     tokens = [[(b, keys) for b in banks for keys in _token_keys(*row, b)] for row in rows]
     def lacks(row):
@@ -79,7 +80,8 @@ def action_batch(
         names = [f"{p}: {', '.join(l)}" for p, l in zip(table.perturbation, lacking) if l]
         message = f"{len(names)} of {len(tokens)} perturbations have no feature for a target or guide: {listed(names)}"
         if missing == "error":
-            raise MissingFeatureError(f"{message}; add them to the inputs of featurize, or pass missing='drop'")
+            raise MissingFeatureError(
+                f"{message}; add them to the inputs of featurize, or pass missing='drop'")
         warnings.warn(f"{message}; dropped", stacklevel=2)
     modes = [table.mode[i] if mode is None else mode for i in kept]
     batch = _fill_tokens([tokens[i] for i in kept], modes, max(b.width for b in banks))

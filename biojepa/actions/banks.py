@@ -36,11 +36,14 @@ def _check_rows(
         raise ValueError(f"values: found shape {values.shape} for {len(keys)} keys; give one row per key")
     twice = pd.Index(keys)[pd.Index(keys).duplicated()].unique()
     if len(twice): raise ValueError(f"keys: found {listed(twice)} more than once; keep one row of each")
-    for problem, rows in {"NaN or infinite values": ~np.isfinite(values).all(1), "only zeros": ~values.any(1)}.items():
+    for problem, rows in {
+            "NaN or infinite values": ~np.isfinite(values).all(1), "only zeros": ~values.any(1)
+    }.items():
         if rows.any():
-            raise ValueError(f"values: found {problem} in {listed(np.asarray(keys, dtype=object)[rows])}; leave "
-                             f"these keys "
-                             "out, a made-up row would pass for a measured one")
+            raise ValueError(
+                f"values: found {problem} in {listed(np.asarray(keys, dtype=object)[rows])}; leave "
+                f"these keys "
+                "out, a made-up row would pass for a measured one")
 
 # %% ../../nbs/2_actions/02_banks.ipynb #38a104b1
 @dataclass(frozen=True, eq=False)
@@ -124,7 +127,8 @@ def load(
         with safe_open(path, framework="numpy") as f:
             about, values = f.metadata() or {}, f.get_tensor("values") if "values" in f.keys() else None
     except SafetensorError as error:
-        raise ValueError(f"{path}: found a broken safetensors file ({error}); delete it and make it again") from error
+        raise ValueError(
+            f"{path}: found a broken safetensors file ({error}); delete it and make it again") from error
     if about.get("schema") != _SCHEMA or values is None:
         raise ValueError(f"{path}: found schema {about.get('schema')!r}, expected {_SCHEMA!r}; this is not a "
                          f"feature bank of "

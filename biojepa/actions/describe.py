@@ -35,7 +35,8 @@ def default_features(
     data:DataConfig=DataConfig(),   # `features` and `pooling`; `proteins` and `relations` are read if it names them
 )->list[FeatureBank]:
     "Features from a table of relations and from the sequences that travel with the data; an error if there are none."
-    known = read_proteins(data.proteins)["sequence"] if data.proteins else adata.uns.get("protein_sequences", {})
+    known = read_proteins(data.proteins)["sequence"] if data.proteins else adata.uns.get(
+        "protein_sequences", {})
     proteins, guides, banks = {g: known[g] for g in table.genes if g in known}, {}, []
     for guide, sequences in zip(table.guide_id, table.guide_seqs):  # where a guide has no name, its DNA is one
         guides |= {guide: sequences} if guide and sequences else {s: s for s in sequences}
@@ -80,9 +81,10 @@ def completed(
     "The bank with the mean row for keys it lacks; they are named in a warning."
     if not (lacking := [k for k in keys if k not in bank]): return bank
     if not len(bank):
-        raise ValueError(f"features: none of the {len(keys)} targets is in the table of features; do both use the "
-                         f"same gene "
-                         "names?")
+        raise ValueError(
+            f"features: none of the {len(keys)} targets is in the table of features; do both use the "
+            f"same gene "
+            "names?")
     what, kind = "guides" if bank.modality == Modality.DNA else "targets", bank.provenance.get("featurizer")
     named = ", ".join(k or "those without a name" for k in lacking[:8]) + (" …" if len(lacking) > 8 else "")
     warnings.warn(f"{len(lacking)} of {len(keys)} {what} have no {kind} feature and get the mean one: {named}",
@@ -160,6 +162,9 @@ def sized_to(
     changes = {k: v for k, v in sizes.items() if getattr(experiment.model, k) != v}
     if not changes: return experiment
     now = experiment.model
-    said = [f"model.{k}: {getattr(now, k)} in the configuration, {v} as the data have" for k, v in changes.items()]
+    said = [
+        f"model.{k}: {getattr(now, k)} in the configuration, {v} as the data have"
+        for k, v in changes.items()
+    ]
     warnings.warn("; ".join(said), stacklevel=2)
     return experiment.changed(model=now.changed(**changes))

@@ -29,7 +29,9 @@ from ..data.conditions import listed
 
 # %% ../../nbs/2_actions/04_featurizers.ipynb #6beb5034
 _LETTERS = {Modality.PROTEIN: "ACDEFGHIKLMNPQRSTVWYBZXUO", Modality.DNA: "ACGTN"}
-_REWRITTEN = {Modality.PROTEIN: str.maketrans("J", "X"), Modality.DNA: str.maketrans("URYSWKMBDHV", "T" + "N"*10)}
+_REWRITTEN = {
+    Modality.PROTEIN: str.maketrans("J", "X"), Modality.DNA: str.maketrans("URYSWKMBDHV", "T" + "N"*10)
+}
 
 def clean_sequence(
     text:str,              # as it was found
@@ -168,8 +170,9 @@ def _clean_inputs(
         if made.max_length and longest > made.max_length:
             cut[name], parts[name] = longest, [s[:made.max_length] for s in parts[name]]
     if cut:
-        warnings.warn(f"{len(cut)} of {len(parts)} sequences were cut to {made.max_length} letters: {listed(cut)}",
-                      stacklevel=3)
+        warnings.warn(
+            f"{len(cut)} of {len(parts)} sequences were cut to {made.max_length} letters: {listed(cut)}",
+            stacklevel=3)
     return parts, cut
 
 # %% ../../nbs/2_actions/04_featurizers.ipynb #d36e8112
@@ -191,7 +194,8 @@ def featurize(
     made = made(**options)
     parts, cut = _clean_inputs(made, inputs)
     config = made.config()
-    folder = None if cache is False else Path(cache or PATHS.processed/"features")/f"{kind}-{object_hash(config)}"
+    folder = None if cache is False else Path(cache
+                                              or PATHS.processed/"features")/f"{kind}-{object_hash(config)}"
     rows = rows_of(made, sum(parts.values(), []), folder, flush_every, progress)
     values = np.stack([np.mean([rows[text_hash(s)] for s in texts], axis=0) for texts in parts.values()])
     about = config | dict(cut=cut, versions={p: version(p) for p in made.packages})

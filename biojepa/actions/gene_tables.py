@@ -32,7 +32,8 @@ def _adjacency(
     if edges[["a", "b"]].isna().any(axis=None):
         raise ValueError("edges: found missing names in columns 'a' or 'b'; drop these rows")
     if not (np.isfinite(weight) & (weight >= 0)).all():
-        raise ValueError("weight: found negative, NaN or infinite values; give a strength of 0 or more per edge")
+        raise ValueError(
+            "weight: found negative, NaN or infinite values; give a strength of 0 or more per edge")
     code, names = pd.factorize(pd.concat([edges["a"], edges["b"]]).astype(str), sort=True)
     i, j = np.split(code, 2)
     kept = (i != j) & (weight > 0)
@@ -55,9 +56,10 @@ def spectral_embedding(
     A, names = _adjacency(read_table(edges))
     width = width or default_width(modality)
     if width >= len(names):
-        raise ValueError(f"width: found {width} for a largest connected component of {len(names)} genes; choose "
-                         f"fewer columns "
-                         "than genes")
+        raise ValueError(
+            f"width: found {width} for a largest connected component of {len(names)} genes; choose "
+            f"fewer columns "
+            "than genes")
     degree = np.asarray(A.sum(1)).ravel()
     scale = sparse.diags(1/np.sqrt(degree))
     eigenvalues, vectors = sparse.linalg.eigsh(scale @ A @ scale, k=width, which="LA", v0=np.ones(len(names)))

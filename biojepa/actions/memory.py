@@ -239,7 +239,7 @@ def stack_weights(
 
 def fit_memory(
     perturbations:Sequence[tuple[str, ...]],    # P, targets of each
-    delta:np.ndarray,                           # (P, G) responses: pseudobulk changes, or log fold changes of a bulk screen
+    delta:np.ndarray,                           # (P, G) pseudobulk changes, or log fold changes of a bulk screen
     features:FeatureBank,                       # of every gene that may be asked about
     config:MemoryConfig=MemoryConfig(),
 )->Memory:

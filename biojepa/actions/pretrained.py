@@ -44,9 +44,10 @@ class WeightSource:
         what = "the file" if file else "config.json, the tokenizer files, *.py and *.safetensors"
         gate = f"Licence: {self.licence}."
         if self.gated:
-            gate = (f"The repository is gated ({self.licence}): log in there, accept the licence, and set HF_TOKEN "
-                    f"to a token "
-                    "of that account, or download the files in a browser.")
+            gate = (
+                f"The repository is gated ({self.licence}): log in there, accept the licence, and set HF_TOKEN "
+                f"to a token "
+                "of that account, or download the files in a browser.")
         return MissingWeightsError(
             f"{self.name}: {found}. Download {what} from {web} to {here}, or pass model=PATH. {gate} Without "
             f"weights, "
@@ -74,8 +75,11 @@ def _download(
                                    progressbar=True))
     import httpx
     from huggingface_hub import snapshot_download
-    try: return Path(snapshot_download(source.address, allow_patterns=["*.json", "*.txt", "*.py", "*.safetensors"]))
-    except httpx.HTTPError as error: raise ConnectionError(f"{type(error).__name__}: {error}") from error
+    try:
+        return Path(
+            snapshot_download(source.address, allow_patterns=["*.json", "*.txt", "*.py", "*.safetensors"]))
+    except httpx.HTTPError as error:
+        raise ConnectionError(f"{type(error).__name__}: {error}") from error
 
 def find_weights(
     source:WeightSource,         # what is looked for
@@ -101,9 +105,10 @@ def weights_hash(
     if path.is_file(): return file_hash(path)[:12]
     files = [p for kind in ("*.safetensors", "config.json", "*.py") for p in sorted(path.glob(kind))]
     if not any(p.suffix == ".safetensors" for p in files):
-        raise ValueError(f"{path}: found no *.safetensors among {sorted(p.name for p in path.iterdir())}; pickled "
-                         f"weights are "
-                         "not read, convert them with save_pretrained")
+        raise ValueError(
+            f"{path}: found no *.safetensors among {sorted(p.name for p in path.iterdir())}; pickled "
+            f"weights are "
+            "not read, convert them with save_pretrained")
     return object_hash({p.name: file_hash(p) for p in files})
 
 # %% ../../nbs/2_actions/06_pretrained.ipynb #0cca7ee2
@@ -123,7 +128,8 @@ class TokenMean(SequenceFeaturizer):
         if pooling not in self.pooled: raise ValueError(f"pooling: found {pooling!r}; choose 'residues' or "
                                                         f"'tokens'")
         source = SOURCES[self.kind]
-        self.path, self.device, self.pooling = find_weights(source, model, download), torch.device(device), pooling
+        self.path, self.device, self.pooling = find_weights(source, model,
+                                                            download), torch.device(device), pooling
         self.name = source.address if model is None else Path(model).name
         self.width, self.weights = width or default_width(self.modality), weights_hash(self.path)
         self.model = None  # loaded at the first batch
@@ -193,9 +199,10 @@ def _load_transformers(
                          f"folder again") from error
     absent = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
     if absent:
-        raise ValueError(f"{path}: found no weights for {absent[:4]} ({len(absent)} in all); transformers would "
-                         f"draw them at "
-                         "random, download the right file")
+        raise ValueError(
+            f"{path}: found no weights for {absent[:4]} ({len(absent)} in all); transformers would "
+            f"draw them at "
+            "random, download the right file")
     in_file, fresh = set(model.state_dict()), dict(type(model)(model.config).named_buffers())
     for name, buffer in model.named_buffers():
         if name not in in_file: buffer.copy_(fresh[name])
@@ -246,7 +253,8 @@ class NucleotideTransformer(TokenMean):
         ids = self.tokenizer(sequences, add_special_tokens=False, padding=True, pad_to_multiple_of=multiple,
                              return_tensors="pt")["input_ids"]
         letters = torch.arange(ids.shape[1]) < length
-        if self.pad == "pad": letters &= ids != self.tokenizer.pad_token_id  # a tokenizer of k-mers is found out here
+        if self.pad == "pad":
+            letters &= ids != self.tokenizer.pad_token_id  # a tokenizer of k-mers is found out here
         letters = letters.to(self.device)   # it reads no start or end: its tokens are the letters
         hidden = self.model(input_ids=ids.to(self.device), output_hidden_states=True).hidden_states[-1]
         return hidden, letters, letters

@@ -70,11 +70,13 @@ class ActionTable:
 
     def __post_init__(self):
         lengths = {name: len(column) for name, column in self.columns().items()}
-        if len(set(lengths.values())) > 1: raise ValueError(f"action table: columns of unequal length, {lengths}")
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"action table: columns of unequal length, {lengths}")
         names = pd.Index(self.perturbation)
         if not names.is_unique:
-            raise ValueError(f"action table: perturbation {names[names.duplicated()][0]!r} stands twice; give each "
-                             "intervention its own name")
+            raise ValueError(
+                f"action table: perturbation {names[names.duplicated()][0]!r} stands twice; give each "
+                "intervention its own name")
         for name, seqs in zip(names, self.guide_seqs):
             wrong = [s for s in seqs if not re.fullmatch("[ACGTN]+", s)]
             if wrong:
@@ -131,11 +133,12 @@ def _one_value(
     twice = seen[seen.code.duplicated(keep=False)]
     if len(twice):
         first = twice[twice.code == twice.code.iloc[0]]
-        raise ValueError(f"adata.obs[{column!r}]: {twice.code.nunique()} perturbations have more than one "
-                         f"value, first "
-                         f"{names[first.code.iloc[0]]!r} with {', '.join(map(repr, first.value[:3]))}; name the "
-                         f"guide column in "
-                         "load_dataset (guide=...), so that each is a perturbation of its own")
+        raise ValueError(
+            f"adata.obs[{column!r}]: {twice.code.nunique()} perturbations have more than one "
+            f"value, first "
+            f"{names[first.code.iloc[0]]!r} with {', '.join(map(repr, first.value[:3]))}; name the "
+            f"guide column in "
+            "load_dataset (guide=...), so that each is a perturbation of its own")
     return pd.Series(seen.value.to_numpy(), index=seen.code).reindex(range(len(names)), fill_value="").tolist()
 
 def _perturbation_codes(
@@ -159,9 +162,10 @@ def _require_known(
     unknown = {t: c for c in conditions for t in parse_condition(c) if t not in known}
     if unknown:
         named = listed(f"{t} (in {c!r})" for t, c in unknown.items())
-        raise ValueError(f"condition: {len(unknown)} targets are not among the {len(known)} known genes: {named}; "
-                         f"correct the "
-                         "names, or remove these cells")
+        raise ValueError(
+            f"condition: {len(unknown)} targets are not among the {len(known)} known genes: {named}; "
+            f"correct the "
+            "names, or remove these cells")
 
 # %% ../../nbs/2_actions/01_vocabulary.ipynb #2495f687
 @patch(cls_method=True)
@@ -199,10 +203,11 @@ def codes(
     if tuple(names) == self.perturbation: return code
     missing = [n for n in names if n not in set(self.perturbation)]
     extra = [n for n in self.perturbation if n not in set(names)]
-    raise ValueError(f"action table: {len(self)} rows, but adata.obs['perturbation'] has {len(names)} categories "
-                     f"({len(missing)} not in the table {missing[:3]}, {len(extra)} only there {extra[:3]}, or "
-                     f"another order); "
-                     "make it with ActionTable.from_anndata(adata) from the AnnData that batches are made of")
+    raise ValueError(
+        f"action table: {len(self)} rows, but adata.obs['perturbation'] has {len(names)} categories "
+        f"({len(missing)} not in the table {missing[:3]}, {len(extra)} only there {extra[:3]}, or "
+        f"another order); "
+        "make it with ActionTable.from_anndata(adata) from the AnnData that batches are made of")
 
 @patch
 def rows(self:ActionTable, adata:AnnData, split, part:str)->np.ndarray:

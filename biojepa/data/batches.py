@@ -31,9 +31,10 @@ def row_source(
     if X is None: raise ValueError("adata.X: found None; batches are made from X")
     if getattr(X, "format", None) != "csc": return X
     if adata.isbacked:
-        raise ValueError(f"{adata.filename}: X is stored gene by gene (CSC), so no cell can be read alone; write "
-                         f"it as CSR, "
-                         "or read it without backed='r'")
+        raise ValueError(
+            f"{adata.filename}: X is stored gene by gene (CSC), so no cell can be read alone; write "
+            f"it as CSR, "
+            "or read it without backed='r'")
     return X.tocsr()
 
 # %% ../../nbs/1_data/15_batches.ipynb #4fab79e9
@@ -86,7 +87,7 @@ class ActionBatch(NamedTuple):
     modality:Tensor  # (B, A) int64, a Modality
     mode:Tensor      # (B, A) int64, a Mode
     present:Tensor   # (B, A) bool, True for a real token
-    genes:Tensor|None = None  # (B, K) int64, places of targets among the model's genes, -1: none; for `intervenes`
+    genes: Tensor | None = None  # (B, K) int64, places of targets among the model's genes, -1: none; for `intervenes`
 
     to = _to
 
@@ -114,9 +115,10 @@ def align_genes(
         if len(twice): raise ValueError(f"{what}: {listed(twice)} more than once; make the names unique")
     missing = genes[~genes.isin(names)]
     if len(missing):
-        raise ValueError(f"adata.var_names: {len(missing)} of {len(genes)} genes are missing: {listed(missing)}; "
-                         f"give data "
-                         "that measured them (are these the same kind of gene names?)")
+        raise ValueError(
+            f"adata.var_names: {len(missing)} of {len(genes)} genes are missing: {listed(missing)}; "
+            f"give data "
+            "that measured them (are these the same kind of gene names?)")
     if genes.equals(names): return adata
     kept = adata[:, genes]
     return kept.to_memory() if adata.isbacked else kept.copy()

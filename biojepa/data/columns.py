@@ -29,7 +29,8 @@ def perturbation_names(
         name = name.where(~treated | (obs["guide_id"] == ""), name + "|" + obs["guide_id"].astype(str))
     if "mode" in obs:
         several = obs.assign(name=name)[treated].groupby("name", observed=True)["mode"].nunique()
-        name = name.where(~treated | ~name.isin(several.index[several > 1]), name + "|" + obs["mode"].astype(str))
+        name = name.where(~treated | ~name.isin(several.index[several > 1]),
+                          name + "|" + obs["mode"].astype(str))
     return name
 
 # %% ../../nbs/1_data/07_columns.ipynb #c0500008
@@ -75,8 +76,9 @@ def read_conditions(
     obs, columns = source.obs, source.columns
     if columns.condition is None and "condition" not in obs:
         if columns.control is not None:
-            raise source.error(f"control={columns.control!r}, but no condition= was named and there is no column "
-                               f"'condition'; there are {listed(obs.columns, 40)}")
+            raise source.error(
+                f"control={columns.control!r}, but no condition= was named and there is no column "
+                f"'condition'; there are {listed(obs.columns, 40)}")
         source.history.append("condition: no column, every cell is a control")
         warnings.warn(f"{source.where}: no condition column was named and none is called 'condition'; every "
                       f"cell is "
@@ -108,7 +110,8 @@ def kept_cells(
     message = f"drop names {listed(absent)}, which no condition has"
     if absent and source.columns.drop_absent != "warn":
         raise source.error(f"{message}; correct the names, or leave them away")
-    if absent: warnings.warn(f"{source.where}: {message}: is this the file that the card describes?", stacklevel=6)
+    if absent:
+        warnings.warn(f"{source.where}: {message}: is this the file that the card describes?", stacklevel=6)
     gone = condition.map({c: bool(t & set(drop)) for c, t in targets.items()}).to_numpy(bool)
     cells = {t: sum(t in targets[c] for c in condition[gone]) for t in drop if t not in absent}
     found = listed(f"{t} ({n:,})" for t, n in cells.items())
@@ -174,8 +177,9 @@ def read_guide_sequences(source:Source)->dict[str, pd.Series]:  # guide_seq_a, g
         dna = source.text("guide_seq", name).str.strip().str.upper()
         wrong = dna[~dna.str.fullmatch("[ACGTN]*")]
         if len(wrong):
-            raise source.error(f"guide_seq={name!r} holds {wrong.iloc[0]!r} in cell {wrong.index[0]!r}; only the "
-                               "letters A C G T N are DNA")
+            raise source.error(
+                f"guide_seq={name!r} holds {wrong.iloc[0]!r} in cell {wrong.index[0]!r}; only the "
+                "letters A C G T N are DNA")
         out[f"guide_seq_{letter}"] = dna
     source.history.append(f"guide_seq: {', '.join(names)}")
     return out
@@ -251,4 +255,5 @@ def check_targets(
                            f"allow them "
                            "with unknown_targets='warn'")
     source.history.append(f"targets: {message.replace('targets ', '')}")
-    warnings.warn(f"{source.where}: {message}: {listed(missing)} (silence with unknown_targets='allow')", stacklevel=5)
+    warnings.warn(f"{source.where}: {message}: {listed(missing)} (silence with unknown_targets='allow')",
+                  stacklevel=5)

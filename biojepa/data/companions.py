@@ -50,7 +50,10 @@ def read_table(
         raise ValueError(f"{path}: not a readable workbook ({what}); save it again, or as csv") from error
 
 # %% ../../nbs/1_data/09_companions.ipynb #15c00031
-_GUIDES = Companion(file="guides.csv", guide=("guide_id", ), gene="gene", sequence=("guide_seq_a", "guide_seq_b"))
+_GUIDES = Companion(file="guides.csv",
+                    guide=("guide_id", ),
+                    gene="gene",
+                    sequence=("guide_seq_a", "guide_seq_b"))
 
 def _usable(table:pd.DataFrame, known:Iterable[Companion|None])->Companion|None:
     "The first description whose columns of sequences, and of guides or genes, the table has."
@@ -84,7 +87,8 @@ def read_guides(
                           f"{', '.join(c.sequence)}; a guide has one letter or more, of A C G T N only")
     named, gene = c.guide if set(c.guide) <= set(table) else (), [c.gene] if c.gene in table else ()
     sequences = [tuple(filter(None, row)) for row in dna.itertuples(index=False)]
-    out = pd.DataFrame({"guide_id": _joined(table, named), "gene": _joined(table, gene), "sequences": sequences})
+    out = pd.DataFrame(
+        {"guide_id": _joined(table, named), "gene": _joined(table, gene), "sequences": sequences})
     return out.reset_index(drop=True)
 
 # %% ../../nbs/1_data/09_companions.ipynb #15c00041
@@ -136,10 +140,11 @@ def join_guides(
     actions = cells.drop_duplicates()
     found = _sequences_of(actions, guides)
     if not any(found):
-        raise SchemaError(f"{name}: knows none of the guides and targets of these cells, such as "
-                          f"{actions['condition'].iloc[-1]!r}; its own begin with {guides.iloc[0, :2].tolist()}; "
-                          f"do both use "
-                          "the same names?")
+        raise SchemaError(
+            f"{name}: knows none of the guides and targets of these cells, such as "
+            f"{actions['condition'].iloc[-1]!r}; its own begin with {guides.iloc[0, :2].tolist()}; "
+            f"do both use "
+            "the same names?")
     of_cell = pd.MultiIndex.from_frame(actions).get_indexer(pd.MultiIndex.from_frame(cells))
     for k in range(max(map(len, found))):
         column = np.array([s[k] if k < len(s) else "" for s in found], dtype=object)
@@ -160,7 +165,8 @@ def _guide_report(name:str, actions:pd.DataFrame, guides:pd.DataFrame, found:lis
     return "; ".join(parts)
 
 # %% ../../nbs/1_data/09_companions.ipynb #15c00051
-_BARCODES = Companion(file="cells.h5ad", guide=("sgID_AB", ), gene="gene", control="non-targeting")  # of Replogle 2022
+_BARCODES = Companion(file="cells.h5ad", guide=("sgID_AB", ), gene="gene",
+                      control="non-targeting")  # of Replogle 2022
 
 def read_barcodes(
     path:str|Path,                      # .h5ad with guides in obs
@@ -198,11 +204,14 @@ def join_barcodes(
     own = np.array([gene in targets[c] for gene, c in zip(here["gene"], adata.obs["condition"])])
     if not own.any():
         theirs, ours = ", ".join(cells.index[:2]), ", ".join(names[:2])
-        raise SchemaError(f"{name}: none of its barcodes, such as {theirs}, is that of a cell of the same target, "
-                          f"such as "
-                          f"{ours}; is it the raw file of this screen?")
+        raise SchemaError(
+            f"{name}: none of its barcodes, such as {theirs}, is that of a cell of the same target, "
+            f"such as "
+            f"{ours}; is it the raw file of this screen?")
     known, single = names.isin(cells.index), names.isin(once.index)
-    problems = {"not there": ~known, "there more than once": known & ~single, "of another target": single & ~own}
+    problems = {
+        "not there": ~known, "there more than once": known & ~single, "of another target": single & ~own
+    }
     lines = [_matched(name, "guides of cells", names, names[~own]), f"{here['guide_id'][own].nunique():,} "
                                                                     f"different guides"]
     lines += [f"{n.sum():,} barcodes {what}, e.g. {names[n][0]}" for what, n in problems.items() if n.any()]
@@ -241,8 +250,9 @@ def read_proteins(
     sequence = c.sequence[0]
     gap = table[sequence].isna()
     if gap.any():
-        raise SchemaError(f"{where}: {gap.sum()} rows have no {sequence!r}, the first begins with "
-                          f"{table[gap].iloc[0, 0]!r}; the table is not whole, fetch it again (or drop these rows)")
+        raise SchemaError(
+            f"{where}: {gap.sum()} rows have no {sequence!r}, the first begins with "
+            f"{table[gap].iloc[0, 0]!r}; the table is not whole, fetch it again (or drop these rows)")
     primary = _named(table, c.gene, sequence)
     by_length = primary.iloc[primary["sequence"].str.len().argsort(kind="stable")]
     out = by_length.drop_duplicates("name", keep="last").assign(primary=True)
@@ -261,13 +271,16 @@ def join_proteins(
     targets = sorted({t for c in adata.obs["condition"].unique() for t in parse_condition(c, "ctrl")})
     found = proteins.loc[[t for t in targets if t in proteins.index]]
     if targets and not len(found):
-        raise SchemaError(f"{name}: knows none of the {len(targets)} targets, such as {targets[0]}; its own names "
-                          f"begin with "
-                          f"{', '.join(proteins.index[:3])}; do both use the same names?")
+        raise SchemaError(
+            f"{name}: knows none of the {len(targets)} targets, such as {targets[0]}; its own names "
+            f"begin with "
+            f"{', '.join(proteins.index[:3])}; do both use the same names?")
     line = _matched(name, "targets", targets, [t for t in targets if t not in proteins.index])
     synonyms = found.index[~found["primary"]]
     if len(synonyms): line += f"; {len(synonyms)} of them by a synonym, e.g. {synonyms[0]}"
-    return _extended(adata, f"protein_sequences of {name}: {line}", protein_sequences=found["sequence"].to_dict())
+    return _extended(adata,
+                     f"protein_sequences of {name}: {line}",
+                     protein_sequences=found["sequence"].to_dict())
 
 # %% ../../nbs/1_data/09_companions.ipynb #15c00071
 WITHOUT_DOWNLOAD = (

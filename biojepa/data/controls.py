@@ -35,7 +35,8 @@ def codes_of(
     values = adata.obs[column].astype("category").cat
     codes = values.codes.to_numpy().astype(np.int64)
     if (codes < 0).any():
-        raise ValueError(f"adata.obs[{column!r}]: {(codes < 0).sum()} cells have no value; name it or remove them")
+        raise ValueError(
+            f"adata.obs[{column!r}]: {(codes < 0).sum()} cells have no value; name it or remove them")
     return codes, values.categories.to_numpy().astype(str)
 
 def match_controls(
@@ -59,9 +60,11 @@ def match_controls(
                          "perturbed cells have nothing to be paired with; add controls or remove these cells")
     if orphan.any():
         names = [f"{batches[g//len(lines)]} ({lines[g % len(lines)]})" for g in np.unique(group[cells[orphan]])]
-        warnings.warn(f"no control cells in batch {listed(names)}: {orphan.sum()} perturbed cells are paired with "
-                      f"controls "
-                      "of their cell type from other batches", stacklevel=3)
+        warnings.warn(
+            f"no control cells in batch {listed(names)}: {orphan.sum()} perturbed cells are paired with "
+            f"controls "
+            "of their cell type from other batches",
+            stacklevel=3)
     first, size = np.where(orphan, [len(by_group) + line_start, line_stop - line_start], [start, stop - start])
     return ControlPools(cells, np.concatenate([by_group, by_line]), first, size)
 

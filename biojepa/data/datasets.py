@@ -32,7 +32,8 @@ def canonical(
     uns:dict,           # entries to carry over
 )->ad.AnnData:
     "Put the pieces of a file together in canonical form."
-    source = source._replace(obs=source.obs.set_axis(source.obs.index.astype(str)), history=list(source.history))
+    source = source._replace(obs=source.obs.set_axis(source.obs.index.astype(str)),
+                             history=list(source.history))
     _check_axes(x, source)
     genes = read_genes(source)
     state = state_of(x, source.columns.values, source.obs.index, genes.index, source.where)
@@ -58,8 +59,9 @@ def _check_axes(x:sp.csr_matrix, source:Source)->None:
                            f"{source.obs.index[twice.argmax()]!r}; "
                            "make them unique (adata.obs_names_make_unique()) and write the file again")
     if x.shape != (n_cells, n_genes):
-        raise source.error(f"X is {x.shape[0]} × {x.shape[1]}, but there are {n_cells} cells and {n_genes} genes; "
-                           "write the file again")
+        raise source.error(
+            f"X is {x.shape[0]} × {x.shape[1]}, but there are {n_cells} cells and {n_genes} genes; "
+            "write the file again")
 
 # %% ../../nbs/1_data/08_datasets.ipynb #aa63c28d
 _KEPT = ("protein_sequences", "truth")  # entries a canonical file may carry in uns
@@ -72,9 +74,17 @@ def _own_names(obs:pd.DataFrame, about:dict, where:str)->Columns:
                           "is logged twice")
     has = lambda name: name if name in obs else None
     dna = tuple(sorted(name for name in obs if name.startswith("guide_seq_"))) or None
-    return Columns(condition="condition", control="ctrl", batch="batch", cell_type="cell_type", guide=has("guide_id"),
-                   mode=has("mode"), guide_seq=dna, library_size=has("total_counts"), keep=_KEPT,
-                   values=str(about["expression_space"]), unknown_targets="allow")
+    return Columns(condition="condition",
+                   control="ctrl",
+                   batch="batch",
+                   cell_type="cell_type",
+                   guide=has("guide_id"),
+                   mode=has("mode"),
+                   guide_seq=dna,
+                   library_size=has("total_counts"),
+                   keep=_KEPT,
+                   values=str(about["expression_space"]),
+                   unknown_targets="allow")
 
 def _source(
     obs:pd.DataFrame, var:pd.DataFrame, uns,    # of a file or an AnnData
@@ -107,7 +117,8 @@ def _read_file(
                 raise SchemaError(f"{where}: not an AnnData file, it has no {' and no '.join(lost)}; it holds "
                                   f"{listed(f)}")
             uns = f.get("uns", {})
-            source, kept = _source(read_elem(f["obs"]), read_elem(f["var"]), uns, columns, where, [f"read {where}"])
+            source, kept = _source(read_elem(f["obs"]), read_elem(f["var"]), uns, columns, where,
+                                   [f"read {where}"])
             kept = {k: read_elem(uns[k]) for k in kept}
             x = read_matrix(f, source.columns.layer, where)
     except (SchemaError, MemoryError): raise
@@ -119,7 +130,8 @@ def _read_file(
 def _read_anndata(adata:ad.AnnData, columns:Columns, where:str, history:list[str])->ad.AnnData:
     "The same for an AnnData; one backed by a file is read from that file."
     if adata.isbacked:
-        if adata.is_view: raise SchemaError(f"{where}: a view of a backed AnnData; load it with .to_memory() first")
+        if adata.is_view:
+            raise SchemaError(f"{where}: a view of a backed AnnData; load it with .to_memory() first")
         return _read_file(Path(adata.filename), columns, Path(adata.filename).name)
     source, kept = _source(adata.obs, adata.var, adata.uns, columns, where, history)
     return canonical(read_matrix(adata, source.columns.layer, where), source, {k: adata.uns[k] for k in kept})
@@ -135,7 +147,9 @@ def _load_card(card:DatasetCard, columns:Columns, **download)->ad.AnnData:
         adata = _read_anndata(simulated, columns, card.name, [f"simulated with {json.dumps(card.simulate)}"])
     targets = {t for c in adata.obs["condition"].cat.categories for t in parse_condition(c, "ctrl")}
     found = dict(cells=adata.n_obs, genes=adata.n_vars, targets=len(targets))
-    other = [f"{n} {k} (card: {getattr(card, k)})" for k, n in found.items() if getattr(card, k) not in (None, n)]
+    other = [
+        f"{n} {k} (card: {getattr(card, k)})" for k, n in found.items() if getattr(card, k) not in (None, n)
+    ]
     if other: warnings.warn(f"{card.name}: found {', '.join(other)}", stacklevel=3)
     return adata
 
@@ -160,4 +174,5 @@ def load_dataset(
     if isinstance(source, DatasetCard):
         return _load_card(source, columns, folder=folder, offline=offline, progress=progress)
     if Path(source).is_file(): return _read_file(Path(source), columns, Path(source).name)
-    raise SchemaError(f"{str(source)!r}: neither a file nor a dataset; the datasets are {', '.join(list_cards())}")
+    raise SchemaError(
+        f"{str(source)!r}: neither a file nor a dataset; the datasets are {', '.join(list_cards())}")

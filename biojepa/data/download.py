@@ -104,9 +104,10 @@ class DownloadError(ValueError):
 
 def _failure(source:Download, download:Path, what:str)->DownloadError:
     "The error of a failed download, with the way round it."
-    return DownloadError(f"{source.name}: {what}. Address: {source.url}. To place it by hand, open the address in "
-                         f"a browser and "
-                         f"save the file as {download}")
+    return DownloadError(
+        f"{source.name}: {what}. Address: {source.url}. To place it by hand, open the address in "
+        f"a browser and "
+        f"save the file as {download}")
 
 # %% ../../nbs/1_data/05_download.ipynb #82246496
 def _is_parquet(path:Path)->bool:
@@ -143,9 +144,10 @@ def _no_room(source:Download, folder:Path, needed:int)->None:
     "Fail before, not after, an hour of writing."
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise DownloadError(f"{source.name}: {folder} has {free:,} bytes free, {needed:,} are needed; free some, "
-                            f"or give another "
-                            "folder=")
+        raise DownloadError(
+            f"{source.name}: {folder} has {free:,} bytes free, {needed:,} are needed; free some, "
+            f"or give another "
+            "folder=")
 
 def _sweep(folder:Path, age:float=3600.)->None:
     "Remove what killed downloads left: temporary files nobody has written to for `age` seconds."
@@ -185,9 +187,10 @@ def _download(source:Download, download:Path, known_hash:str|None, attempts:int,
         except ValueError as error:
             raise _failure(source, download, f"wrong checksum, nothing was kept: {error}") from error
         except OSError as error:
-            raise DownloadError(f"{source.name}: cannot write to {download.parent}: {error}; free some space, or "
-                                f"give another "
-                                "folder=") from error
+            raise DownloadError(
+                f"{source.name}: cannot write to {download.parent}: {error}; free some space, or "
+                f"give another "
+                "folder=") from error
         time.sleep(wait*2**attempt)
 
 # %% ../../nbs/1_data/05_download.ipynb #696a160f
@@ -198,14 +201,18 @@ def _extract(card:DatasetCard, archive:Path, h5ad:Path)->None:
             exact = [i for i in z.infolist() if i.filename == card.file]
             found = exact or [i for i in z.infolist() if PurePosixPath(i.filename).name == h5ad.name]
             if len(found) != 1:
-                raise DownloadError(f"{archive}: {len(found)} files called {h5ad.name}, one is needed; it holds "
-                                    f"{listed(z.namelist(), 10)}")
+                raise DownloadError(
+                    f"{archive}: {len(found)} files called {h5ad.name}, one is needed; it holds "
+                    f"{listed(z.namelist(), 10)}")
             _no_room(card, h5ad.parent, found[0].file_size)
             with atomic_path(h5ad) as part, z.open(found[0]) as source:
-                with open(part, "wb") as out: shutil.copyfileobj(source, out, 1 << 20)
-                if not h5py.is_hdf5(part): raise DownloadError(f"{archive}: {found[0].filename} is not an "
-                                                               f"HDF5 file")
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # RuntimeError: a password, a compression
+                with open(part, "wb") as out:
+                    shutil.copyfileobj(source, out, 1 << 20)
+                if not h5py.is_hdf5(part):
+                    raise DownloadError(f"{archive}: {found[0].filename} is not an "
+                                        f"HDF5 file")
+    except (zipfile.BadZipFile, zlib.error, EOFError,
+            RuntimeError) as error:  # RuntimeError: a password, a compression
         raise DownloadError(f"{archive}: damaged or unreadable archive ({error}); delete it to download "
                             f"it again") from error
     except OSError as error:

@@ -29,8 +29,9 @@ def column_of(
 )->pd.Categorical:       # its values as text
     "A column as categories; a missing column is an error."
     if key in adata.obs: return pd.Categorical(adata.obs[key].astype(str))
-    raise ValueError(f"obs['{key}']: missing, found {listed(adata.obs)}; load the file with load_dataset, which "
-                     f"makes it")
+    raise ValueError(
+        f"obs['{key}']: missing, found {listed(adata.obs)}; load the file with load_dataset, which "
+        f"makes it")
 
 def is_control(adata:AnnData)->np.ndarray:  # (N,) bool
     "Which cells are controls."
@@ -72,8 +73,11 @@ def undisturbed():
             torch.set_rng_state(torch_state)
             torch.set_num_threads(threads)
             sc.settings.verbosity = verbosity
-            if cuda is not None: torch.cuda.set_rng_state_all(cuda)
-            else: torch.cuda.manual_seed_all(torch.initial_seed())  # queued until CUDA starts, as manual_seed does
+            if cuda is not None:
+                torch.cuda.set_rng_state_all(cuda)
+            else:
+                torch.cuda.manual_seed_all(
+                    torch.initial_seed())  # queued until CUDA starts, as manual_seed does
 
 # %% ../../nbs/1_data/12_held_out.ipynb #37a08f0b
 class Parts(NamedTuple):
@@ -104,7 +108,8 @@ def simulation(
     with undisturbed():
         try: from gears.data_utils import DataSplitter
         except ImportError as error:
-            raise ImportError(f"kind='simulation' needs cell-gears ({error}); pip install 'biojepa[splits]'") from error
+            raise ImportError(
+                f"kind='simulation' needs cell-gears ({error}); pip install 'biojepa[splits]'") from error
         chosen, groups = DataSplitter(table, split_type="simulation").split_data(
             train_gene_set_size=.75, combo_seen2_train_frac=.75, seed=seed, test_perts=held_out,
             only_test_set_perts=held_out is not None)
@@ -142,8 +147,9 @@ def guide(
     guides = guides.sample(frac=1, random_state=seed)
     spare = guides[guides.duplicated("condition")]["name"]  # the first of each condition stays
     if not len(spare):
-        raise ValueError("kind='guide': no target has two guides in obs['perturbation']; name the guide column in "
-                         "load_dataset (guide=...)")
+        raise ValueError(
+            "kind='guide': no target has two guides in obs['perturbation']; name the guide column in "
+            "load_dataset (guide=...)")
     test, val = _draw(spare, seed, test_fraction, val_fraction)
     if held_out is not None:
         test = list(held_out)
@@ -241,11 +247,13 @@ def read_lists(
     wanted = "lists called train, val and test"
     try: return json.loads(Path(path).read_text())
     except OSError as error:
-        raise ValueError(f"held_out: cannot read {path} ({error.strerror}); kind='custom' takes a JSON file with "
-                         f"{wanted}") from error
+        raise ValueError(
+            f"held_out: cannot read {path} ({error.strerror}); kind='custom' takes a JSON file with "
+            f"{wanted}") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: is not JSON ({error}); expected {wanted}") from error
 
-KINDS:dict[str, tuple[Callable, str]] = {  # name -> function, column of obs
-    "simulation": (simulation, "condition"), "guide": (guide, "perturbation"),
-    "combination": (combination, "condition"), "cell_type": (cell_type, "cell_type"), "custom": (custom, "condition")}
+KINDS: dict[str, tuple[Callable, str]] = {  # name -> function, column of obs
+    "simulation": (simulation, "condition"), "guide": (guide, "perturbation"), "combination":
+    (combination, "condition"), "cell_type": (cell_type, "cell_type"), "custom": (custom, "condition")
+}

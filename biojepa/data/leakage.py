@@ -40,7 +40,8 @@ def _seen(
     seen = {key: set(part[key].astype(str)) if key in part else set() for key in keys}
     seen["targets"] = {t for c in seen["condition"] for t in parse_condition(c, "ctrl")}
     columns = [c for c in ("guide_seq_a", "guide_seq_b") if c in part]
-    pairs = part.loc[(part["condition"].astype(str) != "ctrl").to_numpy(), columns].astype(str).drop_duplicates()
+    pairs = part.loc[(part["condition"].astype(str) != "ctrl").to_numpy(),
+                     columns].astype(str).drop_duplicates()
     unknown = {"", "nan", "None", "<NA>"}
     seen["sequences"] = {"+".join(sorted(set(p) - unknown)) for p in pairs.itertuples(index=False)} - {""}
     return seen
@@ -67,8 +68,10 @@ def _of_combinations(split, train, val, test)->Iterator[Check]:
         n += len(values)
         for c in values:
             known = sorted(set(parse_condition(c, "ctrl")) & train["targets"])
-            too_few = split.kind == "combination" and len(known) < int(name[-1])  # for cell-gears validation is seen
-            if too_few or len(known) > int(name[-1]): wrong.append(f"{c} ({name}, in training: {listed(known)})")
+            too_few = split.kind == "combination" and len(known) < int(
+                name[-1])  # for cell-gears validation is seen
+            if too_few or len(known) > int(name[-1]):
+                wrong.append(f"{c} ({name}, in training: {listed(known)})")
     if n: yield Check("combinations", wrong, n, "as many members in training as the label says, at most")
 
 def _of_guides(split, train, val, test)->Iterator[Check]:
@@ -115,8 +118,9 @@ def _of_rows(split, adata, rows, held, seen)->Iterator[Check]:
     others = [] if same else set(listed_values) ^ (values - {"ctrl"}) or ["values"]
     held_values = seen["val"][split.key] | seen["test"][split.key]
     yield Check("data", others, len(values), f"values of obs['{split.key}'] the split was made for")
-    yield Check("parts", set(listed_values[listed_values.duplicated()]), len(listed_values), "values listed in one "
-                                                                                             "part only")
+    yield Check("parts", set(listed_values[listed_values.duplicated()]), len(listed_values),
+                "values listed in one "
+                "part only")
     yield Check("rows", adata.obs_names[np.intersect1d(rows["train"], out)], len(out),
                 "held-out cells that are no training cells")
     yield Check("values", held_values & seen["train"][split.key], len(held_values),

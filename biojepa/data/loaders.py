@@ -124,9 +124,10 @@ def _prepared(
     size = adata.obs["log_library_size"].to_numpy(np.float32)
     lost = (~np.isfinite(size)).sum()
     if lost:
-        raise ValueError(f"adata.obs['log_library_size']: {lost} cells have no finite value; call prepare(adata) "
-                         f"again, or "
-                         "remove them")
+        raise ValueError(
+            f"adata.obs['log_library_size']: {lost} cells have no finite value; call prepare(adata) "
+            f"again, or "
+            "remove them")
     return size
 
 # %% ../../nbs/1_data/17_loaders.ipynb #d630779f
@@ -263,12 +264,14 @@ def _check_actions(
                          "descriptions")
     repeated = len(rows) - len(np.unique(rows))
     if repeated or rows.min() < 0 or rows.max() >= n[0]:
-        raise ValueError(f"allowed: found {rows.min()} to {rows.max()}, {repeated} repeated; give distinct rows "
-                         f"from 0 to "
-                         f"{n[0] - 1}")
+        raise ValueError(
+            f"allowed: found {rows.min()} to {rows.max()}, {repeated} repeated; give distinct rows "
+            f"from 0 to "
+            f"{n[0] - 1}")
     for name, actions in dict(anchor=anchor, positive=positive).items():
         empty = rows[~actions.present.any(1).numpy()[rows]]
         if len(empty):
-            raise ValueError(f"{name}: rows {empty[:5].tolist()} of allowed have no action token; leave controls "
-                             f"and targets "
-                             "without features out of allowed")
+            raise ValueError(
+                f"{name}: rows {empty[:5].tolist()} of allowed have no action token; leave controls "
+                f"and targets "
+                "without features out of allowed")

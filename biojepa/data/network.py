@@ -30,23 +30,29 @@ class SimulationSpec:
     n_modules:int = _within(12, 1, 1000)                # groups of genes with their own regulators
     guides_per_target:int = _within(2, 1, 20)           # guide pairs that hit the same target
     n_control_guides:int = _within(5, 1, 1000)          # non-targeting guide pairs
-    n_doubles:int = _within(0, 0, 1_000_000)            # pairs of targets perturbed together, beside the singles
+    n_doubles: int = _within(0, 0, 1_000_000)  # pairs of targets perturbed together, beside the singles
     n_cell_types:int = _within(1, 1, 100)   # cell lines; each has its own baseline and partly its own network
     n_batches:int = _within(4, 1, 1000)     # gem groups of each cell line; a gem group holds one line
     control_fraction:float = _within(0.1, 0.001, 0.9)   # share of cells with a non-targeting guide
-    crispra_fraction:float = _within(0., 0, 1)  # share of targets activated (CRISPRa) instead of repressed (CRISPRi)
-    guide_efficacy:tuple = (0.5, 0.95)      # share of its target that the weakest and the strongest guide remove
+    crispra_fraction: float = _within(
+        0., 0, 1)  # share of targets activated (CRISPRa) instead of repressed (CRISPRi)
+    guide_efficacy: tuple = (
+        0.5, 0.95)  # share of its target that the weakest and the strongest guide remove
     effect_size:float = _within(1., 0, 3)               # factor on what a target does to other genes
-    spectral_radius:float = _within(0.8, 0.05, 0.95)    # upper bound for the network's; below 1 a steady state exists
-    interaction:float = _within(0.5, 0, 5)              # sd of a double's departure from additivity (0: additive)
-    line_sd:float = _within(0.5, 0, 3)      # sd of a further line's baseline around the first line's (natural log)
-    line_rewiring:float = _within(0.25, 0, 1)   # share of edges that a further line weakens, silences or reverses
-    batch_sd:float = _within(0.1, 0, 2)     # sd of a gem group's shift of each gene, and of all its genes (natural log)
+    spectral_radius: float = _within(0.8, 0.05,
+                                     0.95)  # upper bound for the network's; below 1 a steady state exists
+    interaction: float = _within(0.5, 0, 5)  # sd of a double's departure from additivity (0: additive)
+    line_sd: float = _within(0.5, 0,
+                             3)  # sd of a further line's baseline around the first line's (natural log)
+    line_rewiring: float = _within(0.25, 0,
+                                   1)  # share of edges that a further line weakens, silences or reverses
+    batch_sd: float = _within(
+        0.1, 0, 2)  # sd of a gem group's shift of each gene, and of all its genes (natural log)
     library_sd:float = _within(0.35, 0, 2)              # sd of the log library size
     cell_state_sd:float = _within(0.3, 0, 2)    # sd of the regulators' activity between cells of one condition
-    dispersion:float = _within(0.25, 0.01, 10)          # median over genes of phi in variance = mean + phi mean^2
+    dispersion: float = _within(0.25, 0.01, 10)  # median over genes of phi in variance = mean + phi mean^2
     zero_fraction:float = _within(0.5, 0.01, 0.99)      # expected share of zeros among control counts
-    informative_features:bool = True    # sequences reflect the target's module; if False one distribution serves all
+    informative_features: bool = True  # sequences reflect the target's module; if False one distribution serves all
     seed:int = _within(0, 0, 2**32 - 1)
 
     def __post_init__(self):
@@ -85,8 +91,9 @@ def _contradictions(s:SimulationSpec)->list[tuple[bool, str]]:
     pairs = math.comb(s.n_activated, 2) + math.comb(s.n_targets - s.n_activated, 2)
     slots, perturbed = s.n_cell_types*s.n_batches, s.n_cells - s.n_controls
     return [
-        (s.n_targets > s.n_genes//2,
-         f"n_targets: found {s.n_targets} of {s.n_genes} genes; give at most half of n_genes, {s.n_genes//2}"),
+        (s.n_targets > s.n_genes // 2,
+         f"n_targets: found {s.n_targets} of {s.n_genes} genes; give at most half of n_genes, {s.n_genes//2}"
+         ),
         (s.n_modules*10 > s.n_genes,
          f"n_modules: found {s.n_modules} for {s.n_genes} genes; a module needs 10, so give at most "
          f"{s.n_genes//10}"),
@@ -98,7 +105,10 @@ def _contradictions(s:SimulationSpec)->list[tuple[bool, str]]:
          f"{slots} gem "
          f"groups and {s.n_control_guides} control guides; raise control_fraction or n_cells"),
         (perturbed < s.n_constructs,
-         f"n_cells: found {s.n_cells}, of which {perturbed} perturbed, for {s.n_constructs} guides; raise n_cells")]
+         f"n_cells: found {s.n_cells}, of which {perturbed} perturbed, for {s.n_constructs} guides; "
+         f"raise n_cells"
+         )
+    ]
 
 # %% ../../nbs/1_data/01_network.ipynb #cf4c9b42
 def stream(

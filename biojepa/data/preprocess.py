@@ -56,7 +56,8 @@ def _totals(
     "Row sums of X, or the totals the file brings along."
     if library_size not in ("genes", "total"):
         raise ValueError(f"library_size: found {library_size!r}; choose 'genes' or 'total'")
-    if library_size == "genes" or adata.uns["biojepa"]["expression_space"] != "counts": return _row_sums(adata.X)
+    if library_size == "genes" or adata.uns["biojepa"]["expression_space"] != "counts":
+        return _row_sums(adata.X)
     require("total_counts" in adata.obs,
             "obs['total_counts']: missing, and library_size='total' needs it; name the file's column in "
             "load_dataset "
@@ -148,8 +149,12 @@ def _seurat_v3(
     values = counts.data.astype(np.min_scalar_type(int(counts.data.max())))
     small = AnnData(sp.csr_matrix((values, counts.indices, counts.indptr), shape=counts.shape)[rows])
     del values
-    try: table = sc.pp.highly_variable_genes(small, flavor="seurat_v3", n_top_genes=n_top_genes, check_values=False,
-                                             inplace=False)
+    try:
+        table = sc.pp.highly_variable_genes(small,
+                                            flavor="seurat_v3",
+                                            n_top_genes=n_top_genes,
+                                            check_values=False,
+                                            inplace=False)
     except ValueError as error:
         raise SchemaError(f"variable genes: the loess fit failed on {len(rows)} training cells × "
                           f"{counts.shape[1]} genes "
@@ -186,11 +191,14 @@ def _variable_genes_(
     split,                # Split whose training cells may be looked at
 )->np.ndarray:            # (G,) True for genes to keep
     "Choose variable genes on training cells (perturbed and control) and record which cells these were."
-    require(split is not None,
-            "n_top_genes: needs split=..., because variable genes are chosen on training cells only; make one with "
-            "make_split(adata) on the loaded data")
-    require(0 < n_top_genes <= adata.n_vars,
-            f"n_top_genes: found {n_top_genes}, the file has {adata.n_vars} genes; choose fewer, or None for all")
+    require(
+        split is not None,
+        "n_top_genes: needs split=..., because variable genes are chosen on training cells only; make one with "
+        "make_split(adata) on the loaded data")
+    require(
+        0 < n_top_genes <= adata.n_vars,
+        f"n_top_genes: found {n_top_genes}, the file has {adata.n_vars} genes; choose fewer, or None for all"
+    )
     rows = np.sort(np.r_[split.cells(adata, "train"), split.controls(adata, "train")])
     require(len(rows) > 1,
             f"split: found {len(rows)} training cells in this file; is it the split of another dataset?")
@@ -219,8 +227,11 @@ def _without_empty_cells(
     "Drop cells without counts."
     keep, X = totals > 0, adata.X
     lengths = np.diff(X.indptr)
-    if lengths[~keep].any(): X = X[keep]
-    else: X = sp.csr_matrix((X.data, X.indices, np.r_[0, np.cumsum(lengths[keep])]), shape=(keep.sum(), adata.n_vars))
+    if lengths[~keep].any():
+        X = X[keep]
+    else:
+        X = sp.csr_matrix((X.data, X.indices, np.r_[0, np.cumsum(lengths[keep])]),
+                          shape=(keep.sum(), adata.n_vars))
     obs = adata.obs[keep].copy()
     for column in obs.select_dtypes("category"): obs[column] = obs[column].cat.remove_unused_categories()
     layers = {name: layer[keep] for name, layer in adata.layers.items()}
@@ -263,5 +274,9 @@ def prepare(
     if n_top_genes is not None:
         at = np.flatnonzero(_variable_genes_(adata, n_top_genes, split))
         layers = {name: layer[:, at] for name, layer in adata.layers.items()}
-        adata = AnnData(adata.X[:, at], obs=adata.obs, var=adata.var.iloc[at].copy(), uns=adata.uns, layers=layers)
+        adata = AnnData(adata.X[:, at],
+                        obs=adata.obs,
+                        var=adata.var.iloc[at].copy(),
+                        uns=adata.uns,
+                        layers=layers)
     return validate(_logged(adata, expression_space, steps), "prepared")

@@ -53,8 +53,10 @@ def _check_obs(adata:AnnData)->None:
     require(not odd, f"obs['condition']: found {listed(odd, 5)}; expected 'ctrl', 'GENE+ctrl' or 'A+B' in "
                      f"alphabetical "
                      "order, as load_dataset writes them")
-    require("ctrl" in set(pairs["condition"]),
-            "obs['condition']: found no control cells; give load_dataset the file's control label (control=...)")
+    require(
+        "ctrl" in set(pairs["condition"]),
+        "obs['condition']: found no control cells; give load_dataset the file's control label (control=...)"
+    )
     fits = lambda c, p: p == c or c != "ctrl" and p.startswith(f"{c}|")
     wrong = [f"{p} in {c}" for c, p in pairs.itertuples(index=False) if not fits(c, p)]
     require(not wrong, f"obs['perturbation']: found {listed(wrong, 5)}; expected the condition, or "
@@ -86,12 +88,15 @@ def _check_values(adata:AnnData)->None:
     require(np.issubdtype(values.dtype, np.number), f"X: found values of type {values.dtype}; expected numbers")
     low, high = (values.min(), values.max()) if len(values) else (0, 0)
     if not np.isfinite([low, high]).all():
-        raise SchemaError(f"X: found {int((~np.isfinite(values)).sum())} NaN or infinite values; drop those cells "
-                          f"or genes, "
-                          "or set the values to 0")
-    require(low >= 0, f"X: found negative values, lowest {low:g}; give raw counts or log1p values, not scaled or "
-                      f"centred "
-                      "ones")
+        raise SchemaError(
+            f"X: found {int((~np.isfinite(values)).sum())} NaN or infinite values; drop those cells "
+            f"or genes, "
+            "or set the values to 0")
+    require(
+        low >= 0,
+        f"X: found negative values, lowest {low:g}; give raw counts or log1p values, not scaled or "
+        f"centred "
+        "ones")
     require(high > 0, "X: found only zeros; there is nothing to normalise")
     if space == "counts":
         require(_whole(values), f"X: declared as counts but found fractions up to {high:g}; if it is already "
@@ -100,9 +105,11 @@ def _check_values(adata:AnnData)->None:
         return
     require(not _whole(values),
             f"X: declared as {space} but found whole numbers up to {high:g}; load it with values='counts'")
-    require(high < 15, f"X: declared as {space} but found {high:g}, too large for a logarithm; apply log1p to it, "
-                       f"or load "
-                       "raw counts")
+    require(
+        high < 15,
+        f"X: declared as {space} but found {high:g}, too large for a logarithm; apply log1p to it, "
+        f"or load "
+        "raw counts")
 
 # %% ../../nbs/1_data/10_schema.ipynb #dec5883c
 def _check_prepared(adata:AnnData)->None:
@@ -123,9 +130,11 @@ def _check_prepared(adata:AnnData)->None:
         c, x = counts[row].toarray().ravel(), X[row].toarray().ravel()
         ratio = np.expm1(x[c > 0].astype(float))/c[c > 0]
         same = (x[c == 0] == 0).all() and np.allclose(ratio, ratio[:1], rtol=1e-3)
-        require(same, f"X: cell {adata.obs_names[row]} is not the logarithm of its scaled layers['counts']; was "
-                      f"it logged "
-                      "again or changed? Call prepare on the loaded file")
+        require(
+            same,
+            f"X: cell {adata.obs_names[row]} is not the logarithm of its scaled layers['counts']; was "
+            f"it logged "
+            "again or changed? Call prepare on the loaded file")
 
 # %% ../../nbs/1_data/10_schema.ipynb #d189d975
 def validate(

@@ -130,8 +130,11 @@ def _truth(
     folds, both = (np.stack(x) for x in zip(*(log_folds(plan, u, network.targets) for u in unit)))
     genes, double, n = names["gene"], plan["double"].to_numpy(), spec.guides_per_target
     targets, conditions = genes[network.targets], plan["condition"].to_numpy(str)
-    edges = dict(source=genes[network.source], sink=genes[network.sink], weight=network.weight.T.astype(np.float32))
-    guides = dict(guide_id=np.array([f"{t}_{i + 1}" for t in targets for i in range(n)]), target=np.repeat(targets, n),
+    edges = dict(source=genes[network.source],
+                 sink=genes[network.sink],
+                 weight=network.weight.T.astype(np.float32))
+    guides = dict(guide_id=np.array([f"{t}_{i + 1}" for t in targets for i in range(n)]),
+                  target=np.repeat(targets, n),
                   strength=strength.ravel())
     return dict(condition=conditions, log_fold=folds.mean(0), log_fold_by_cell_type=folds,
                 interaction=both[:, double].mean(0), double=conditions[double], **names, module=network.module,

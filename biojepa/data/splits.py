@@ -152,10 +152,11 @@ def _require_parts(
     empty = sorted(p for p, n in sizes.items() if not n and not (p == "val" and allow_empty_val))
     if empty:
         found = ", ".join(f"{n} {p}" for p, n in sizes.items())
-        raise ValueError(f"kind='{split.kind}': part {listed(empty)} is empty ({found} values of "
-                         f"obs['{split.key}']); "
-                         "use data with more of them, other fractions or lists, or allow_empty_val=True if only "
-                         "val is empty")
+        raise ValueError(
+            f"kind='{split.kind}': part {listed(empty)} is empty ({found} values of "
+            f"obs['{split.key}']); "
+            "use data with more of them, other fractions or lists, or allow_empty_val=True if only "
+            "val is empty")
     values = pd.Series([v for p in PARTS for v in getattr(split, p)])
     if values.duplicated().any():
         twice = listed(sorted(values[values.duplicated()].unique()), 5)
@@ -171,6 +172,7 @@ def _reused(
     flat = lambda x: {"kind": x["kind"], "seed": x["seed"], **x["settings"]}
     found, asked = flat(asdict(split)), flat(asked)
     if asked == found: return split
-    raise ValueError(f"{path}: holds another split ({found}) than is asked for ({asked}); give another path, or "
-                     f"delete the "
-                     "file")
+    raise ValueError(
+        f"{path}: holds another split ({found}) than is asked for ({asked}); give another path, or "
+        f"delete the "
+        "file")

@@ -42,8 +42,9 @@ def error_blocks(
     if level not in ("cell", "perturbation"):
         raise ValueError(f"level: found {level!r}; choose 'cell' or 'perturbation'")
     if (ps.variance if level == "cell" else ps.delta_variance) is None:
-        raise ValueError(f"{ps.name}: predicts no variance of a {level}{' mean' if level == 'perturbation' else ''}; "
-                         f"there is nothing to calibrate, choose a method or a level that has one")
+        raise ValueError(
+            f"{ps.name}: predicts no variance of a {level}{' mean' if level == 'perturbation' else ''}; "
+            f"there is nothing to calibrate, choose a method or a level that has one")
     pb = pseudobulk(ps)
     if level == "perturbation":
         yield np.arange(len(pb.conditions)), pb.observed - pb.predicted, pb.variance
@@ -110,8 +111,9 @@ def fit_recalibration(
         if kind == "constant": continue
         z = _ratio(error, variance)
         if n_stuck := np.isinf(z).sum():
-            raise ZeroVarianceError(f"{val.name}: {n_stuck} predicted variances are 0 where the prediction is not "
-                                    f"exact; no factor repairs that, use kind='constant'")
+            raise ZeroVarianceError(
+                f"{val.name}: {n_stuck} predicted variances are 0 where the prediction is not "
+                f"exact; no factor repairs that, use kind='constant'")
         ratio += np.bincount(code, (z**2).mean(1), C)
         if kind == "conformal":
             for c in np.unique(code): counts[c] += np.histogram(z[code == c], _BINS)[0]
@@ -131,7 +133,7 @@ class Calibration(NamedTuple):
     nominal:np.ndarray          # (L,)
     conditions:pd.DataFrame     # C rows: condition, cell_type, n_cells
     covered:np.ndarray          # (C, L) share of values inside each interval
-    scores:pd.DataFrame         # C rows: crps, nll (NaN for conformal intervals, which are no density), mse, variance
+    scores: pd.DataFrame  # C rows: crps, nll (NaN for conformal intervals, which are no density), mse, variance
 
 def calibrate(
     ps:PredictionSet,                           # with variances
@@ -141,8 +143,9 @@ def calibrate(
 )->Calibration:
     "Compare errors with predicted variances, as they are or recalibrated."
     if recalibration.level not in (None, level):
-        raise ValueError(f"recalibration: was learned for a {recalibration.level}, used for a {level}; learn it at the "
-                         f"same level")
+        raise ValueError(
+            f"recalibration: was learned for a {recalibration.level}, used for a {level}; learn it at the "
+            f"same level")
     if (g := recalibration.gene_variance) is not None and len(g) != len(ps.genes):
         raise ValueError(f"recalibration: has {len(g)} genes, the prediction {len(ps.genes)}; learn it on the "
                          f"same genes")
@@ -202,10 +205,13 @@ def calibration_table(
             i = int(np.argmin(np.abs(c.nominal - p)))
             if abs(c.nominal[i] - p) > 1e-9:
                 raise ValueError(
-                    f"at: {p} is not among the levels {c.nominal.tolist()}; compute it with calibrate(nominal=...)")
+                    f"at: {p} is not among the levels {c.nominal.tolist()}; compute it with "
+                    f"calibrate(nominal=...)"
+                )
             row[f"covered_{100*p:g}"] = c.covered[:, i].mean()
         error = lambda covered: calibration_error(covered, c.nominal)
-        for name, values, statistic in (("ece", c.covered, error), ("crps", c.scores["crps"].to_numpy(), np.mean)):
+        for name, values, statistic in (("ece", c.covered, error), ("crps", c.scores["crps"].to_numpy(),
+                                                                    np.mean)):
             ends = _drawn(values, statistic, n, level, seed)
             row |= {name: statistic(values), f"{name}_low": ends[0], f"{name}_high": ends[1]}
         rows.append(row | c.scores[["nll", "mse", "variance"]].mean().to_dict() | dict(n=len(c.covered)))
@@ -232,5 +238,6 @@ def compare_calibrations(
                 warnings.warn(f"recalibration {kind!r} left out: {error}", stacklevel=2)
             else: found.append(calibrate(s, level, repair, nominal))
     if not found:
-        raise ValueError(f"tests: none of {[s.name for s in tests]} predicts a variance; there is nothing to calibrate")
+        raise ValueError(
+            f"tests: none of {[s.name for s in tests]} predicts a variance; there is nothing to calibrate")
     return found

@@ -56,7 +56,8 @@ SCREENS = dict(     # kind of split -> the screen it is asked on
     guide=PLAIN,
     combination=replace(PLAIN, n_targets=36, n_doubles=44, n_cells=2400),
     cell_type=replace(PLAIN, n_targets=24, n_cell_types=4, n_cells=2800))
-EPOCHS = dict(laptop=dict(pretrain=1, align=40, dynamics=5, readout=1))  # preset -> lengths that suit such screens
+EPOCHS = dict(laptop=dict(pretrain=1, align=40, dynamics=5,
+                          readout=1))  # preset -> lengths that suit such screens
 SCALES = dict(smoke=.4)  # preset -> scale, where it is not 1
 
 def scaled_screen(
@@ -110,7 +111,8 @@ def variants(
     ]
     d, heads = base.model.d_model, base.model.n_heads
     for width in (max(1, round(w*d/heads))*heads for w in widths):
-        if width != d: cases.append(other(f"width {width} instead of {d}", model=base.model.changed(d_model=width)))
+        if width != d:
+            cases.append(other(f"width {width} instead of {d}", model=base.model.changed(d_model=width)))
     return cases
 
 # %% ../../nbs/6_evaluate/13_cases.ipynb #89bfb672
@@ -165,8 +167,9 @@ def unseen_targets(
     "Some targets for testing, some for validation, drawn at random."
     names = sorted(set(adata.obs["condition"].astype(str)) - {"ctrl"})
     if double := [c for c in names if len(parse_condition(c)) > 1]:
-        raise ValueError(f"obs['condition']: found the combination {double[0]!r}; draw from single perturbations, or "
-                         f"use make_split(adata, 'simulation')")
+        raise ValueError(
+            f"obs['condition']: found the combination {double[0]!r}; draw from single perturbations, or "
+            f"use make_split(adata, 'simulation')")
     names = np.random.default_rng(seed).permutation(names).tolist()
     t, v = (max(1, round(f*len(names))) for f in (test_fraction, val_fraction))
     parts = dict(test=names[:t], val=names[t:t + v], train=names[t + v:])
@@ -201,7 +204,10 @@ def case_data(
     data, threads = case.experiment.data, torch.get_num_threads()
     if case.screen is None: adata, split = load_data(data, runs=runs)
     else:
-        card = read_card("simulated").changed(simulate=asdict(case.screen), cells=None, genes=None, targets=None)
+        card = read_card("simulated").changed(simulate=asdict(case.screen),
+                                              cells=None,
+                                              genes=None,
+                                              targets=None)
         loaded = load_dataset(card)
         if data.split == "custom": split = unseen_targets(loaded, data.split_seed)
         else: split = make_split(loaded, data.split, data.split_seed)

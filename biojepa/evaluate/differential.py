@@ -30,14 +30,17 @@ class DETable(NamedTuple):
         "The rows of a pseudobulk, in its order; other genes or a missing condition are errors."
         if tuple(self.genes) != tuple(pb.genes):
             raise ValueError(
-                f"de: was made for other genes ({len(self.genes)}) than the prediction's ({len(pb.genes)}), or in "
+                f"de: was made for other genes ({len(self.genes)}) than the prediction's "
+                f"({len(pb.genes)}), or in "
                 f"another order; call observed_de on this set")
         keys = (pd.MultiIndex.from_frame(t[["condition", "cell_type"]].astype(str))
                 for t in (self.conditions, pb.conditions))
         rows = next(keys).get_indexer(next(keys))
         if (rows < 0).any():
             raise ValueError(
-                f"de: lacks {pb.conditions['condition'].iloc[np.argmax(rows < 0)]}; call observed_de on this set")
+                f"de: lacks {pb.conditions['condition'].iloc[np.argmax(rows < 0)]}; call observed_de on "
+                f"this set"
+            )
         return self._replace(conditions=self.conditions.iloc[rows], score=self.score[rows],
                              p_adjusted=self.p_adjusted[rows], error=self.error[rows])
 
@@ -97,8 +100,9 @@ def observed_de(
     for line, cells in ps.cells.groupby(ps.cells["cell_type"].astype(str)).indices.items():
         rows = controls[lines == line]
         if len(rows) < 2:
-            raise ValueError(f"obs['cell_type']: {line!r} has {len(rows)} control cells for part {part!r}; a test "
-                             f"needs two or more")
+            raise ValueError(
+                f"obs['cell_type']: {line!r} has {len(rows)} control cells for part {part!r}; a test "
+                f"needs two or more")
         control = sparse.csr_matrix(adata[rows, list(ps.genes)].X)
         parts.append(_tested(ps.observed[cells], control, condition[cells], line, method))
     tables, *arrays = zip(*parts)

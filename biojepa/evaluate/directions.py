@@ -112,7 +112,8 @@ def direction_scores(
 )->pd.DataFrame:    # per perturbation and metric: method, metric, condition, cell_type, n_cells, value, chance
     "The three accuracies of direction, each beside its chance."
     given = dict(threshold=threshold, keep_target=keep_target)
-    both = lambda **o: dict(value=direction_accuracy(pb, **given, **o), chance=direction_chance(pb, **given, **o))
+    both = lambda **o: dict(value=direction_accuracy(pb, **given, **o),
+                            chance=direction_chance(pb, **given, **o))
     scores = {
         "direction, all genes": both(),
         f"direction, top {top}": both(top=top),
@@ -149,7 +150,10 @@ def direction_counts(
 )->pd.DataFrame:    # 9 rows: method, observed, predicted, n (genes × perturbations), share (of the observed class)
     "How classes are taken for one another, over all perturbations."
     used, names = judged_genes(pb, keep_target), ["down", "unchanged", "up"]
-    made = [pd.Categorical.from_codes(direction(x, threshold)[used] + 1, names) for x in (pb.observed, pb.predicted)]
+    made = [
+        pd.Categorical.from_codes(direction(x, threshold)[used] + 1, names)
+        for x in (pb.observed, pb.predicted)
+    ]
     counts = pd.crosstab(*made, dropna=False).to_numpy()
     share = counts/np.maximum(counts.sum(1, keepdims=True), 1)
     return pd.DataFrame(dict(method=pb.name, observed=np.repeat(names, 3), predicted=np.tile(names, 3),

@@ -67,14 +67,18 @@ def gene_rankings(
     used, about, rows = judged_genes(pb, keep_target), about_rows(pb).to_dict("records"), []
     significant = None if de is None else de.matched(pb).p_adjusted < alpha
     ks = [k for k in ks if 0 < k <= used.sum(1).min()]
-    if not ks: raise ValueError(f"ks: none lies between 1 and the {used.sum(1).min()} genes; give shorter lists")
+    if not ks:
+        raise ValueError(f"ks: none lies between 1 and the {used.sum(1).min()} genes; give shorter lists")
     for i, u in enumerate(used):
         p, o = np.abs(pb.predicted[i, u]), np.abs(pb.observed[i, u])
-        relevant = rank_weights(o, _first(len(o), n_relevant)) if de is None else significant[i, u].astype(float)
+        relevant = rank_weights(o, _first(len(o),
+                                          n_relevant)) if de is None else significant[i, u].astype(float)
         for k in ks:
             for r in _rankings_of_row(p, o, relevant, k):
                 rows.append(about[i] | dict(metric=f"{r['quantity']}@{k}", k=k) | r)
-    columns = ["method", "metric", "condition", "cell_type", "n_cells", "quantity", "k", "value", "chance", "best"]
+    columns = [
+        "method", "metric", "condition", "cell_type", "n_cells", "quantity", "k", "value", "chance", "best"
+    ]
     return pd.DataFrame(rows)[columns]
 
 # %% ../../nbs/6_evaluate/08_gene_level.ipynb #5d4dec37

@@ -192,7 +192,8 @@ def energy_distance(
     ps:PredictionSet,
 )->np.ndarray:      # (C,) always defined
     "Energy distance between predicted (shifted control) cells and observed cells."
-    return np.array([energy_between(ps.shifted(rows), ps.observed[rows].toarray()) for rows in _cells_of(pb, ps)])
+    return np.array(
+        [energy_between(ps.shifted(rows), ps.observed[rows].toarray()) for rows in _cells_of(pb, ps)])
 
 # %% ../../nbs/6_evaluate/03_metrics.ipynb #a0fcf0ea
 def effect_size(
@@ -264,8 +265,9 @@ def _chosen(
     for name in names:
         if name not in METRICS: raise ValueError(f"metrics: found {name!r}; choose among {', '.join(METRICS)}")
         if lacking := set(METRICS[name].needs) - given:
-            raise ValueError(f"metrics: {name} needs {', '.join(sorted(lacking))}; give de=observed_de(...), or a set "
-                             f"with a predicted variance")
+            raise ValueError(
+                f"metrics: {name} needs {', '.join(sorted(lacking))}; give de=observed_de(...), or a set "
+                f"with a predicted variance")
     return [METRICS[name] for name in names]
 
 def evaluate(

@@ -155,18 +155,25 @@ def _protocol_of(
 REPORT_VALUES = dict(mse=.4979, r_top20_cell=.9266, r2_mean=.9175, r2_median=.9272, r2_top50_mean=.0962,
                      r2_top50_median=.3211, shift_last_batch=.5379)
 MEANING = dict(
-    mse="squared error of one cell's Δ to one random control cell, mean over genes and cells; almost all of it is "
-        "noise of single cells",
-    r_top20_cell="Pearson over the 20 genes of largest |Δ| of each cell; the control cell's noise is on both sides, "
-                 "so the control mean scores high",
-    r2_mean="R² of mean expression over all genes; says that abundant genes are abundant, which the control mean "
-            "knows",
+    mse=
+    "squared error of one cell's Δ to one random control cell, mean over genes and cells; almost all of it is "
+    "noise of single cells",
+    r_top20_cell=
+    "Pearson over the 20 genes of largest |Δ| of each cell; the control cell's noise is on both sides, "
+    "so the control mean scores high",
+    r2_mean=
+    "R² of mean expression over all genes; says that abundant genes are abundant, which the control mean "
+    "knows",
     r2_median="the same, median over perturbations",
-    r2_top50_mean="R² of mean expression over the 50 genes of largest mean |Δ|; below the control mean's value the "
-                  "prediction does harm",
+    r2_top50_mean=
+    "R² of mean expression over the 50 genes of largest mean |Δ|; below the control mean's value the "
+    "prediction does harm",
     r2_top50_median="the same, median over perturbations",
-    shift="mean |predicted Δ| of a cell; not an accuracy: the control mean has one too, a cell's distance to the mean",
-    shift_last_batch="the same, of the last 32 cells that fill a batch: what the release printed as the shift")
+    shift=
+    "mean |predicted Δ| of a cell; not an accuracy: the control mean has one too, a cell's distance to "
+    "the mean",
+    shift_last_batch=
+    "the same, of the last 32 cells that fill a batch: what the release printed as the shift")
 
 def published_table(
     sets:Iterable[PredictionSet],       # methods on the same cells, control_mean and train_mean among them

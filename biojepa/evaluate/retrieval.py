@@ -50,7 +50,9 @@ def dealt_anew(
     for _, line in candidates.about[candidates.about["condition"].isin(chosen)].groupby("cell_type"):
         rows = {name: line.index[at] for name, at in line.groupby("condition").indices.items()}
         names = sorted(rows)
-        for name, other in zip(names, np.random.default_rng(seed).permutation(names)):  # guides of a target together
+        for name, other in zip(
+                names,
+                np.random.default_rng(seed).permutation(names)):  # guides of a target together
             delta[rows[name]] = candidates.delta[np.resize(rows[other], len(rows[name]))]
     return candidates._replace(name=f"{candidates.name}, dealt anew", delta=delta)
 
@@ -86,8 +88,9 @@ def _check_candidates(queries:Responses, candidates:Responses)->np.ndarray:     
         raise ValueError(f"candidates: {known[twice][0]} stands twice; give each label one row per line")
     right = known.get_indexer(asked)
     if (right < 0).any():
-        raise ValueError(f"candidates: lack {queries.about['label'].iloc[np.argmax(right < 0)]!r}; rank among all "
-                         f"actions of the table, at the same level (by)")
+        raise ValueError(
+            f"candidates: lack {queries.about['label'].iloc[np.argmax(right < 0)]!r}; rank among all "
+            f"actions of the table, at the same level (by)")
     return right
 
 def rank_candidates(

@@ -29,12 +29,22 @@ def action_sheet(
     mean = [np.average(template.control_mean[line == l], axis=0, weights=n[line == l]) for l in lines]
     groups = pd.concat([about.assign(cell_type=l, n_cells=1) for l in lines], ignore_index=True)
     cells = groups[["perturbation", "condition", "cell_type"]]
-    cells = cells.assign(batch="", group=np.arange(len(groups)), control="").set_axis((groups.perturbation + " in " + groups.cell_type).to_numpy())
+    cells = cells.assign(batch="", group=np.arange(len(groups)), control="").set_axis(
+        (groups.perturbation + " in " + groups.cell_type).to_numpy())
     control = np.repeat(mean, len(about), 0)
     empty = sp.csr_matrix(control.shape, dtype=np.float32)
     asked = template.provenance | dict(method="control_mean", asked="every action")
-    return PredictionSet("control_mean", template.genes, cells, empty, empty, groups, control, np.zeros_like(control),
-                         template.train_delta, template.expression_space, provenance=asked)
+    return PredictionSet("control_mean",
+                         template.genes,
+                         cells,
+                         empty,
+                         empty,
+                         groups,
+                         control,
+                         np.zeros_like(control),
+                         template.train_delta,
+                         template.expression_space,
+                         provenance=asked)
 
 # %% ../../nbs/6_evaluate/09_sheets.ipynb #2381e6c7
 def answer_sheet(
@@ -49,8 +59,9 @@ def answer_sheet(
     "The model's answer for every action: mean Δ over control cells that are encoded once."
     code = pd.Index(run.table.perturbation).get_indexer(sheet.groups["perturbation"])
     if (code < 0).any():
-        raise ValueError(f"table: lacks {sheet.groups['perturbation'].iloc[np.argmax(code < 0)]!r}; give the table the "
-                         f"sheet was made of")
+        raise ValueError(
+            f"table: lacks {sheet.groups['perturbation'].iloc[np.argmax(code < 0)]!r}; give the table the "
+            f"sheet was made of")
     delta, part = np.zeros_like(sheet.delta), sheet.provenance.get("part", "test")
     for line, rows in sheet.groups.groupby("cell_type").indices.items():
         controls = some_controls(run.adata, run.split, part, line, n_controls, seed)
@@ -64,6 +75,7 @@ def some_controls(adata:AnnData, split, part:str, line:str, n:int, seed:int)->np
     controls = np.sort(split.controls(adata, part))
     controls = controls[(adata.obs["cell_type"].astype(str) == line).to_numpy()[controls]]
     if n < 1 or not len(controls):
-        raise ValueError(f"n_controls: found {n}, and {len(controls)} control cells of {line!r}; at least one of each "
-                         f"is needed")
+        raise ValueError(
+            f"n_controls: found {n}, and {len(controls)} control cells of {line!r}; at least one of each "
+            f"is needed")
     return np.sort(np.random.default_rng(seed).permutation(controls)[:n])

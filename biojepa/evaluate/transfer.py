@@ -112,7 +112,10 @@ class Transfer(NamedTuple):
 def _about(case:Case, run:Run)->dict:
     "What a case was trained on."
     cells = {p: run.split.cells(run.adata, p) for p in ("train", "test")}
-    n = {p: len(run.adata.obs[["condition", "cell_type"]].iloc[rows].drop_duplicates()) for p, rows in cells.items()}
+    n = {
+        p: len(run.adata.obs[["condition", "cell_type"]].iloc[rows].drop_duplicates())
+        for p, rows in cells.items()
+    }
     identity = json.loads((run.folder/"run.json").read_text())["identity"]
     return dict(case=case.name, group=case.group, held_out=run.split.kind, genes=run.adata.n_vars,
                 width=run.experiment.model.d_model, parameters=n_params(run.model),
@@ -183,7 +186,8 @@ def _table_row(scores:pd.DataFrame, metric:str, method:str)->dict:
     best = _interval(values[row["best"]]) if len(ranked) else dict.fromkeys(("mean", "low", "high"), np.nan)
     row |= {f"best_{k}": best[k] for k in ("mean", "low", "high")}
     for name, m in dict(train_mean="train_mean", best=row["best"], reference=REFERENCE).items():
-        if m in values: row |= {f"{k}_{name}": v for k, v in _difference(scores, method, m, about.chance).items()}
+        if m in values:
+            row |= {f"{k}_{name}": v for k, v in _difference(scores, method, m, about.chance).items()}
     return row
 
 # %% ../../nbs/6_evaluate/14_transfer.ipynb #c0255612

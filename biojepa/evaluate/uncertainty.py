@@ -43,7 +43,9 @@ def risk_coverage(
     error, about = table["error"].to_numpy(), table[["method", "level"]].iloc[0].to_dict()
     at = np.unique(np.linspace(1, len(table), min(points, len(table))).round().astype(int))
     curves = [
-        pd.DataFrame(about | dict(order=order, kept=at/len(error), risk=_risks(table[order].to_numpy(), error)[at - 1]))
+        pd.DataFrame(
+            about
+            | dict(order=order, kept=at/len(error), risk=_risks(table[order].to_numpy(), error)[at - 1]))
         for order in ("variance", "error")
     ]
     return pd.concat(curves, ignore_index=True)
@@ -78,14 +80,16 @@ def uncertainty_table(
     own, drawn, dealt = _knows(error, variance), np.full((1, 3), np.nan), np.full((1, 3), np.nan)
     if np.isfinite(own).all():
         if len(rows) > 2:
-            picks = (np.concatenate([rows[i] for i in rng.integers(len(rows), size=len(rows))]) for _ in range(n))
+            picks = (np.concatenate([rows[i] for i in rng.integers(len(rows), size=len(rows))])
+                     for _ in range(n))
             draws = np.array([_knows(error[i], variance[i]) for i in picks])
             draws = draws[np.isfinite(draws).all(1)]    # a draw of one condition over and over is undefined
             if len(draws): drawn = draws
         dealt = _shuffled(error, variance, n, rng)
     ends = [(1 - level)/2, (1 + level)/2]
     low, high, chance_low, chance_high = (np.quantile(x, q, axis=0) for x in (drawn, dealt) for q in ends)
-    metrics, about = ["Pearson r", "Spearman ρ", "risk–coverage gain"], table[["method", "level"]].iloc[0].to_dict()
+    metrics = ["Pearson r", "Spearman ρ", "risk–coverage gain"]
+    about = table[["method", "level"]].iloc[0].to_dict()
     found = dict(mean=own, low=low, high=high, chance_low=chance_low, chance_high=chance_high)
     return pd.DataFrame(about | dict(metric=metrics) | found | dict(n=len(table), n_conditions=len(rows)))
 

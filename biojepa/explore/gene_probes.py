@@ -34,8 +34,9 @@ def read_scores(
     "Scores of genes from a table; genes without a score are left out."
     table = read_table(source)
     if missing := [c for c in (gene, score) if c not in table]:
-        raise ValueError(f"scores: columns {missing} are missing, found {list(table.columns)[:10]}; name them with "
-                         f"gene= and score=")
+        raise ValueError(
+            f"scores: columns {missing} are missing, found {list(table.columns)[:10]}; name them with "
+            f"gene= and score=")
     values = pd.to_numeric(table[score], errors="coerce")
     if (words := values.isna() & table[score].notna()).any():
         raise ValueError(f"scores: found {table[score][words].iloc[0]!r} in column {score!r}; give numbers")
@@ -51,8 +52,9 @@ def planted_scores(
 )->pd.Series:           # gene -> summed |weight| of the edges that leave it, mean over lines
     "How strongly each gene regulates others in the planted network."
     if "edges" not in (truth := adata.uns.get("truth", {})):
-        raise ValueError("adata.uns['truth']: found no planted network; give a table of scores (read_scores), or use "
-                         "effect_scores")
+        raise ValueError(
+            "adata.uns['truth']: found no planted network; give a table of scores (read_scores), or use "
+            "effect_scores")
     source = np.asarray(truth["edges"]["source"]).astype(str)
     weight = np.abs(np.asarray(truth["edges"]["weight"])).reshape(len(source), -1).mean(1)
     return pd.Series(weight).groupby(source).sum().reindex(adata.var_names.astype(str), fill_value=0.)
@@ -87,14 +89,15 @@ def gene_scores(
     else: found, meaning = effect_scores(adata), "observed effect of perturbing it (root mean square Δ)"
     known = [g for g in map(str, adata.var_names) if g in found.index]
     if not known:
-        raise ValueError(f"scores: none of {len(found)} genes is among the {adata.n_vars} measured ones; both must "
-                         f"use the same names, e.g. {found.index[0]!r} and {adata.var_names[0]!r}")
+        raise ValueError(
+            f"scores: none of {len(found)} genes is among the {adata.n_vars} measured ones; both must "
+            f"use the same names, e.g. {found.index[0]!r} and {adata.var_names[0]!r}")
     return (-found[known], f"− {meaning}") if negate else (found[known], meaning)
 
 # %% ../../nbs/7_explore/03_gene_probes.ipynb #ac2d2b12
 class GeneProbe(NamedTuple):
     "What representations of genes tell about a score, for genes that the probe has not seen."
-    table:pd.DataFrame  # representation, measure, value, low, high (bootstrap over genes), chance, mean and central
+    table: pd.DataFrame  # representation, measure, value, low, high (bootstrap over genes), chance, mean and central
                         # 90 % of shuffled probes, difference to the reference with interval, n_genes, n_positive
     genes:pd.DataFrame  # gene, representation, score, positive, fold, predicted (score), probability (positive)
 
@@ -120,14 +123,22 @@ def gene_probe(
         found[name] = _measures(y, label, fold, predicted, probability, weights)
         null = pd.DataFrame([_null(x, *_mixed(y, label, fold, rng), fold) for _ in range(n_shuffles)],
                             columns=list(found[name]), dtype=float)
-        genes.append(pd.DataFrame(dict(gene=score.index, representation=name, score=y, positive=label, fold=fold,
-                                       predicted=predicted, probability=probability)))
+        genes.append(
+            pd.DataFrame(
+                dict(gene=score.index,
+                     representation=name,
+                     score=y,
+                     positive=label,
+                     fold=fold,
+                     predicted=predicted,
+                     probability=probability)))
         table += [
             dict(representation=name, measure=m, value=v[0], shuffled=null[m].mean(),
                  shuffled_low=null[m].quantile(.05), shuffled_high=null[m].quantile(.95))
             for m, v in found[name].items()
         ]
-    table = _with_intervals(pd.DataFrame(table), found, reference).assign(n_genes=len(y), n_positive=int(label.sum()))
+    table = _with_intervals(pd.DataFrame(table), found, reference).assign(n_genes=len(y),
+                                                                          n_positive=int(label.sum()))
     return GeneProbe(table, pd.concat(genes, ignore_index=True))
 
 # %% ../../nbs/7_explore/03_gene_probes.ipynb #2ddcb217
@@ -140,14 +151,16 @@ def _labelled(
         raise ValueError(f"reference: {reference!r} is not among {list(representations)}")
     for name, x in representations.items():
         if len(x) != len(y) or not np.isfinite(x).all():
-            raise ValueError(f"representations[{name!r}]: found shape {np.shape(x)} for {len(y)} scores, or values "
-                             f"that are not finite; give one row per gene")
+            raise ValueError(
+                f"representations[{name!r}]: found shape {np.shape(x)} for {len(y)} scores, or values "
+                f"that are not finite; give one row per gene")
     if not np.isfinite(y).all(): raise ValueError("score: found NaN or infinite values; leave these genes out")
     if threshold is None: threshold = .5 if set(y) <= {0., 1.} else np.quantile(y, .75)
     label = y > threshold
     if min(label.sum(), (~label).sum()) < 2*n_folds:
-        raise ValueError(f"score: {int(label.sum())} of {len(y)} genes are above {threshold:.4g}; {n_folds} folds "
-                         f"need at least {2*n_folds} genes on either side: give more genes, or another threshold")
+        raise ValueError(
+            f"score: {int(label.sum())} of {len(y)} genes are above {threshold:.4g}; {n_folds} folds "
+            f"need at least {2*n_folds} genes on either side: give more genes, or another threshold")
     return y, label
 
 def _out_of_fold(x, y:np.ndarray, label:np.ndarray, fold:np.ndarray)->tuple[np.ndarray, np.ndarray]:
@@ -195,7 +208,8 @@ def _measures(
         out["auroc"].append(_weighted_auroc(probability[at], label[at], w))
         out["r"].append(_weighted_pearson(predicted[at], y[at], w))
         out["rho"].append(_weighted_pearson(stats.rankdata(predicted[at]), stats.rankdata(y[at]), w))
-    with warnings.catch_warnings():     # a draw in which a fold has one class, or constants, leaves that fold out
+    with warnings.catch_warnings(
+    ):  # a draw in which a fold has one class, or constants, leaves that fold out
         warnings.simplefilter("ignore", RuntimeWarning)
         return {m: np.nanmean(v, 0) for m, v in out.items()}
 

@@ -23,7 +23,8 @@ def cosine(
     "Cosine similarity of all pairs."
     x = np.asarray(x, np.float64)
     if not np.isfinite(x).all():
-        raise ValueError(f"vectors: found {(~np.isfinite(x)).sum()} NaN or infinite values; leave these items out")
+        raise ValueError(
+            f"vectors: found {(~np.isfinite(x)).sum()} NaN or infinite values; leave these items out")
     scale = np.linalg.norm(x, axis=1).max(initial=0)
     if centre: x = x - x.mean(0)
     size = np.linalg.norm(x, axis=1, keepdims=True)
@@ -40,7 +41,8 @@ def nearest(
     N = len(similarity)
     open_ = np.broadcast_to(np.ones(N, bool) if answer is None else answer, (N, N)) & ~np.eye(N, dtype=bool)
     if (n := open_.sum(1).min()) < k:
-        raise ValueError(f"k: found {k}, but an item has only {n} others to choose from; choose fewer neighbours")
+        raise ValueError(
+            f"k: found {k}, but an item has only {n} others to choose from; choose fewer neighbours")
     s = np.where(open_, similarity, -np.inf)
     last = -np.partition(-s, k - 1, axis=1)[:, k - 1:k]
     above, tied = s > last + 1e-12, np.abs(s - last) <= 1e-12
@@ -50,7 +52,7 @@ def nearest(
 # %% ../../nbs/7_explore/05_genesets.ipynb #da2e75c9
 class _Statistics(NamedTuple):
     "Sums over related pairs, enough for every statistic."
-    values:np.ndarray   # (3, N, N) neighbour weight, centred cosine, plain cosine; zero where a pair does not count
+    values: np.ndarray  # (3, N, N) neighbour weight, centred cosine, plain cosine; zero where a pair does not count
     total:np.ndarray    # (3,) their sums
     pairs:np.ndarray    # (N, N) bool, pairs that count
     n_ask:int           # items that ask
@@ -130,13 +132,15 @@ def relation_table(
 )->pd.DataFrame:    # per space: knn, difference, ratio, each with _null, _low, _high, _p; chance, best, counts, note
     "The two questions for each space, over the items that are related to another; too few of them give a note."
     if why := _too_few(relation, list(names), k, ask, answer):
-        return pd.DataFrame([dict(space=s, source=relation.source, k=k, note=f"left out: {why}") for s in spaces])
+        return pd.DataFrame(
+            [dict(space=s, source=relation.source, k=k, note=f"left out: {why}") for s in spaces])
     (inside, at), rows = relation.at(list(names)), []
     part = lambda m: None if m is None else np.asarray(m)[at]
     given = dict(k=k, ask=part(ask), answer=part(answer), strata=part(strata)) | draws
     for name, x in tqdm(spaces.items(), desc="spaces", disable=not progress):
         if len(x) != len(names):
-            raise ValueError(f"spaces[{name!r}]: found {len(x)} vectors for {len(names)} names; give one per name")
+            raise ValueError(
+                f"spaces[{name!r}]: found {len(x)} vectors for {len(names)} names; give one per name")
         found = relation_test(x[at], inside, **given)
         rows.append(dict(space=name, source=relation.source) | found | dict(note=""))
     return pd.DataFrame(rows)
@@ -147,11 +151,14 @@ def _too_few(relation:Relation, names:list[str], k:int, ask, answer)->str:
     known = place >= 0
     related = relation.related[place[known]][:, place[known]]
     kept = related.getnnz(1) > 0
-    asks, answers = (np.ones(known.sum(), bool) if m is None else np.asarray(m, bool)[known] for m in (ask, answer))
+    asks, answers = (np.ones(known.sum(), bool) if m is None else np.asarray(m, bool)[known]
+                     for m in (ask, answer))
     n_ask, n_answer, between = (asks & kept).sum(), (answers & kept).sum(), related[asks][:, answers].nnz
     if n_answer - bool((asks & answers).any()) > k and n_ask > 1 and between: return ""
-    return (f"of {len(names)} items {kept.sum()} are related to another, {n_ask} may ask and {n_answer} answer, with "
-            f"{between} related pairs between them; {k} neighbours need more")
+    return (
+        f"of {len(names)} items {kept.sum()} are related to another, {n_ask} may ask and {n_answer} "
+        f"answer, with "
+        f"{between} related pairs between them; {k} neighbours need more")
 
 def set_similarity(
     vectors:np.ndarray,         # (M, K)

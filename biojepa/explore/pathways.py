@@ -43,8 +43,9 @@ class ActionSpaces(NamedTuple):
             single = single.where(single.actions["mode"] == single.actions["mode"].mode()[0])
         targets = single.actions["targets"].map(lambda t: t[0])
         if (twice := targets.duplicated()).any():
-            raise ValueError(f"actions: {targets[twice].iloc[0]!r} is targeted by several perturbations of one mode; "
-                             f"use action_spaces(by='condition')")
+            raise ValueError(
+                f"actions: {targets[twice].iloc[0]!r} is targeted by several perturbations of one mode; "
+                f"use action_spaces(by='condition')")
         return single, targets.tolist()
 
 def action_spaces(
@@ -63,17 +64,26 @@ def action_spaces(
         raise ValueError(f"by: found {by!r}; choose 'condition' or 'perturbation'")
     rows = np.flatnonzero(~table.is_control & actions.present.any(1).numpy() & (np.array(table.n_cells) > 0))
     if len(rows) < 3:
-        raise ValueError(f"table: {len(rows)} perturbations have cells and features; a comparison needs at least 3")
+        raise ValueError(
+            f"table: {len(rows)} perturbations have cells and features; a comparison needs at least 3")
     genes = ~adata.var_names.isin(table.genes)
     if genes.sum() < 2:
-        raise ValueError(f"adata: {genes.sum()} genes are not targets; responses are compared over genes that nobody "
-                         f"targeted")
+        raise ValueError(
+            f"adata: {genes.sum()} genes are not targets; responses are compared over genes that nobody "
+            f"targeted")
     predicted = predicted_responses(model, adata, actions, table, rows, n_cells, seed, progress)
     some = actions.take(rows)
-    spaces = {"features": action_features(some), "action latents": action_latents(model, some),
-              "predicted responses": predicted[:, genes], "observed responses": _observed(adata, table, rows)[:, genes]}
-    part = {table.perturbation[p]: name for name in ("train", "val", "test") for p in table.rows(adata, split, name)}
-    frame = table.frame.iloc[rows][["perturbation", "condition", "targets", "mode", "n_cells"]].reset_index(drop=True)
+    spaces = {
+        "features": action_features(some), "action latents": action_latents(model, some),
+        "predicted responses": predicted[:, genes], "observed responses": _observed(adata, table,
+                                                                                    rows)[:, genes]
+    }
+    part = {
+        table.perturbation[p]: name for name in ("train", "val", "test")
+        for p in table.rows(adata, split, name)
+    }
+    frame = table.frame.iloc[rows][["perturbation", "condition", "targets", "mode",
+                                    "n_cells"]].reset_index(drop=True)
     frame = frame.assign(mode=frame["mode"].map(str), part=frame["perturbation"].map(part).fillna(""))
     return ActionSpaces(frame, spaces) if by == "perturbation" else _merged(frame, spaces)
 
@@ -85,7 +95,8 @@ def _merged(frame:pd.DataFrame, spaces:dict)->ActionSpaces:
     weight = sp.csr_matrix((frame["n_cells"].to_numpy(float), (code, np.arange(len(frame)))))
     weight = sp.diags(1/np.asarray(weight.sum(1)).ravel()) @ weight
     part = lambda p: p.iloc[0] if p.nunique() == 1 else "mixed"
-    merged = grouped.agg(targets=("targets", "first"), n_cells=("n_cells", "sum"), part=("part", part)).reset_index()
+    merged = grouped.agg(targets=("targets", "first"), n_cells=("n_cells", "sum"),
+                         part=("part", part)).reset_index()
     several, name = merged["condition"].duplicated(keep=False), merged["condition"] + "|" + merged["mode"]
     merged.insert(0, "perturbation", merged["condition"].where(~several, name))
     return ActionSpaces(merged, {k: weight @ v for k, v in spaces.items()})
@@ -158,8 +169,9 @@ def crossed(
 )->np.ndarray:              # (C, K)
     "Vectors of those that ask beside vectors of those that answer, each centred and scaled on its own side."
     if np.shape(asking) != np.shape(answering):
-        raise ValueError(f"asking, answering: found {np.shape(asking)} and {np.shape(answering)}; give the same items "
-                         f"and columns")
+        raise ValueError(
+            f"asking, answering: found {np.shape(asking)} and {np.shape(answering)}; give the same items "
+            f"and columns")
     ask, out = np.asarray(ask, bool), np.empty(np.shape(asking))
     for side, x in ((ask, asking), (~ask, answering)):
         if not side.any(): continue
@@ -183,8 +195,13 @@ def pathway_table(
     "Do genes, and perturbations of genes, of one pathway lie together?"
     fit, width = np.union1d(split.cells(adata, "train"), split.controls(adata, "train")), model.config.d_model
     level, given = expression_level(adata, fit), dict(n_permutations=n_permutations, seed=seed, progress=False)
-    of_genes = {"gene embeddings": gene_embeddings(model), "PCA loadings": gene_loadings(adata, fit, width, seed=seed),
-                "expression level": level}
+    of_genes = {
+        "gene embeddings": gene_embeddings(model), "PCA loadings": gene_loadings(adata,
+                                                                                 fit,
+                                                                                 width,
+                                                                                 seed=seed),
+        "expression level": level
+    }
     rank = pd.Series(level[:, 0]).rank(method="first")
     bins = pd.qcut(rank, min(level_bins, adata.n_vars), labels=False).to_numpy()
     (single, targets), genes = spaces.singles(), list(map(str, adata.var_names))

@@ -56,13 +56,15 @@ def logistic(x, y, strength:float):
 def _check_probe(x:np.ndarray, labels:np.ndarray, parts:np.ndarray):
     "Refuse what no probe can be fitted to."
     if x.ndim != 2 or not len(x) == len(labels) == len(parts):
-        raise ValueError(f"x: found shape {x.shape} for {len(labels)} labels and {len(parts)} parts; give one row, "
-                         f"label and part per cell")
+        raise ValueError(
+            f"x: found shape {x.shape} for {len(labels)} labels and {len(parts)} parts; give one row, "
+            f"label and part per cell")
     if n_bad := (~np.isfinite(x)).sum():
         raise ValueError(f"x: found {n_bad} NaN or infinite values; a representation is finite")
     known = set(labels[parts == "train"])
     if len(known) < 2:
-        raise ValueError(f"labels: found {len(known)} among the training cells; a probe tells at least two apart")
+        raise ValueError(
+            f"labels: found {len(known)} among the training cells; a probe tells at least two apart")
     if unknown := sorted(set(labels[np.isin(parts, ["val", "test"])]) - known):
         raise ValueError(f"labels: {unknown[:5]} are in no training cell; use label_parts")
     if not {"val", "test"} <= set(parts):
@@ -77,27 +79,38 @@ def fit_probe(
     "Logistic regression, its strength chosen on validation cells, judged on test cells."
     x, labels, parts = np.asarray(x, np.float64), np.asarray(labels).astype(str), np.asarray(parts)
     _check_probe(x, labels, parts)
-    (x_train, y_train), val, (x_test, true) = ((x[parts == p], labels[parts == p]) for p in ("train", "val", "test"))
+    (x_train, y_train), val, (x_test, true) = ((x[parts == p], labels[parts == p])
+                                               for p in ("train", "val", "test"))
     best = max((logistic(x_train, y_train, c) for c in strengths), key=lambda fitted: fitted.score(*val))
     guess = best.predict(x_test)
     return Probe(guess == true, float(balanced_accuracy_score(true, guess)), float(best[-1].C))
 
 # %% ../../nbs/7_explore/02_probes.ipynb #e5a483bc
 PROBE_COLUMNS = [
-    "question", "representation", "accuracy", "low", "high", "majority", "shuffled", "shuffled_high", "balanced",
-    "balanced_chance", "difference", "difference_low", "difference_high", "n_labels", "n_dropped", "n_train",
-    "n_test", "strength", "note"
+    "question", "representation", "accuracy", "low", "high", "majority", "shuffled", "shuffled_high",
+    "balanced", "balanced_chance", "difference", "difference_low", "difference_high", "n_labels",
+    "n_dropped", "n_train", "n_test", "strength", "note"
 ]
 
 def _probe_row(found:Probe, reference:Probe, labels:np.ndarray, parts:np.ndarray)->dict:
     "Numbers of one probe; the majority is that of the training cells."
     (names, counts), test = np.unique(labels[parts == "train"], return_counts=True), labels[parts == "test"]
     own, apart = bootstrap_ci(found.correct), paired_bootstrap(found.correct, reference.correct)
-    return dict(accuracy=own.estimate, low=own.low, high=own.high, majority=(test == names[counts.argmax()]).mean(),
-                balanced=found.balanced, balanced_chance=1/len(names), difference=apart.estimate,
-                difference_low=apart.low, difference_high=apart.high, n_labels=len(names),
-                n_dropped=len(set(labels)) - len(names), n_train=int(counts.sum()), n_test=own.n,
-                strength=found.strength, note="")
+    return dict(accuracy=own.estimate,
+                low=own.low,
+                high=own.high,
+                majority=(test == names[counts.argmax()]).mean(),
+                balanced=found.balanced,
+                balanced_chance=1/len(names),
+                difference=apart.estimate,
+                difference_low=apart.low,
+                difference_high=apart.high,
+                n_labels=len(names),
+                n_dropped=len(set(labels)) - len(names),
+                n_train=int(counts.sum()),
+                n_test=own.n,
+                strength=found.strength,
+                note="")
 
 def _shuffled(x:np.ndarray, labels:np.ndarray, parts:np.ndarray, n:int, seed:int)->dict:
     "Mean and largest accuracy of probes whose training and validation labels were shuffled."

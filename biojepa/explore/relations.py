@@ -63,8 +63,9 @@ def _relation(
     related = sp.csr_matrix((ones, (np.r_[i, j], np.r_[j, i])), pairs.shape)
     kept = np.flatnonzero(related.getnnz(1))
     if len(kept) < 3:
-        raise ValueError(f"{source}: {len(kept)} of {asked or len(names)} items are related to another; gene sets and "
-                         f"data must use the same names, and sets need two members among them")
+        raise ValueError(
+            f"{source}: {len(kept)} of {asked or len(names)} items are related to another; gene sets and "
+            f"data must use the same names, and sets need two members among them")
     return Relation(source, tuple(str(names[i]) for i in kept), related[kept][:, kept]), rows[kept]
 
 def set_relation(
@@ -75,8 +76,9 @@ def set_relation(
     "Items that share a set."
     kept = [set(map(str, v)) for v in sets.values() if sizes[0] <= len(set(v)) <= sizes[1]]
     if not kept:
-        raise ValueError(f"{source}: none of {len(sets)} sets has {sizes[0]} to {sizes[1]} members; give other sets, "
-                         f"or other sizes")
+        raise ValueError(
+            f"{source}: none of {len(sets)} sets has {sizes[0]} to {sizes[1]} members; give other sets, "
+            f"or other sizes")
     names = sorted(set().union(*kept))
     row = pd.Index(names).get_indexer([g for v in kept for g in v])
     column = np.repeat(np.arange(len(kept)), [len(v) for v in kept])
@@ -99,8 +101,9 @@ def edge_relation(
 )->Relation:
     "Items that are joined by an edge."
     if missing := [c for c in ("a", "b", *(["db"] if db else [])) if c not in table]:
-        raise ValueError(f"{source}: columns {missing} are missing, found {list(table.columns)}; give gene pairs as "
-                         f"columns a and b")
+        raise ValueError(
+            f"{source}: columns {missing} are missing, found {list(table.columns)}; give gene pairs as "
+            f"columns a and b")
     if db: table, known = table[table["db"].astype(str) == db], sorted(table["db"].astype(str).unique())
     if not len(table):
         raise ValueError(f"{source}: no edges" + (f" of db {db!r}; it has {', '.join(known)}" if db else ""))
@@ -119,8 +122,9 @@ def read_gmt(
         if not line.strip(): continue
         name, *rest = line.rstrip("\n").split("\t")
         if len(rest) < 2:
-            raise ValueError(f"{path}, line {i}: found {len(rest) + 1} columns; a GMT line is name, description, "
-                             f"members, separated by tabs")
+            raise ValueError(
+                f"{path}, line {i}: found {len(rest) + 1} columns; a GMT line is name, description, "
+                f"members, separated by tabs")
         if name in sets: raise ValueError(f"{path}, line {i}: set {name!r} stands twice")
         sets[name] = [g.strip() for g in rest[1:] if g.strip()]
     return sets
@@ -144,6 +148,7 @@ def gene_relation(
         if path.suffix == ".gmt": return set_relation(read_gmt(path), path.name, sizes)
         return edge_relation(read_table(path), db or None, f"{path.name}{f', {db}' if db else ''}")
     if not (modules := planted_modules(adata)):
-        raise ValueError("source: none given, and adata.uns['truth'] holds no planted modules; give a GMT file or a "
-                         "table of edges (columns a, b)")
+        raise ValueError(
+            "source: none given, and adata.uns['truth'] holds no planted modules; give a GMT file or a "
+            "table of edges (columns a, b)")
     return label_relation(modules, "planted modules")

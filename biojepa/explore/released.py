@@ -65,8 +65,10 @@ def released_neighbours(
     others = codes[fitted.kneighbors(n_neighbors=k, return_distance=False)]     # of each point, without itself
     votes = np.stack([np.bincount(row, minlength=codes.max() + 1) for row in others])
     accuracy, without = ((guess == codes).mean() for guess in (fitted.predict(x), votes.argmax(1)))
-    return {"accuracy": accuracy, "accuracy without itself": without, "majority": np.bincount(codes).max()/len(codes),
-            "n_items": len(codes), "n_labels": votes.shape[1], "note": ""}
+    return {
+        "accuracy": accuracy, "accuracy without itself": without, "majority":
+        np.bincount(codes).max()/len(codes), "n_items": len(codes), "n_labels": votes.shape[1], "note": ""
+    }
 
 def released_ratio(
     x:np.ndarray,                   # (N, K) vectors

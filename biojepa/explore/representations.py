@@ -31,15 +31,17 @@ def probed_cells(
     if part not in ("train", "val", "test", "all"):
         raise ValueError(f"part: found {part!r}; choose 'train', 'val', 'test' or 'all'")
     rows = np.arange(adata.n_obs) if part == "all" else split.cells(adata, part)
-    if not len(rows): raise ValueError(f"part: {part!r} has no cells in this AnnData; choose another part or split")
+    if not len(rows):
+        raise ValueError(f"part: {part!r} has no cells in this AnnData; choose another part or split")
     some = np.sort(np.random.default_rng(seed).permutation(rows)[:most])
     return some, np.union1d(split.cells(adata, "train"), split.controls(adata, "train"))
 
 def check_genes(model:BioJEPA, adata:AnnData)->None:
     "As many genes as the model reads."
     if model.config.n_genes != adata.n_vars:
-        raise ValueError(f"adata: found {adata.n_vars} genes, the model reads {model.config.n_genes}; give the genes "
-                         f"it was trained on")
+        raise ValueError(
+            f"adata: found {adata.n_vars} genes, the model reads {model.config.n_genes}; give the genes "
+            f"it was trained on")
 
 # %% ../../nbs/7_explore/01_representations.ipynb #a8bb61b5
 def mean_token(
@@ -177,7 +179,8 @@ def gene_representations(
     check_genes(model, adata)
     at = adata.var_names.get_indexer(list(genes))
     if (at < 0).any():
-        raise ValueError(f"genes: {str(np.asarray(genes)[at < 0][0])!r} is not measured; choose among adata.var_names")
+        raise ValueError(
+            f"genes: {str(np.asarray(genes)[at < 0][0])!r} is not measured; choose among adata.var_names")
     fit = np.union1d(split.cells(adata, "train"), split.controls(adata, "train"))
     e, level = gene_embeddings(model)[at], expression_level(adata, fit)[at]
     loadings = gene_loadings(adata, fit, model.config.d_model, seed=seed)[at]

@@ -116,7 +116,8 @@ def wanted_states(
     code = pd.Index(about["condition"]).get_indexer(condition[own])
     order = np.argsort(code, kind="stable")
     def read(at):
-        return (state_latents(model, adata[some], False).double() for some in np.array_split(at, -(-len(at)//64)))
+        return (state_latents(model, adata[some], False).double()
+                for some in np.array_split(at, -(-len(at) // 64)))
     found, states = matched_means(match_groups(adata, own[order], code[order], control), read), {}
     for p, mean, before in tqdm(found, desc="states", total=len(about), disable=not progress):
         states[about["condition"][p]] = TargetState((mean - before)[None].float(), True, int((code == p).sum()))
@@ -490,8 +491,8 @@ def recovered(
 class OptimisedAction(NamedTuple):
     "An action found by gradient."
     latent:Tensor           # (A, d_action) its tokens
-    history: pd.DataFrame  # step, energy, gain, distance (root mean square, in standard deviations of the real latents, from their mean)
-    nearest: pd.DataFrame  # real actions, nearest in direction first: perturbation, condition, cosine, distance, energy, gain (as in a screen); the last row is the found one
+    history: pd.DataFrame  # step, energy, gain, distance (from the mean of real action latents, in their deviations)
+    nearest: pd.DataFrame  # real actions, nearest in direction first, as in a screen; the found one is last
 
 def optimise_action(
     model,                              # as in `rank_actions`
@@ -501,7 +502,7 @@ def optimise_action(
     table:ActionTable|None=None,        # their names
     reference:AnnData|None=None,        # cells that those of `target_state` were like before
     space:Literal["latent", "expression"]="latent",     # as in `rank_actions`
-    start:str|None=None,                # perturbation to begin at, whose genes stay targeted; the mean of all real actions, and no gene, if None
+    start:str|None=None,                # perturbation to begin at, whose genes stay targeted; None: the mean of all
     steps:int=50,                       # of Adam
     lr:float=.1,                        # of Adam, in standard deviations of the real latents
     pull:float=.01,                     # weight of the squared distance from the mean real action

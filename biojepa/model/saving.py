@@ -127,5 +127,6 @@ def check_genes(
     missing, extra = [g for g in saved if g not in set(given)], [g for g in given if g not in set(saved)]
     what = "the same genes in another order"
     if missing or extra: what = f"missing {missing[:5]}, not in the model {extra[:5]}"
-    raise ValueError(f"{folder/'genes.json'}: the model's {len(saved)} genes are not the {len(given)} given ones: "
-                     f"{what}; use align_genes (notebook data/batches)")
+    raise ValueError(
+        f"{folder/'genes.json'}: the model's {len(saved)} genes are not the {len(given)} given ones: "
+        f"{what}; use align_genes (notebook data/batches)")

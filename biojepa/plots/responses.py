@@ -117,7 +117,8 @@ def _label_side(ax, rows:pd.DataFrame, right:bool)->None:
     "Names of genes at the edge of the axes, in one column, none on top of another."
     rows, step = rows.sort_values("y", ascending=False), np.ptp(ax.get_ylim())/18
     down = step*np.arange(len(rows))
-    places = np.minimum.accumulate(rows["y"] + down) - down     # each at its point, or a step below the one before
+    places = np.minimum.accumulate(rows["y"] +
+                                   down) - down  # each at its point, or a step below the one before
     places = np.maximum(places, ax.get_ylim()[0] + step/2 + down[::-1])     # and none below the axes
     look = dict(textcoords=("axes fraction", "data"), ha="right" if right else "left", va="center", fontsize=6,
                 arrowprops=dict(arrowstyle="-", lw=.4, color="0.6", shrinkA=0, shrinkB=2))
@@ -140,7 +141,9 @@ def plot_volcano(
                             vmax=limit, ec="0.5", lw=.3, rasterized=True)
         ax.axhline(-np.log10(.05), color="0.4", lw=.7, ls="--")
         ax.axvline(0, color="0.85", lw=.6, zorder=0)
-        ax.set(xlabel=f"observed {_UNIT}", ylabel="−log10 adjusted p (dashed: 0.05)", xlim=(-1.45*limit, 1.45*limit),
+        ax.set(xlabel=f"observed {_UNIT}",
+               ylabel="−log10 adjusted p (dashed: 0.05)",
+               xlim=(-1.45*limit, 1.45*limit),
                title="\n".join(filter(None, [title, table["perturbation"].iloc[0]])))
         for right in (False, True):
             side = table[((table["observed"] > 0) == right) & (table["p_adjusted"] < .05)]
@@ -234,7 +237,8 @@ def plot_pairs(
 )->Figure:
     "Δ of each pair, observed and predicted, against the sum of its members, gene by gene."
     require_columns(table, ["pair", "gene", "total", "observed", "predicted"])
-    if table.empty: raise ValueError("table: holds no pair; there must be one whose members were measured alone")
+    if table.empty:
+        raise ValueError("table: holds no pair; there must be one whose members were measured alone")
     pairs, n = table.groupby("pair", sort=False), table["pair"].nunique()
     n_columns = 2 if n == 4 else min(3, n)
     n_rows = -(-n//n_columns)
@@ -246,7 +250,8 @@ def plot_pairs(
                 ax.plot(genes["total"], genes[kind], ".", ms=4, mew=0, alpha=.6, color=_LOOK[kind], label=kind,
                         rasterized=True)
             r = genes[["total", "predicted"]].corrwith(genes["observed"])
-            ax.set_title(f"{name}\nr with observed: sum {r['total']:.2f}, model {r['predicted']:.2f}", fontsize=7)
+            ax.set_title(f"{name}\nr with observed: sum {r['total']:.2f}, model {r['predicted']:.2f}",
+                         fontsize=7)
             ax.set_xlabel("sum of the members' measured Δ")
         for ax in axes[:, 0]: ax.set_ylabel(f"{_UNIT[:1]} of the pair {_UNIT[2:]}")
         for ax in axes.ravel()[n:]: ax.axis("off")

@@ -77,11 +77,11 @@ def look(
 
 # %% ../../nbs/8_plots/01_style.ipynb #d0505d56
 STYLE = {
-    **sns.axes_style("ticks"), "figure.dpi": 110, "savefig.dpi": 200, "figure.titlesize": 9.5, "font.size": 7,
-    "axes.titlesize": 8.5, "axes.labelsize": 8, "legend.fontsize": 7, "xtick.labelsize": 7, "ytick.labelsize": 7,
-    "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "lines.linewidth": 1.2,
-    "lines.markersize": 4, "lines.markeredgewidth": .4, "figure.constrained_layout.use": True,
-    "figure.constrained_layout.w_pad": .06
+    **sns.axes_style("ticks"), "figure.dpi": 110, "savefig.dpi": 200, "figure.titlesize": 9.5, "font.size":
+    7, "axes.titlesize": 8.5, "axes.labelsize": 8, "legend.fontsize": 7, "xtick.labelsize": 7,
+    "ytick.labelsize": 7, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
+    "lines.linewidth": 1.2, "lines.markersize": 4, "lines.markeredgewidth": .4,
+    "figure.constrained_layout.use": True, "figure.constrained_layout.w_pad": .06
 }
 
 def styled(

@@ -32,7 +32,8 @@ from .sets import expression_space
 class PredictOptions(NamedTuple):
     "How `predict` draws cells and gives its answer."
     n_cells:int|None = 64           # control cells per cell line, drawn at random; all if None
-    level:Literal["perturbation", "cell"] = "perturbation"  # one row per perturbation and line, or per control cell too
+    level: Literal["perturbation",
+                   "cell"] = "perturbation"  # one row per perturbation and line, or per control cell too
     seed:int = 0                    # of the drawing
     batch_size:int = 32             # cells computed at once
     progress:bool = True
@@ -76,8 +77,9 @@ def model_and_genes(
     if isinstance(given, Pretrained): return given.model, given.genes
     if isinstance(getattr(given, "model", None), BioJEPA) and hasattr(given, "adata"):
         return given.model, list(given.adata.var_names)
-    raise ValueError(f"model: found {type(given).__name__}; give a folder of save_pretrained, a Pretrained, a Run or a "
-                     "BioJEPA")
+    raise ValueError(
+        f"model: found {type(given).__name__}; give a folder of save_pretrained, a Pretrained, a Run or a "
+        "BioJEPA")
 
 def _own_features(model, perturbations)->list[FeatureBank]:
     "The features that a folder or a run was trained with."
@@ -87,8 +89,9 @@ def _own_features(model, perturbations)->list[FeatureBank]:
     banks = [b for b in found if b.modality is not Modality.DNA or isinstance(perturbations, ActionTable)]
     if banks: return banks
     where = model if isinstance(model, (str, Path)) else type(model).__name__
-    raise ValueError(f"features: none given, and {where} holds none that fit labels; give the FeatureBank of your "
-                     "targets (notebook actions/featurizers)")
+    raise ValueError(
+        f"features: none given, and {where} holds none that fit labels; give the FeatureBank of your "
+        "targets (notebook actions/featurizers)")
 
 def _mode_of(adata:AnnData)->Mode:
     "The one mode of the perturbed cells; unknown if there is none or more than one."
@@ -114,15 +117,18 @@ def _described(model:BioJEPA, table:ActionTable, banks:Sequence[FeatureBank], ge
                              f"{bank.modality}; make them with the featurizer the model was trained with")
     try: return action_batch(table, banks, genes=genes)
     except MissingFeatureError as error:
-        raise MissingFeatureError(f"{str(error).partition(';')[0]}; the model can only be asked about targets with "
-                                  "features: add theirs to `features`, made as in training, or leave these "
-                                  "perturbations out") from error
+        raise MissingFeatureError(
+            f"{str(error).partition(';')[0]}; the model can only be asked about targets with "
+            "features: add theirs to `features`, made as in training, or leave these "
+            "perturbations out") from error
 
 def _draw_controls(adata:AnnData, options:PredictOptions)->np.ndarray:  # sorted rows
     "Some control cells of each line."
-    rows, rng = np.flatnonzero(adata.obs["condition"].astype(str) == "ctrl"), np.random.default_rng(options.seed)
+    rows = np.flatnonzero(adata.obs["condition"].astype(str) == "ctrl")
+    rng = np.random.default_rng(options.seed)
     line = adata.obs["cell_type"].astype(str).to_numpy()[rows]
-    return np.sort(np.concatenate([rng.permutation(rows[line == l])[:options.n_cells] for l in np.unique(line)]))
+    return np.sort(
+        np.concatenate([rng.permutation(rows[line == l])[:options.n_cells] for l in np.unique(line)]))
 
 # %% ../../nbs/5_predict/05_anndata.ipynb #6506ef42
 def _output_rows(
@@ -139,9 +145,11 @@ def _output_rows(
     if level == "cell":
         rows = rows.assign(batch=of["batch"].astype(str).to_numpy(), control=of.index.astype(str),
                            log_library_size=of["log_library_size"].to_numpy())
-        return rows.set_index(rows["perturbation"] + ", " + rows["control"]).rename_axis(None), np.arange(len(cells))
+        return rows.set_index(rows["perturbation"] + ", " + rows["control"]).rename_axis(None), np.arange(
+            len(cells))
     grouped = rows.assign(action=action).groupby(["action", "cell_type"], sort=True)
-    merged = grouped.first().reset_index("cell_type").reset_index(drop=True).assign(n_cells=grouped.size().to_numpy())
+    merged = grouped.first().reset_index("cell_type").reset_index(drop=True).assign(
+        n_cells=grouped.size().to_numpy())
     names = merged["perturbation"]
     if merged["cell_type"].nunique() > 1: names = names + ", " + merged["cell_type"]
     columns = ["perturbation", "condition", "cell_type", "mode", "n_cells"]
@@ -155,7 +163,9 @@ def _layers(
 )->dict[str, np.ndarray]:   # layer -> (R, G) float32
     "Means over the pairs of each row; sd is the root of the mean variance."
     n = np.bincount(code)
-    layers = {k: np.zeros((len(n), source.shape[1]), np.float32) for k in ("predicted", "delta", "sd", "control")}
+    layers = {
+        k: np.zeros((len(n), source.shape[1]), np.float32) for k in ("predicted", "delta", "sd", "control")
+    }
     for at, delta, variance in pieces:
         row, control = code[at], sparse_rows(source, cells[at]).toarray()
         values = dict(predicted=np.clip(control + delta, 0, None), delta=delta, sd=variance, control=control)
@@ -165,12 +175,15 @@ def _layers(
 
 # %% ../../nbs/5_predict/05_anndata.ipynb #63c56958
 _MEANING = dict(
-    predicted="expression under the perturbation: control + delta, never negative, averaged over the row's control "
-              "cells",
+    predicted=
+    "expression under the perturbation: control + delta, never negative, averaged over the row's control "
+    "cells",
     delta="predicted change before it is clipped",
     control="expression of the control cells",
-    sd="predicted standard deviation of one cell's expression (root mean square over the row's control cells), not of "
-       "the mean")
+    sd=
+    "predicted standard deviation of one cell's expression (root mean square over the row's control "
+    "cells), not of "
+    "the mean")
 _VALUES = dict(log1p="log1p of counts per 10,000",
                log1p_twice="log1p of log1p of counts per 10,000, as released")
 

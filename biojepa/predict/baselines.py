@@ -127,7 +127,9 @@ def with_own_gene(
         if mode[condition] not in effects.index: continue
         at, own = [place[t] for t in parse_condition(condition) if t in place], effects.loc[mode[condition]]
         delta[i, at] += (own.factor - 1)*method.control_mean[i, at] + own.summand
-    return method.with_prediction(name or f"{method.name}, own gene", delta, delta_variance=method.delta_variance,
+    return method.with_prediction(name or f"{method.name}, own gene",
+                                  delta,
+                                  delta_variance=method.delta_variance,
                                   own_gene=effects.to_dict("index"))
 
 # %% ../../nbs/5_predict/06_baselines.ipynb #73efddd4
@@ -135,10 +137,14 @@ def _planted_tables(adata:AnnData, lines)->dict[str, pd.DataFrame]:     # line -
     "The planted log-folds that a simulated file carries."
     if (truth := adata.uns.get("truth")) is not None:
         names, genes, kinds = ([str(x) for x in truth[k]] for k in ("condition", "gene", "cell_type"))
-        return {line: pd.DataFrame(fold, names, genes) for line, fold in zip(kinds, truth["log_fold_by_cell_type"])}
+        return {
+            line: pd.DataFrame(fold, names, genes)
+            for line, fold in zip(kinds, truth["log_fold_by_cell_type"])
+        }
     if (table := adata.uns.get("true_log_fold")) is not None: return dict.fromkeys(lines, table)
-    raise ValueError("adata.uns: holds neither 'truth' nor 'true_log_fold'; the oracle exists for simulated data "
-                     "only, or give log_fold=")
+    raise ValueError(
+        "adata.uns: holds neither 'truth' nor 'true_log_fold'; the oracle exists for simulated data "
+        "only, or give log_fold=")
 
 def oracle(
     template:PredictionSet,
@@ -154,8 +160,9 @@ def oracle(
     for condition, line in zip(template.groups["condition"], lines):
         table = tables[line]
         if missing := [g for g in genes if g not in table.columns]:
-            raise ValueError(f"log_fold: {len(missing)} genes are missing: {', '.join(missing[:5])}; give one column "
-                             "per gene")
+            raise ValueError(
+                f"log_fold: {len(missing)} genes are missing: {', '.join(missing[:5])}; give one column "
+                "per gene")
         rows = [condition] if condition in table.index else list(parse_condition(condition))
         if unknown := [t for t in rows if t not in table.index]:
             raise ValueError(f"log_fold: no row for {', '.join(unknown)}; give one per target or condition")

@@ -29,7 +29,10 @@ def to_anndata(self:PredictionSet)->AnnData:  # X observed; layers control, cell
     def held(names): return {k: v for k in names if (v := getattr(self, k)) is not None}
     uns = dict(name=self.name, expression_space=self.expression_space, provenance=json.dumps(self.provenance),
                format=_FORMAT, groups=self.groups.set_axis(self.groups.index.astype(str)), **held(_ARRAYS))
-    return AnnData(self.observed, obs=self.cells, var=pd.DataFrame(index=list(self.genes)), layers=held(_LAYERS),
+    return AnnData(self.observed,
+                   obs=self.cells,
+                   var=pd.DataFrame(index=list(self.genes)),
+                   layers=held(_LAYERS),
                    uns=dict(prediction=uns, biojepa=dict(expression_space=self.expression_space)))
 
 # %% ../../nbs/5_predict/02_disk.ipynb #f637bf9b

@@ -16,7 +16,10 @@ import torch
 from anndata import AnnData
 from tqdm import tqdm
 
+from ..actions.banks import FeatureBank
 from ..actions.describe import read_relations
+from ..actions.diffusion import diffused_features
+from ..actions.vocabulary import Modality
 from ..data.conditions import parse_condition
 from ..data.own_gene import own_gene_effects
 from biojepa.predict.baselines import (
@@ -24,8 +27,12 @@ from biojepa.predict.baselines import (
 )
 from .model import predictions
 from .peers import Gears, gears_predictions
-from .processes import diffusion_kernel, feature_kernel, gaussian_process, graph_neighbours
-from .regressors import nearest_neighbours, random_forest, ridge, shuffle_features, target_features
+from biojepa.predict.processes import (
+    diffusion_kernel, feature_kernel, gaussian_process, graph_neighbours, remembered
+)
+from biojepa.predict.regressors import (
+    nearest_neighbours, random_forest, ridge, shuffle_features, target_features
+)
 from .sets import PredictionSet, test_set
 from ..training.run import Run
 
@@ -45,16 +52,25 @@ def baseline_plan(
         plan[f"{name}, own gene"] = lambda: with_own_gene(plan[name](), adata, split, effects=effects())
     def on_features(*args, name): return gaussian_process(*args[:3], feature_kernel(args[3]), name=name)
     def on_graph(*args, name): return gaussian_process(*args, diffusion_kernel(relations, genes), name=name)
+    def on_bank(*args, name):
+        *asked, kind, table = args
+        bank = FeatureBank(tuple(table.index), table.to_numpy(), Modality.PROTEIN, dict(featurizer=kind))
+        return remembered(*asked, bank, name)
+    def on_heat(*args, name): return remembered(*args, diffused_features(relations, genes), name)
     add_informed("train_mean")
     for kind, table in features.items():
         for make in (ridge, nearest_neighbours, random_forest): add(f"{make.__name__}, {kind}", make, table)
         for name in ("nearest_neighbours", "random_forest"): add_informed(f"{name}, {kind}")
         add(f"gaussian_process, {kind}", on_features, table)
         add(f"shuffled ridge, {kind}", ridge, shuffle_features(table, seed))
+        if relations is None: add(f"memory, {kind}", on_bank, kind, table)
+        if relations is None: add_informed(f"memory, {kind}")
     if relations is not None:
         genes = sorted({g for c in conditions for g in parse_condition(c)})
         add("graph_neighbours", graph_neighbours, relations)
         add("gaussian_process, graph", on_graph)
+        add("memory, diffusion", on_heat)
+        add_informed("memory, diffusion")
     if any(len(parse_condition(c)) > 1 for c in template.groups["condition"]): add("additive", additive)
     plan["half_of_the_cells"] = lambda: half_of_the_cells(template, adata, split, seed)
     if {"truth", "true_log_fold"} & set(adata.uns): plan["oracle"] = lambda: oracle(template, adata, split)
@@ -117,8 +133,11 @@ def all_methods(
     simple = run_baselines(*given, features, relations, baselines, progress)
     bounds = [simple.pop(n) for n in ("oracle", "half_of_the_cells") if n in simple]
     model = predictions(run, template=template, progress=progress)
-    wrong = predictions(exchanged_actions(run, part, seed), template=template, name="biojepa, actions exchanged",
-                        dtype=np.float16, progress=progress)
+    wrong = predictions(exchanged_actions(run, part, seed),
+                        template=template,
+                        name="biojepa, actions exchanged",
+                        dtype=np.float16,
+                        progress=progress)
     asked = Gears(epochs=gears_epochs, seed=seed)
     gears = [gears_predictions(*given, relations, asked, progress=progress)] if "gears" in peers else []
     return [model, *simple.values(), wrong, *gears, *bounds]

@@ -41,7 +41,8 @@ def strongest(
     importance = np.take_along_axis(weight, source, 1)
     target = np.broadcast_to(np.arange(len(names))[:, None], source.shape)
     kept = importance > above
-    return pd.DataFrame(dict(source=names[source[kept]], target=names[target[kept]], importance=importance[kept]))
+    return pd.DataFrame(
+        dict(source=names[source[kept]], target=names[target[kept]], importance=importance[kept]))
 
 def relation_graph(
     relations:pd.DataFrame,     # columns a and b, one row per related pair of genes; repeats do not matter
@@ -59,8 +60,9 @@ def relation_graph(
     neighbours = ((related + related.T + sp.identity(len(names))) > 0).astype(np.float64)
     nodes = np.flatnonzero(np.isin(names, list(genes)))
     if not len(nodes):
-        raise ValueError(f"relations: names {', '.join(names[:3])}, … none of the {len(set(genes))} genes wanted; are "
-                         "these the same kind of gene names?")
+        raise ValueError(
+            f"relations: names {', '.join(names[:3])}, … none of the {len(set(genes))} genes wanted; are "
+            "these the same kind of gene names?")
     rows = neighbours[nodes]
     common, size = (rows@rows.T).toarray(), np.asarray(rows.sum(1))
     return strongest(common/(size + size.T - common), names[nodes], k, above)
@@ -142,8 +144,9 @@ def _paired(
     for name in np.unique(line[rows]):
         own, mine = controls[line[controls] == name], line[rows] == name
         if not len(own):
-            raise ValueError(f"obs['cell_type']: {name!r} has perturbed cells for GEARS but no control; load its "
-                             "controls too")
+            raise ValueError(
+                f"obs['cell_type']: {name!r} has perturbed cells for GEARS but no control; load its "
+                "controls too")
         base[mine] = rng.choice(own, mine.sum())
     return base
 
@@ -176,7 +179,8 @@ def _material(
     top, nodes = dict(zip(names, order.tolist())), {c: [node[g] for g in parse_condition(c)] for c in names}
     extra = controls if with_controls else controls[:0]
     cells, base = np.r_[rows, extra], np.r_[_paired(adata, rows, controls, rng), extra]
-    material = _Material(X, cells, base, label[cells], nodes | dict(ctrl=[-1]), top | dict(ctrl=[-1]*order.shape[1]))
+    material = _Material(X, cells, base, label[cells], nodes | dict(ctrl=[-1]),
+                         top | dict(ctrl=[-1]*order.shape[1]))
     return material, {c: np.flatnonzero(m) for c, m in zip(names, mean)}
 
 # %% ../../nbs/5_predict/09_peers.ipynb #e657eafc
@@ -222,7 +226,8 @@ def _import_gears()->tuple[type, type]:
     with undisturbed():
         try: from gears.gears import GEARS
         except ImportError as error:
-            raise ImportError(f"the peer GEARS needs cell-gears ({error}); pip install 'biojepa[splits]'") from error
+            raise ImportError(
+                f"the peer GEARS needs cell-gears ({error}); pip install 'biojepa[splits]'") from error
         from gears.utils import GeneSimNetwork
     return GEARS, GeneSimNetwork
 
@@ -240,7 +245,8 @@ def _gears(
     go, coexpressed = (GeneSimNetwork(g, list(i), i) for g, i in zip(task.graphs, number))
     steps, said = settings.epochs*max(1, len(task.train.rows)//n), io.StringIO()
     with tqdm(total=steps, desc="GEARS", disable=not progress) as bar, redirect_stderr(said):
-        loaders = dict(train_loader=_Loader(task.train, n, rng, True, bar), val_loader=_Loader(task.val, n, rng))
+        loaders = dict(train_loader=_Loader(task.train, n, rng, True, bar),
+                       val_loader=_Loader(task.val, n, rng))
         model = GEARS(SimpleNamespace(
             dataloader=loaders, adata=cells, node_map=number[1], node_map_pert=number[0], data_path="",
             dataset_name="", split="custom", seed=settings.seed, train_gene_set_size=None, set2conditions=None,
@@ -251,8 +257,9 @@ def _gears(
         model.train(epochs=settings.epochs, lr=settings.lr)
     errors = [float(v) for v in re.findall(r"Validation Top 20 DE MSE: (\d+\.\d+|nan|inf)", said.getvalue())]
     if not np.isfinite(errors).any():
-        raise ValueError(f"GEARS: validation error {errors} in every epoch; training diverged, choose another seed or "
-                         "width")
+        raise ValueError(
+            f"GEARS: validation error {errors} in every epoch; training diverged, choose another seed or "
+            "width")
     return model.best_model, errors
 
 # %% ../../nbs/5_predict/09_peers.ipynb #013bb3eb
@@ -307,7 +314,8 @@ def _task(
     train, expressed = _material(adata, rows, controls, node, rng, True)
     validation, _ = _material(adata, val, controls if spare else split.controls(adata, "val"), node, rng, False)
     answered = {c: [node[g] for g in parse_condition(c)] for c in asked if set(parse_condition(c)) <= known}
-    graphs, mean = (graph, strongest(r, genes, settings.neighbours, .4)), np.asarray(X[controls].mean(0)).ravel()
+    graphs = (graph, strongest(r, genes, settings.neighbours, .4))
+    mean = np.asarray(X[controls].mean(0)).ravel()
     return _Task(train, validation, expressed, graphs, nodes, genes, mean), answered, spare
 
 # %% ../../nbs/5_predict/09_peers.ipynb #1429438f
@@ -322,8 +330,9 @@ def gears_predictions(
 )->PredictionSet:                       # named "gears"
     "Train GEARS and answer the template; `provenance` names what the train mean answers instead."
     if tuple(map(str, adata.var_names)) != template.genes:
-        raise ValueError(f"adata: its {adata.n_vars} genes are not the template's {len(template.genes)} in their "
-                         "order; make the template from this AnnData")
+        raise ValueError(
+            f"adata: its {adata.n_vars} genes are not the template's {len(template.genes)} in their "
+            "order; make the template from this AnnData")
     least = dict(epochs=1, hidden=1, batch_size=2)
     if low := [k for k, n in least.items() if getattr(settings, k) < n]:
         raise ValueError(f"{low[0]}: found {getattr(settings, low[0])}; give at least {least[low[0]]}")

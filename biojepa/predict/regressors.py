@@ -36,8 +36,9 @@ def target_features(
         known = {g: [x for x in k if x in bank] for g, k in keys.items()}
         rows = {g: bank.rows(k).mean(0) for g, k in known.items() if k}
         if not rows:
-            raise ValueError(f"banks: {bank!r} has no feature for any of the {len(table.genes)} targets; are names of "
-                             "the same kind?")
+            raise ValueError(
+                f"banks: {bank!r} has no feature for any of the {len(table.genes)} targets; are names of "
+                "the same kind?")
         parts.append(pd.DataFrame(rows).T)
     return pd.concat(parts, axis=1, join="inner", ignore_index=True)
 
@@ -169,4 +170,10 @@ def random_forest(
         trees = RandomForestRegressor(forest.trees, min_samples_leaf=forest.leaf, max_features=1/3,
                                       random_state=forest.seed)
         return trees.fit(X, R@V.T).predict(Q).reshape(len(Q), -1)@V
-    return learn_from_features(name, template, adata, split, features, learner, (None,), forest=forest._asdict())
+    return learn_from_features(name,
+                               template,
+                               adata,
+                               split,
+                               features,
+                               learner, (None, ),
+                               forest=forest._asdict())

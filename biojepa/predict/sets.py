@@ -110,7 +110,8 @@ def _check_tables(
         _refuse("groups", "a perturbation of a cell type stands twice", "give each one row")
     code, last = cells["group"].to_numpy(), len(groups) - 1
     if code.dtype.kind not in "iu" or code.min() < 0 or code.max() > last:
-        _refuse("cells['group']", f"found {code.min()} to {code.max()}", f"codes are rows of groups, 0 to {last}")
+        _refuse("cells['group']", f"found {code.min()} to {code.max()}",
+                f"codes are rows of groups, 0 to {last}")
     for column in ("perturbation", "condition", "cell_type"):
         wrong = cells[column].astype(str).to_numpy() != groups[column].astype(str).to_numpy()[code]
         if wrong.any():
@@ -130,8 +131,9 @@ def test_set(
     "The cells of a part, their paired controls and their references: the template that every method fills in."
     space, rows = expression_space(adata), np.sort(split.cells(adata, part))
     if not len(rows):
-        raise ValueError(f"part {part!r}: the split leaves no perturbed cell of this AnnData in it; choose another "
-                         "part or split")
+        raise ValueError(
+            f"part {part!r}: the split leaves no perturbed cell of this AnnData in it; choose another "
+            "part or split")
     controls = np.sort(split.controls(adata, part))
     means = group_means(adata, rows, controls, "perturbation", control)
     drawn = counter_uniform(adata.n_obs, seed, 0, stream=1)[rows]
@@ -145,8 +147,16 @@ def test_set(
                  cells=cells_hash(cells.index), data=_values_hash(observed, genes),
                  source=str(adata.uns["biojepa"].get("source", "unknown")),
                  versions={p: version(p) for p in ("biojepa", "numpy", "anndata")})
-    return PredictionSet("control_mean", genes, cells, observed, sparse_rows(X, paired), means.groups, means.control,
-                         np.zeros_like(means.control), train_mean_delta(adata, split, control), space,
+    return PredictionSet("control_mean",
+                         genes,
+                         cells,
+                         observed,
+                         sparse_rows(X, paired),
+                         means.groups,
+                         means.control,
+                         np.zeros_like(means.control),
+                         train_mean_delta(adata, split, control),
+                         space,
                          provenance=about)
 
 test_set.__test__ = False   # pytest would take the name for a test
@@ -156,8 +166,9 @@ def expression_space(adata:AnnData)->str:
     "What X holds; anything but logarithms is an error."
     space = adata.uns.get("biojepa", {}).get("expression_space")
     if space not in ("log1p", "log1p_twice"):
-        raise ValueError(f"adata.uns['biojepa']['expression_space']: found {space!r}; predictions are made from "
-                         "log-normalised values, so call prepare(adata) first")
+        raise ValueError(
+            f"adata.uns['biojepa']['expression_space']: found {space!r}; predictions are made from "
+            "log-normalised values, so call prepare(adata) first")
     return str(space)
 
 def _values_hash(x:sp.csr_matrix, genes)->str:
@@ -190,9 +201,11 @@ def check_template(
 )->None:
     "A template must have been made of the cells and the split that a method is given."
     if tuple(adata.var_names) != template.genes:
-        raise ValueError("adata.var_names: not the template's genes; give the AnnData that the template was made of")
+        raise ValueError(
+            "adata.var_names: not the template's genes; give the AnnData that the template was made of")
     if (made := template.provenance.get("split")) != split.hash:
-        raise ValueError(f"split: has hash {split.hash}, the template was made with {made}; give the same split")
+        raise ValueError(
+            f"split: has hash {split.hash}, the template was made with {made}; give the same split")
 
 # %% ../../nbs/5_predict/01_sets.ipynb #8f69e645
 @patch
@@ -239,7 +252,7 @@ class Pseudobulk(NamedTuple):
     "Observed and predicted Δ per perturbation."
     name:str                    # of the method
     genes:tuple[str, ...]       # G
-    conditions:pd.DataFrame     # C rows: perturbation (if asked for), condition, cell_type, targets (genes), n_cells
+    conditions: pd.DataFrame  # C rows: perturbation (if asked for), condition, cell_type, targets (genes), n_cells
     observed:np.ndarray         # (C, G) mean observed − mean control
     predicted:np.ndarray        # (C, G) predicted Δ
     control:np.ndarray          # (C, G) mean control expression

@@ -52,7 +52,8 @@ def attention_cost(
             with flop_counter() as counter: run()
             fused = 4*g**2*d_model if kind == "softmax" else 0  # two products that torch does not count
             seconds = min(timed(run, device) for _ in range(3))
-            rows.append(dict(kind=kind, n_genes=g, gflop=(counter.get_total_flops() + fused)/1e9, seconds=seconds))
+            rows.append(
+                dict(kind=kind, n_genes=g, gflop=(counter.get_total_flops() + fused)/1e9, seconds=seconds))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/9_report/05_benchmark.ipynb #30352f19
@@ -134,7 +135,10 @@ def _speed_bars(
         for at, value, allowed in zip(x, chosen[ratio], chosen.arithmetic):
             room = value, value + .07*ax.get_ylim()[1]      # of its number, which stands on no line
             height = max([value, *(y for y in (1., allowed) if room[0] < y < room[1])])
-            ax.annotate(f"{value:.1f}", (at, height), (0, 1.5), textcoords="offset points", ha="center", fontsize=6)
+            ax.annotate(f"{value:.1f}", (at, height), (0, 1.5),
+                        textcoords="offset points",
+                        ha="center",
+                        fontsize=6)
     ax.axhline(1, color="k", lw=.7, ls="--", label="plain layers")
     ax.set_xticks(range(len(kinds)), [f"{s}\n{e:.0%}" for s, e in kinds])
 

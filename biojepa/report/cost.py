@@ -36,12 +36,15 @@ def stage_table(
     for stage, part in log.dropna(subset=["cells_per_second"]).groupby("stage", sort=False):
         cells = part.step.diff().fillna(part.step)*getattr(experiment, stage).batch_size
         seconds = (cells/part.cells_per_second).sum()
-        rows.append(dict(stage=stage, steps=int(part.step.max()), cells_per_s=cells.sum()/seconds, seconds=seconds))
+        rows.append(
+            dict(stage=stage, steps=int(part.step.max()), cells_per_s=cells.sum()/seconds, seconds=seconds))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/9_report/06_cost.ipynb #d5ad59c4
-_TRAINS = dict(pretrain=("encoder", "masked_predictor"), align=("composer",), dynamics=("predictor", "composer"),
-               readout=("readout",))  # the parts that each stage trains
+_TRAINS = dict(pretrain=("encoder", "masked_predictor"),
+               align=("composer", ),
+               dynamics=("predictor", "composer"),
+               readout=("readout", ))  # the parts that each stage trains
 
 def stage_seconds(
     experiment:ExperimentConfig,    # sizes of the model
@@ -88,7 +91,11 @@ def cost_card(
         speed = batch/stage_seconds(experiment, stage, batch, device, repeats)
         rows.append(dict(stage=stage, batch=batch, cells_per_s=speed, cells=cells, hours=cells/speed/3600))
     table = pd.DataFrame(rows)
-    total = dict(stage="all", batch="", cells_per_s=float("nan"), cells=table.cells.sum(), hours=table.hours.sum())
+    total = dict(stage="all",
+                 batch="",
+                 cells_per_s=float("nan"),
+                 cells=table.cells.sum(),
+                 hours=table.hours.sum())
     table.loc[len(table)] = total
     precision = choose_precision(experiment.model.d_model, torch.device(device))
     return table.assign(precision=precision, machine=machine_name(device))

@@ -61,7 +61,8 @@ def manifest(
         entries = read_manifest(folder)
         yield entries
         with atomic_path(Path(folder)/"MANIFEST.json") as part:
-            part.write_text(json.dumps({k: dict(sorted(v.items())) for k, v in entries.items()}, indent=1) + "\n")
+            part.write_text(
+                json.dumps({k: dict(sorted(v.items())) for k, v in entries.items()}, indent=1) + "\n")
 
 # %% ../../nbs/9_report/01_manifest.ipynb #c6c5cffb
 def _code(notebook:Path)->list[tuple[str, ast.Module]]:
@@ -99,7 +100,8 @@ class Report:
     "Writes tables and figures, and lists them in `MANIFEST.json`."
     notebook:str                                        # that makes them, e.g. "90_eval"
     folder:Path = PATHS.figures                         # where to
-    made_from:dict = field(default_factory=dict)        # hashes of data, split, configuration: what JSON can hold
+    made_from: dict = field(
+        default_factory=dict)  # hashes of data, split, configuration: what JSON can hold
     written:set = field(default_factory=set, init=False)    # names of the files so far
 
     def table(self,

@@ -7,7 +7,6 @@ __all__ = ['MARKS', 'COLUMNS', 'replace_block', 'best_other', 'default_table', '
            'write_readme']
 
 # %% ../../nbs/9_report/08_readme.ipynb #14bd5eb5
-import re
 from pathlib import Path
 
 import pandas as pd
@@ -25,7 +24,8 @@ def replace_block(
     "README with another block of results."
     begin, end = MARKS
     if text.count(begin) != 1 or text.count(end) != 1:
-        raise ValueError(f"README: needs {begin} and {end}, each once; found {text.count(begin)} and {text.count(end)}")
+        raise ValueError(
+            f"README: needs {begin} and {end}, each once; found {text.count(begin)} and {text.count(end)}")
     before, _, rest = text.partition(begin)
     return f"{before}{begin}\n{block.strip()}\n{end}{rest.partition(end)[2]}"
 
@@ -55,7 +55,9 @@ def best_other(
     return rows.loc[rows["mean"].idxmax()]
 
 # %% ../../nbs/9_report/08_readme.ipynb #487056da
-COLUMNS = {"r_delta": "r of Δ [95 %]", "r_delta_perturbed_mean": "beyond the train mean", "pds": "PDS (chance 0.5)"}
+COLUMNS = {
+    "r_delta": "r of Δ [95 %]", "r_delta_perturbed_mean": "beyond the train mean", "pds": "PDS (chance 0.5)"
+}
 
 
 def default_table(
@@ -64,13 +66,14 @@ def default_table(
     "The model, what it must beat, and what could be reached."
     of = table.set_index(["metric", "method"])
     best = best_other(table, "r_delta")["method"]
-    methods = ["biojepa", "biojepa, actions exchanged", "train_mean", best, "oracle"]
+    methods = ["biojepa", "biojepa, actions exchanged", "train_mean", best, "oracle", "noise_ceiling"]
     rows = []
     for method in methods:
         row = {"held-out targets": f"**{_name(method)}**" if method == "biojepa" else _name(method)}
         for metric, column in COLUMNS.items():
-            one = of.loc[metric, method]
-            row[column] = _interval(one) if metric == "r_delta" else "–" if pd.isna(one["mean"]) else f"{one['mean']:.3f}"
+            if (metric, method) not in of.index or pd.isna(of.loc[(metric, method), "mean"]): row[column] = "–"
+            elif metric == "r_delta": row[column] = _interval(of.loc[metric, method])
+            else: row[column] = f"{of.loc[(metric, method), 'mean']:.3f}"
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -87,7 +90,8 @@ def real_table(
         apart = f"{model['difference']:+.3f} [{model['difference_low']:.2f}, {model['difference_high']:.2f}]"
         rows.append({"cells": file.cells, "held out": file.held_out, "BioJEPA-AC": _interval(model),
                      "train mean": f"{of.loc['train_mean', 'mean']:.3f}", "difference [95 %]": apart,
-                     "best other": f"{best['mean']:.3f} {_name(best['method'])}"})
+                     "best other": f"{best['mean']:.3f} {_name(best['method'])}",
+                     "noise ceiling": f"{of.loc['noise_ceiling', 'mean']:.2f}"})
     return pd.DataFrame(rows)
 
 # %% ../../nbs/9_report/08_readme.ipynb #17d857a0
@@ -98,9 +102,12 @@ def headline(
     of = table[table["metric"] == "r_delta"].set_index("method")
     model, mean = of.loc["biojepa"], of.loc["train_mean"]
     best = best_other(table, "r_delta")
-    return (f"On {int(model['n'])} targets never seen in training (simulated default set), predicted and observed changes correlate with "
-            f"**r = {_interval(model)}**; answering with the train mean gives {mean['mean']:.3f}, the best simple answer "
-            f"({_name(best['method'])}) {best['mean']:.3f}.")
+    return (
+        f"On {int(model['n'])} targets never seen in training (simulated default set), predicted and observed "
+        "changes correlate with "
+        f"**r = {_interval(model)}**; the train mean gives {mean['mean']:.3f}, the noise of the cells allows "
+        f"{of.loc['noise_ceiling', 'mean']:.3f}, the best simple answer "
+        f"({_name(best['method'])}) {best['mean']:.3f}.")
 
 
 def results_block(
@@ -110,7 +117,10 @@ def results_block(
     table = pd.read_csv(figures/"table2_discriminating_metrics.csv")
     files = ("On files that are not part of this repository (one split, one training seed; "
              "[commands and every metric](figures/real/README.md)):")
-    return "\n\n".join([headline(table), _markdown(default_table(table)), files, _markdown(real_table(figures/"real"))])
+    return "\n\n".join(
+        [headline(table),
+         _markdown(default_table(table)), files,
+         _markdown(real_table(figures/"real"))])
 
 # %% ../../nbs/9_report/08_readme.ipynb #9efeccf6
 def write_readme(

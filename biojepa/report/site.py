@@ -27,7 +27,8 @@ def module_of(
     cells:list,     # of nbformat
 )->str|None:        # "biojepa.core"; None for a notebook that exports nothing
     "Name of the module a notebook exports."
-    found = re.search(r"^#\|\s*default_exp (\S+)", "\n".join(c.source for c in cells if c.cell_type == "code"), re.M)
+    found = re.search(r"^#\|\s*default_exp (\S+)",
+                      "\n".join(c.source for c in cells if c.cell_type == "code"), re.M)
     return found and "biojepa." + found[1]
 
 def _signature(owner, name:str, level:int)->str:
@@ -42,7 +43,8 @@ def api(
     "What an exported cell offers, with docments."
     module, shown = importlib.import_module(module), []
     def public(node, owner):
-        return hasattr(node, "name") and not node.name.startswith("_") and callable(getattr(owner, node.name, None))
+        return hasattr(node, "name") and not node.name.startswith("_") and callable(
+            getattr(owner, node.name, None))
     for node in ast.parse(source).body:
         if not public(node, module): continue
         shown.append(_signature(module, node.name, level))
@@ -61,13 +63,14 @@ def mathml(
     def drawn(match):
         code, block, inline = match.groups()
         if code: return code
-        if inline: return f"<span>{convert(inline)}</span>"  # a line that began with <math would begin a paragraph
+        if inline:
+            return f"<span>{convert(inline)}</span>"  # a line that began with <math would begin a paragraph
         return "\n\n" + convert(" ".join(block.split()), display="block") + "\n\n"
     return re.sub(formula, drawn, text, flags=re.S)
 
 # %% ../../nbs/9_report/07_site.ipynb #1af82cad
 HOME = "https://github.com/biojepa/biojepa/blob/main"   # where links to files without a page lead
-_OURS = r"(figures|tests|data|biojepa|nbs|dev|CITATION|CONTRIBUTING|LICENSE|requirements)\b"
+_OURS = r"(figures|tests|data|biojepa|nbs|dev|CITATION|CONTRIBUTING|LICENSE|pyproject|requirements)\b"
 
 def place(
     path:Path,  # of a notebook below `nbs`
@@ -86,7 +89,8 @@ def rewrite_links(
     def rewritten(match):
         target = posixpath.normpath(posixpath.join(folder, match[1]))  # from the repository's root
         notebook, ending, rest = target.removeprefix("nbs/").partition(".ipynb")
-        if ending and notebook in pages: return f"]({seen('map' if notebook == 'index' else notebook)}.md{rest})"
+        if ending and notebook in pages:
+            return f"]({seen('map' if notebook == 'index' else notebook)}.md{rest})"
         if target == "README.md": return f"]({seen('index.md')})"
         if target.startswith("figures/") and target.endswith(".png"): return f"]({seen(target)})"
         return f"]({HOME}/{target})" if re.match(_OURS, target) else match[0]
@@ -140,9 +144,10 @@ def page_of(
 
 # %% ../../nbs/9_report/07_site.ipynb #2ed69632
 SECTIONS = {  # folder of notebooks -> its heading
-    "0_base": "Foundations", "1_data": "Data", "2_actions": "Actions", "3_model": "Model", "4_training": "Training",
-    "5_predict": "Predictions", "6_evaluate": "Evaluation", "7_explore": "Exploration", "8_plots": "Figures",
-    "9_report": "Reports", "": "Paper"}
+    "0_base": "Foundations", "1_data": "Data", "2_actions": "Actions", "3_model": "Model", "4_training":
+    "Training", "5_predict": "Predictions", "6_evaluate": "Evaluation", "7_explore": "Exploration",
+    "8_plots": "Figures", "9_report": "Reports", "": "Paper"
+}
 STYLE = """.md-grid {max-width: 76rem}
 .md-typeset pre > code, .md-typeset table:not([class]) {font-size: .62rem}
 math[display=block] {margin: .8em 0}
@@ -165,7 +170,9 @@ def write_pages(
     places = {place(n): n for n in notebooks or sorted(PATHS.nbs.rglob("[!.]*.ipynb"))}
     pages = out/"pages"
     shutil.rmtree(out, ignore_errors=True)
-    shutil.copytree(PATHS.figures, pages/"figures", ignore=shutil.ignore_patterns("*.csv", "*.md", "*.json", ".*"))
+    shutil.copytree(PATHS.figures,
+                    pages/"figures",
+                    ignore=shutil.ignore_patterns("*.csv", "*.md", "*.json", ".*"))
     texts = {at: rewrite_links(page_of(path, pages), set(places), at) for at, path in places.items()}
     titles = {at: re.search(r"^# (.+)$", text, re.M)[1] for at, text in texts.items() if at != "index"}
     names = {name: f"{at}.md#{name.lower()}" for at, text in texts.items()
@@ -177,8 +184,10 @@ def write_pages(
         path.parent.mkdir(exist_ok=True)
         path.write_text(link_names(text, names, at))
     (pages/"wide.css").write_text(STYLE)
-    config = {"INHERIT": "../mkdocs.yml", "docs_dir": "pages", "site_dir": "../_docs", "extra_css": ["wide.css"],
-              "nav": _nav(titles)}
+    config = {
+        "INHERIT": "../mkdocs.yml", "docs_dir": "pages", "site_dir": "../_docs", "extra_css": ["wide.css"],
+        "nav": _nav(titles)
+    }
     (out/"mkdocs.yml").write_text(yaml.safe_dump(config, sort_keys=False))
     return out/"mkdocs.yml"
 

@@ -22,6 +22,7 @@ from ..core import keep_freed_memory
 from ..data.batches import ActionBatch, CellBatch, PairBatch
 from ..model.biojepa import BioJEPA
 from ..model.kernels import flop_counter, textbook_
+from ..model.objectives import dynamics_loss, pretrain_loss
 
 # %% ../../nbs/9_report/04_speed.ipynb #f942d306
 def timed(
@@ -96,8 +97,8 @@ def training_step(
     def step():
         model.zero_grad()
         with torch.autocast(case.device, torch.bfloat16, enabled=case.precision == "bf16"):
-            if case.stage == "pretrain": loss = model.pretrain_loss(cells, mask, collapse=collapse)
-            else: loss = model.dynamics_loss(pairs, actions, mask, collapse=collapse)
+            if case.stage == "pretrain": loss = pretrain_loss(model, cells, mask, collapse=collapse)
+            else: loss = dynamics_loss(model, pairs, actions, mask, collapse=collapse)
         loss.total.backward()
         return loss.total.detach()
     return step
@@ -111,7 +112,8 @@ def measure(
     with flop_counter() as counter: loss = step().item()
     seconds = min(timed(step, case.device) for _ in range(repeats))
     memory = (peak_memory(case.device) - before)/2**20
-    return case._asdict() | dict(seconds=seconds, gflop=counter.get_total_flops()/1e9, memory_mb=memory, loss=loss)
+    return case._asdict() | dict(
+        seconds=seconds, gflop=counter.get_total_flops()/1e9, memory_mb=memory, loss=loss)
 
 # %% ../../nbs/9_report/04_speed.ipynb #7c8ff4e4
 if __name__ == "__main__" and "__file__" in globals():  # as a module, not as a notebook

@@ -87,8 +87,9 @@ def data_summary(
     return pd.DataFrame(values.items(), columns=["quantity", "value"]).astype(str)
 
 # %% ../../nbs/9_report/02_tables.ipynb #4bf0578c
-SWITCHES = ("latent_loss", "vicreg_over", "mask_kind", "mask_ratio", "mask_keeps_gene", "value_embedding",
-            "library_norm", "mask_context", "predicts", "intervenes", "readout", "ema_momentum")  # of ModelConfig
+SWITCHES = (
+    "latent_loss", "vicreg_over", "mask_kind", "mask_ratio", "mask_keeps_gene", "value_embedding",
+    "library_norm", "mask_context", "predicts", "intervenes", "readout", "ema_momentum")  # of ModelConfig
 
 def configuration_table(
     experiment:ExperimentConfig,    # as used
@@ -104,7 +105,9 @@ def configuration_table(
         "heads": c.n_heads,
         "layers (encoder, masked predictor, action predictor)": ", ".join(map(str, layers)),
     }
-    values |= {f"parameters: {n}": f"{n_params(part):,}" for n, part in model.named_children() if n != "teacher"}
+    values |= {
+        f"parameters: {n}": f"{n_params(part):,}" for n, part in model.named_children() if n != "teacher"
+    }
     values |= {f"switch: {k}": getattr(c, k) for k in SWITCHES}
     for stage in ("pretrain", "align", "dynamics", "readout"):
         s = getattr(experiment, stage)

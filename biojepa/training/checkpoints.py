@@ -98,33 +98,39 @@ class Checkpointer:
         "Write a checkpoint and remove those before the last; what was there stays intact if this fails."
         content = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
         state = dict(format=1, step=step, sha256=sha256(content).hexdigest(), state=state)
-        text, earlier = json.dumps(state | dict(check=object_hash(state))), [s for s in self.steps() if s < step]
+        text = json.dumps(state | dict(check=object_hash(state)))
+        earlier = [s for s in self.steps() if s < step]
         try:
             with atomic_path(self.path(step, ".safetensors")) as part: part.write_bytes(content)
             with atomic_path(self.path(step)) as part: part.write_text(text)
         except OSError as error:
             last = f"of step {earlier[-1]}" if earlier else "none, training has to begin again"
             raise OSError(
-                error.errno, f"cannot write the checkpoint of step {step} ({error.strerror}); the last one is {last}; "
+                error.errno,
+                f"cannot write the checkpoint of step {step} ({error.strerror}); the last one is {last}; "
                 "make room and start again, to go on from there", str(self.folder)) from error
         keep = self.steps()[-self.keep:]
         old = [p for kind in ("json", "safetensors") for p in self.folder.glob(f"step-*.{kind}")]
         half_written = self.folder.glob(".step-*.tmp.*")    # by processes that were killed
-        for path in (*(p for p in old if int(p.stem[5:]) not in keep), *half_written): path.unlink(missing_ok=True)
+        for path in (*(p for p in old if int(p.stem[5:]) not in keep), *half_written):
+            path.unlink(missing_ok=True)
 
     def load(self,
         step:int,   # which
     )->Checkpoint:
         "Read one checkpoint; a damaged one is a ValueError that names the file."
         path, tensors = self.path(step), self.path(step, ".safetensors")
-        try: saved = json.loads(path.read_text())
-        except (ValueError, OSError) as error: raise ValueError(f"{path}: not readable as JSON ({error})") from error
+        try:
+            saved = json.loads(path.read_text())
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{path}: not readable as JSON ({error})") from error
         whole = isinstance(saved, dict) and saved.get("format") == 1
         if not whole or saved.pop("check", None) != object_hash(saved):
             raise ValueError(f"{path}: its content is not what was written")
         if not tensors.is_file(): raise ValueError(f"{tensors}: missing")
         found, expected = sha256(content := tensors.read_bytes()).hexdigest(), saved["sha256"]
-        if found != expected: raise ValueError(f"{tensors}: its SHA-256 is {found[:12]}…, expected {expected[:12]}…")
+        if found != expected:
+            raise ValueError(f"{tensors}: its SHA-256 is {found[:12]}…, expected {expected[:12]}…")
         return Checkpoint(step, saved["state"], {name: t.clone() for name, t in load(content).items()})
 
     def latest(self)->Checkpoint|None:

@@ -56,11 +56,13 @@ class Stage:
     loader:BatchLoader          # training batches
     after_step:Callable[[nn.Module, int, int], None]|None = None    # (model, steps done, of how many)
     validate:Callable[[nn.Module], dict[str, float]]|None = None    # columns of the log
-    begin:Callable[[nn.Module], object]|None = None     # in place, before the first step; not where a run goes on
+    begin: Callable[[nn.Module],
+                    object] | None = None  # in place, before the first step; not where a run goes on
 
     def __post_init__(self):
         if not self.trains:
-            raise ValueError(f"stage {self.name!r}: trains nothing; name a part of the model and its learning rate")
+            raise ValueError(
+                f"stage {self.name!r}: trains nothing; name a part of the model and its learning rate")
 
 # %% ../../nbs/4_training/02_loop.ipynb #8873f91d
 @contextmanager
@@ -143,7 +145,11 @@ def make_fabric(
         kind = "cuda" if gpu else "mps" if accelerator == "mps" else "cpu"
         precision = choose_precision(d_model, torch.device(kind))
     strategy = DDPStrategy(find_unused_parameters=True) if devices*nodes > 1 else "auto"
-    fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=nodes, precision=precision, strategy=strategy)
+    fabric = Fabric(accelerator=accelerator,
+                    devices=devices,
+                    num_nodes=nodes,
+                    precision=precision,
+                    strategy=strategy)
     if fabric.device.type == "cpu": keep_freed_memory()
     return fabric
 
@@ -230,9 +236,10 @@ def take_step(t:Training, batch:NamedTuple)->None:
     t.generator.manual_seed(step_seed(t.seed, t.stage.name, t.done))
     pieces = [*pieces_of(batch.to(t.fabric.device), t.options.accumulate)]
     for i, (piece, share) in enumerate(pieces, 1):
-        with t.fabric.no_backward_sync(t.module, enabled=i < len(pieces)):     # devices add up after the last piece
-            out = t.module(piece, t.generator)                                 # forward
-            t.fabric.backward(out.loss*share)                                  # backward
+        with t.fabric.no_backward_sync(t.module, enabled=i
+                                       < len(pieces)):  # devices add up after the last piece
+            out = t.module(piece, t.generator)  # forward
+            t.fabric.backward(out.loss*share)  # backward
         t.meter.add(dict(loss=out.loss, **out.logs), share, out.n_cells)
     norm = t.fabric.clip_gradients(t.module, t.wrapped, max_norm=t.stage.config.clip_norm or math.inf,
                                    error_if_nonfinite=False)                   # clip
@@ -249,12 +256,15 @@ def log_row(t:Training, validating:bool)->dict:  # empty but for step and epoch 
     values, (first, *_) = t.meter.read(t.fabric), t.stage.trains.values()
     if bad := [name for name, v in values.items() if not math.isfinite(v)]:
         raise FloatingPointError(
-            f"stage {t.stage.name!r}: {bad[0]} is {values[bad[0]]} at step {t.done}; the last checkpoint is from "
+            f"stage {t.stage.name!r}: {bad[0]} is {values[bad[0]]} at step {t.done}; the last checkpoint "
+            f"is from "
             "before. Lower the learning rate, or use precision='32-true'")
     row = dict(step=t.done, epoch=t.loader.epoch + 1)
     if values:
         by_part = zip(t.stage.trains.items(), t.rates)
-        row |= dict(lr=t.rates[0]) | {f"lr_{name}": rate for (name, peak), rate in by_part if peak != first} | values
+        row |= dict(
+            lr=t.rates[0]) | {f"lr_{name}": rate
+                              for (name, peak), rate in by_part if peak != first} | values
     if validating and t.stage.validate:
         mode = t.model.training
         t.model.eval()
@@ -289,8 +299,10 @@ def resume_(t:Training)->bool:  # whether the stage is finished
         before = saved | dict(config=type(t.stage.config)(**saved["config"]).model_dump(mode="json"))
         if differs := [f"{k} was {v!r}, is {now.get(k)!r}" for k, v in before.items() if now.get(k) != v]:
             raise ValueError(
-                f"{t.folder}: holds another run of stage {t.stage.name!r}: {'; '.join(differs)}; choose another "
-                "folder, or call with what it was begun with (weights: the model as it was before the stage)")
+                f"{t.folder}: holds another run of stage {t.stage.name!r}: {'; '.join(differs)}; choose "
+                f"another "
+                "folder, or call with what it was begun with (weights: the model as it was before the stage)"
+            )
         restore_(found, t.model, t.optimizer, t.scheduler, t.loader)
         t.done = found.step
     t.log = TrainingLog(path if t.fabric.is_global_zero else None, rows)
@@ -317,7 +329,8 @@ def _progress(t:Training):
         steps = t.checkpoints.steps()
         last = f"the checkpoint of step {steps[-1]} in {t.checkpoints.folder}" if steps else ""
         then = last + " is intact, start again to go on from there" if steps else "no checkpoint yet"
-        raise KeyboardInterrupt(f"stage {t.stage.name!r}: interrupted at step {t.done} of {t.total}; {then}") from None
+        raise KeyboardInterrupt(
+            f"stage {t.stage.name!r}: interrupted at step {t.done} of {t.total}; {then}") from None
 
 def _event_writer(folder:Path)->Callable[[dict], None]:
     "Writes rows as TensorBoard events."

@@ -42,7 +42,7 @@ def encoder_latents(
 # %% ../../nbs/4_training/03_monitor.ipynb #3c614f0c
 class CollapseMonitor:
     "Effective rank and spread of latents across fixed cells, at fixed genes; a validation function that warns."
-    SHARE = .5                          # of its start, below which a rank or a mean standard deviation is too low
+    SHARE = .5  # of its start, below which a rank or a mean standard deviation is too low
     FLOORS = dict(rank=1.5, std=5e-3)   # below which it is too low whatever it began at
 
     def __init__(self,

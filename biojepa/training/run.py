@@ -56,7 +56,12 @@ def load_data(
 )->tuple[AnnData, Split]:       # prepared cells, and who is held out
     "Read, split and prepare the data of an experiment."
     missing = "skip" if data.relations else "error" if data.features == "pretrained" else "warn"
-    loaded = load_screen(data.dataset, data.guides, data.proteins, data.guides_from, missing, columns=data.columns)
+    loaded = load_screen(data.dataset,
+                         data.guides,
+                         data.proteins,
+                         data.guides_from,
+                         missing,
+                         columns=data.columns)
     if split is None:
         names = set(loaded.obs["perturbation"].astype(str)) | set(loaded.obs["cell_type"].astype(str))
         drawn_from = object_hash([object_hash(sorted(names)), data.held_out])
@@ -100,7 +105,8 @@ class Run(NamedTuple):
     @property
     def label(self)->str:
         "The dataset's name for figures; cells with a planted truth are simulated."
-        name, planted = Path(self.experiment.data.dataset).stem, {"truth", "true_log_fold"} & set(self.adata.uns)
+        name = Path(self.experiment.data.dataset).stem
+        planted = {"truth", "true_log_fold"} & set(self.adata.uns)
         return f"{name} (simulated)" if planted and name != "simulated" else name
 
 def run_folder(
@@ -111,7 +117,8 @@ def run_folder(
     return Path(runs)/f"{config_hash(experiment)}-{experiment.seed}"
 
 # %% ../../nbs/4_training/08_run.ipynb #c6cd024b
-PACKAGES = ("biojepa", "torch", "lightning-fabric", "numpy", "scipy", "anndata", "safetensors")  # can change a number
+PACKAGES = ("biojepa", "torch", "lightning-fabric", "numpy", "scipy", "anndata", "safetensors"
+            )  # can change a number
 
 def open_folder(
     folder:Path,                    # of the run
@@ -129,7 +136,8 @@ def open_folder(
         return
     try: found = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path}: not readable as JSON ({error}); remove it, or choose another --runs") from error
+        raise ValueError(
+            f"{path}: not readable as JSON ({error}); remove it, or choose another --runs") from error
     def differences(there, now): return "; ".join(f"{k} {there.get(k)} there, {now.get(k)} now"
                                                   for k in now if there.get(k) != now[k])
     if differs := differences(found["identity"], identity):
@@ -160,8 +168,10 @@ def build_stage(
         return watched(stage, model, pair_loader(adata, roster, **looked_at), latents)
     if name == "readout": return readout_stage(model, adata, roster, actions.actions, config, seed)
     if len(pairs := actions.aligned(config.pairs)):
-        return align_stage(model, actions.anchor, actions.positive, actions.table.target_codes, pairs, config, seed)
-    warnings.warn("stage 'align' is left out: no training perturbation has both a protein and a guide", stacklevel=2)
+        return align_stage(model, actions.anchor, actions.positive, actions.table.target_codes, pairs,
+                           config, seed)
+    warnings.warn("stage 'align' is left out: no training perturbation has both a protein and a guide",
+                  stacklevel=2)
 
 # %% ../../nbs/4_training/08_run.ipynb #7bce07ce
 def watched(
@@ -174,7 +184,9 @@ def watched(
     n_genes = model.config.n_genes
     genes = torch.linspace(0, n_genes - 1, min(16, n_genes)).long()
     monitor = CollapseMonitor(model, next(iter(loader)), genes, latents=latents)
-    return replace(stage, validate=lambda model: (stage.validate(model) if stage.validate else {}) | monitor(model))
+    return replace(stage,
+                   validate=lambda model: (stage.validate(model)
+                                           if stage.validate else {}) | monitor(model))
 
 def predicted_latents(
     model:BioJEPA,
@@ -231,8 +243,10 @@ def _data(experiment:ExperimentConfig, adata:AnnData|None, split:Split|None, run
     data = experiment.data
     if adata is not None: validate(adata, "prepared")
     if split is None:
-        if fabric.is_global_zero and adata is None: adata, split = load_data(data, None, runs)
-        elif fabric.is_global_zero: split = make_split(adata, data.split, data.split_seed, held_out=data.held_out)
+        if fabric.is_global_zero and adata is None:
+            adata, split = load_data(data, None, runs)
+        elif fabric.is_global_zero:
+            split = make_split(adata, data.split, data.split_seed, held_out=data.held_out)
         split = fabric.broadcast(split)
     return (adata, split) if adata is not None else load_data(data, split, runs)
 
@@ -241,9 +255,10 @@ def _check_pairs(actions:Actions, adata:AnnData, split:Split, which:str)->None:
     train = actions.aligned("train")
     check_leakage(adata, split, pairs=[actions.table.perturbation[i] for i in train])
     if outside := len(actions.aligned(which)) - len(train):
-        warnings.warn(f"align.pairs='all': {outside} pairs of held-out perturbations align the composer, as "
-                      "released; their features are seen, no cell of theirs is. align.pairs='train' leaves them out",
-                      stacklevel=3)
+        warnings.warn(
+            f"align.pairs='all': {outside} pairs of held-out perturbations align the composer, as "
+            "released; their features are seen, no cell of theirs is. align.pairs='train' leaves them out",
+            stacklevel=3)
 
 # %% ../../nbs/4_training/08_run.ipynb #ab819ac7
 def run_seeds(
@@ -255,4 +270,6 @@ def run_seeds(
     if n_seeds < 1: raise ValueError(f"n_seeds: found {n_seeds}; give at least 1")
     runs = [run_stages(experiment, **options)]
     options |= dict(adata=runs[0].adata, split=runs[0].split)
-    return runs + [run_stages(experiment.changed(seed=experiment.seed + k), **options) for k in range(1, n_seeds)]
+    return runs + [
+        run_stages(experiment.changed(seed=experiment.seed + k), **options) for k in range(1, n_seeds)
+    ]
