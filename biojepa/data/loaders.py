@@ -177,6 +177,14 @@ class Roster:
         "The perturbation of each cell: a row of the ActionTable."
         return codes_of(self.adata, "perturbation")[0]
 
+    def cells(self, adata:AnnData, part:str)->np.ndarray:
+        "As a split says it, for whatever takes a split."
+        return self[part]._cells if adata is self.adata else self.split.cells(adata, part)
+
+    def controls(self, adata:AnnData, part:str)->np.ndarray:
+        "As a split says it."
+        return self[part].controls if adata is self.adata else self.split.controls(adata, part)
+
     @classmethod
     def of(cls, adata:AnnData, split)->"Roster":
         "`split` itself if it is the roster of these cells already."
