@@ -93,7 +93,7 @@ def relation_components(
     F = C @ (V[:, kept]/np.sqrt(value[kept])).astype(np.float32)
     return names, np.pad(F, ((0, 0), (0, width - len(kept))))
 
-
+# %% ../../nbs/2_actions/09_diffusion.ipynb #b0bc8858
 def diffused_features(
     relations:pd.DataFrame|str|Path,    # gene pairs: a, b, optional weight and db
     genes:Sequence[str],                # landmarks: the targets of a screen

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from scipy.optimize import nnls
@@ -115,7 +116,7 @@ class MemoryAnswer(NamedTuple):
     known: np.ndarray  # (Q,) bool: at least one target is related to something; else `delta` is the train mean
     weights:np.ndarray      # (Q, P) on training perturbations, over all components
 
-
+# %% ../../nbs/2_actions/10_memory.ipynb #075cd99e
 @dataclass(frozen=True)
 class Memory:
     "Training responses, and how to weigh them for any gene of a table of relations."
@@ -160,41 +161,45 @@ class Memory:
         scores = sum(a*(W @ self.scores) for a, W in zip(self.stack, members))
         return self.mean + self.config.amplitude*scores @ self.basis
 
-    def answer(self,
-        perturbations:Sequence[tuple[str, ...]],    # Q, targets of each; any gene may be asked about
-    )->MemoryAnswer:
-        "Change, variance, reliability and weights."
-        K, prior = self._kernel(perturbations), self._prior(perturbations)
-        inverse, _ = process_weights(self._kernel(self.perturbations), self.noise)
-        process = K @ inverse
-        members = self._members(process, left_out=False)
-        variance = np.clip(prior - np.einsum("ij,ij->i", process, K), 0, None)
-        reach = {*self.features.keys, *self.genes}
-        known = np.array([any(t in reach for t in targets) for targets in perturbations], bool)
-        size = np.linalg.norm(self.scores, axis=0)
-        share = self.stack @ size/size.sum()
-        return MemoryAnswer(np.where(known[:, None], self._delta(members), self.mean),
-                            np.where(known, variance, prior), np.where(known, 1 - variance/prior, 0.),
-                            known, share[0]*members[0] + share[1]*members[1])
+# %% ../../nbs/2_actions/10_memory.ipynb #7f30866e
+@patch
+def answer(self:Memory,
+    perturbations:Sequence[tuple[str, ...]],    # Q, targets of each; any gene may be asked about
+)->MemoryAnswer:
+    "Change, variance, reliability and weights."
+    K, prior = self._kernel(perturbations), self._prior(perturbations)
+    inverse, _ = process_weights(self._kernel(self.perturbations), self.noise)
+    process = K @ inverse
+    members = self._members(process, left_out=False)
+    variance = np.clip(prior - np.einsum("ij,ij->i", process, K), 0, None)
+    reach = {*self.features.keys, *self.genes}
+    known = np.array([any(t in reach for t in targets) for targets in perturbations], bool)
+    size = np.linalg.norm(self.scores, axis=0)
+    share = self.stack @ size/size.sum()
+    return MemoryAnswer(np.where(known[:, None], self._delta(members), self.mean),
+                        np.where(known, variance, prior), np.where(known, 1 - variance/prior, 0.),
+                        known, share[0]*members[0] + share[1]*members[1])
 
-    def left_out(self)->np.ndarray:  # (P, G)
-        "What it would have said of each training perturbation without having seen it."
-        _, process = process_weights(self._kernel(self.perturbations), self.noise)
-        return self._delta(self._members(process, left_out=True))
+@patch
+def left_out(self:Memory)->np.ndarray:  # (P, G)
+    "What it would have said of each training perturbation without having seen it."
+    _, process = process_weights(self._kernel(self.perturbations), self.noise)
+    return self._delta(self._members(process, left_out=True))
 
-    def leaning(self,
-        perturbations:Sequence[tuple[str, ...]],
-        n:int=5,                # rows for each
-    )->pd.DataFrame:            # perturbation, leans_on, weight
-        "The training perturbations an answer rests on, the heaviest first."
-        rows = []
-        for targets, weights in zip(perturbations, self.answer(perturbations).weights):
-            for p in np.argsort(-np.abs(weights))[:n]:
-                rows.append(
-                    dict(perturbation="+".join(targets),
-                         leans_on="+".join(self.perturbations[p]),
-                         weight=weights[p]))
-        return pd.DataFrame(rows)
+@patch
+def leaning(self:Memory,
+    perturbations:Sequence[tuple[str, ...]],
+    n:int=5,                # rows for each
+)->pd.DataFrame:            # perturbation, leans_on, weight
+    "The training perturbations an answer rests on, the heaviest first."
+    rows = []
+    for targets, weights in zip(perturbations, self.answer(perturbations).weights):
+        for p in np.argsort(-np.abs(weights))[:n]:
+            rows.append(
+                dict(perturbation="+".join(targets),
+                     leans_on="+".join(self.perturbations[p]),
+                     weight=weights[p]))
+    return pd.DataFrame(rows)
 
 # %% ../../nbs/2_actions/10_memory.ipynb #5229f40d
 def row_correlations(P:np.ndarray, T:np.ndarray)->np.ndarray:  # 0 where one is constant
@@ -225,7 +230,7 @@ def _best_weights(distance, M, Y, basis, mean, delta, config)->tuple[dict, float
                 if found[0] > best + 1e-6: weights, (best, noise) = other, found
     return weights, noise
 
-
+# %% ../../nbs/2_actions/10_memory.ipynb #a78f8f68
 def stack_weights(
     left_out:Sequence[np.ndarray],  # members' left-out answers, (P, r) each
     Y:np.ndarray,                   # (P, r) measured

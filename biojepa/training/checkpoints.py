@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+from fastcore.basics import patch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.optim import AdamW
@@ -133,13 +134,15 @@ class Checkpointer:
             raise ValueError(f"{tensors}: its SHA-256 is {found[:12]}…, expected {expected[:12]}…")
         return Checkpoint(step, saved["state"], {name: t.clone() for name, t in load(content).items()})
 
-    def latest(self)->Checkpoint|None:
-        "The newest checkpoint that is whole; a warning for each one that is not."
-        for step in reversed(self.steps()):
-            try: return self.load(step)
-            except ValueError as error:
-                warnings.warn(f"damaged checkpoint: {error}; going back to the one before", stacklevel=2)
-        return None
+# %% ../../nbs/4_training/01_checkpoints.ipynb #87c66054
+@patch
+def latest(self:Checkpointer)->Checkpoint|None:
+    "The newest checkpoint that is whole; a warning for each one that is not."
+    for step in reversed(self.steps()):
+        try: return self.load(step)
+        except ValueError as error:
+            warnings.warn(f"damaged checkpoint: {error}; going back to the one before", stacklevel=2)
+    return None
 
 # %% ../../nbs/4_training/01_checkpoints.ipynb #27a3236c
 def state_hash(
