@@ -14,6 +14,7 @@ import pandas as pd
 from anndata import AnnData
 from scipy import sparse
 
+from ..core import return_freed_memory
 from ..data.splits import Split
 from ..predict.sets import PredictionSet, Pseudobulk
 
@@ -105,5 +106,6 @@ def observed_de(
                 f"needs two or more")
         control = sparse.csr_matrix(adata[rows, list(ps.genes)].X)
         parts.append(_tested(ps.observed[cells], control, condition[cells], line, method))
+    return_freed_memory()   # two copies of the cells
     tables, *arrays = zip(*parts)
     return DETable(ps.genes, pd.concat(tables, ignore_index=True), *(np.concatenate(a) for a in arrays))

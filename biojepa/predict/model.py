@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from ..actions.vocabulary import ActionTable
 from ..config import config_hash
+from ..core import return_freed_memory
 from ..data.batches import ActionBatch, dense_rows, row_source
 from ..model.biojepa import BioJEPA, Context
 from .sets import PredictionSet, check_template, test_set
@@ -122,4 +123,5 @@ def predictions(
     paired = adata.obs_names.get_indexer(template.cells["control"])
     pieces = changes(model, adata, paired, code, actions, batch_size, progress)
     answer = _answer(template, pieces, dtype)
+    return_freed_memory()   # batches of many sizes leave gigabytes that nothing else fits
     return template.with_prediction(name, *answer, model=config_hash(model.config), **about)

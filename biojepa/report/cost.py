@@ -59,7 +59,7 @@ def stage_seconds(
     cells, pairs, actions = random_batch(experiment.model, n_cells, .4, device)
     both = ActionPairBatch(actions, actions, torch.arange(n_cells, device=device))
     function, batch = dict(pretrain=(pretrain_step, cells),
-                           align=(align_step, both),
+                           align=(partial(align_step, config=experiment.align), both),
                            dynamics=(partial(dynamics_step, actions=actions), pairs),
                            readout=(partial(readout_step, actions=actions), pairs))[stage]
     bf16 = choose_precision(experiment.model.d_model, torch.device(device)) == "bf16-mixed"
