@@ -62,7 +62,7 @@ def sentences(
 # %% ../../nbs/9_report/03_paper.ipynb #aa582a8e
 def light(
     picture:str,    # PNG in base64, as a notebook holds it
-    colours:int=128,
+    colours:int=96,
 )->str:             # the same
     "A picture with a palette of its own, at about a third of the size."
     drawn = Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB")
@@ -84,6 +84,7 @@ def keep(
         cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
         for data in (o.data for o in cell.outputs if "image/png" in o.get("data", {})):
             data["image/png"] = light("".join(data["image/png"]))
+        for data in (o.data for o in cell.outputs if "text/html" in o.get("data", {})): data.pop("text/plain", None)
     clean_nb(notebook, allowed_cell_metadata_keys={"tags"})
     write_nb(notebook, path)
     return path

@@ -42,7 +42,7 @@ def _name(method:str)->str:
 
 def _markdown(table:pd.DataFrame)->str:
     rows = [table.columns, ["---"]*table.shape[1], *table.to_numpy()]
-    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
+    return "\n".join(f"|{'|'.join(map(str, row))}|" for row in rows)
 
 
 def best_other(
