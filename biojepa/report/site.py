@@ -178,7 +178,9 @@ def write_pages(
     names = {name: f"{at}.md#{name.lower()}" for at, text in texts.items()
              for name in re.findall(r"^### (\w+)$\s+```python", text, re.M)}
     texts["map"] = texts.pop("index", "")
-    texts["index"] = rewrite_links((PATHS.root/"README.md").read_text(), set(places))
+    readme = re.sub(r"^\[!\[.*\n", "", (PATHS.root/"README.md").read_text(),
+                    flags=re.M)  # badges are fetched, the site fetches nothing
+    texts["index"] = rewrite_links(readme, set(places))
     for at, text in texts.items():
         path = pages/f"{at}.md"
         path.parent.mkdir(exist_ok=True)
