@@ -173,7 +173,8 @@ def save_memories(
     path:str|Path,      # *.safetensors
 )->Path:                # the same path
     "One file, complete or not at all; without the features."
-    arrays = {f"{k}.{name}": np.ascontiguousarray(getattr(m, name)) for k, m in enumerate(memories.of) for name in _ARRAYS}
+    arrays = {f"{k}.{name}": np.ascontiguousarray(getattr(memory, name))
+              for k, memory in enumerate(memories.of) for name in _ARRAYS}
     about = dict(lines=memories.lines, shares=memories.shares,
                  config=memories.of[0].config.model_dump(mode="json"),
                  of=[dict(perturbations=m.perturbations, block_weights=m.block_weights, noise=m.noise)
