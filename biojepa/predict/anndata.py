@@ -27,7 +27,7 @@ from ..data.means import sparse_rows
 from ..data.schema import validate
 from ..model.biojepa import BioJEPA
 from ..model.saving import Pretrained, from_pretrained
-from .model import add_rows_, changes, check_model
+from .model import add_rows_, changes, check_model, error_of_mean
 from .sets import expression_space
 
 # %% ../../nbs/5_predict/05_anndata.ipynb #1340c4ee
@@ -70,7 +70,7 @@ def predict(
     rows, code = _output_rows(adata, table, cells, action, options.level)
     pieces = changes(model, adata, cells, action, actions, options.batch_size, options.progress)
     layers = _layers(row_source(adata), cells, code, pieces)
-    if memories: rows, layers = _with_reliability(rows, layers, memories, table)
+    if memories: rows, layers = _with_reliability(rows, layers, memories, table, adata.var_names)
     about = dict(model=config_hash(model.config), n_cells=len(controls), seed=options.seed,
                  mode=sorted({str(m) for m in table.mode}), features=[dict(b.provenance) for b in banks])
     return _as_anndata(adata, rows, layers, options.level, about)
@@ -197,6 +197,7 @@ def _with_reliability(
     layers:dict,            # layer -> (R, G)
     memories:Memories,
     table:ActionTable,      # what was asked
+    genes:Sequence[str],    # G
     n:int=3,                # training perturbations that are named
 )->tuple[pd.DataFrame, dict]:
     "How much is known of each perturbation, on which others its answer rests, and how far it may be off."
@@ -207,7 +208,8 @@ def _with_reliability(
         some = [k for k, t in enumerate(asked) if t]
         if not some: continue
         said = memory.answer([asked[k] for k in some])
-        error[at[some]] = said.sd
+        own, added = [asked[k] for k in some], layers["delta"][at[some]] - said.delta
+        error[at[some]] = error_of_mean(said.sd, added, own, genes)
         order = np.argsort(-np.abs(said.weights), axis=1, kind="stable")[:, :n]
         leans = [", ".join(f"{'+'.join(memory.perturbations[p])} {w[p]:.2f}" for p in best if w[p])
                  for best, w in zip(order, said.weights)]
