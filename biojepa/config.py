@@ -108,6 +108,7 @@ class StageConfig(Frozen):
     action_noise:float = Field(0., ge=0)     # dynamics, "mean": noise on action latents, relative to their size
     side_weight: float = Field(
         0.1, ge=0)  # dynamics, "mean": latent distance and likelihood, beside the decoded change
+    least_held_out:PositiveInt = 5           # dynamics: conditions that can confirm what is learned beside a memory
     map_cells:PositiveInt = 2000             # dynamics, readout: cells that genes' linear maps are learned from
     map_ridge:float = Field(1e-3, gt=0)      # dynamics, readout: added to the covariance of the latents
     latents: Literal["predicted",

@@ -18,8 +18,8 @@ from biojepa.config import MemoryConfig
 from biojepa.predict.anndata import predict
 from biojepa.training.run import run_stages
 
-CHANGE = dict(predicts="change", delta_from="teacher", readout="per_gene", intervenes=True, mask_context=False, d_protein=128,
-              d_dna=1536)
+CHANGE = dict(predicts="change", delta_from="teacher", readout="per_gene", intervenes=True, mask_context=False,
+              d_protein=128, d_dna=1536)
 
 
 @pytest.fixture(scope="module")

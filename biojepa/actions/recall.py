@@ -109,7 +109,7 @@ def _better_memory(
     delta:np.ndarray,                   # (P, G)
     shared:Memory,                      # with this line's mean
 )->tuple[Memory, np.ndarray]:           # (P, G) the shared memory's errors, left out
-    "A line's own memory if left-out answers say that it is the better one, else the shared one, calibrated on the line."
+    "A line's own memory if left-out answers say that it is better, else the shared one, calibrated on the line."
     rows = [shared.perturbations.index(t) for t in targets]
     without = (delta.mean(0) - delta)/max(len(delta) - 1, 1)    # its mean without a row, from its mean
     said = shared.change(shared.left_out()[rows]) + without

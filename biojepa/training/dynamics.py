@@ -18,6 +18,7 @@ from anndata import AnnData
 from scipy import stats
 from torch import Tensor
 
+from ..actions.memory import row_correlations
 from ..actions.recall import line_slots
 from ..actions.vocabulary import Mode
 from ..config import StageConfig
@@ -288,7 +289,7 @@ def settle_(
     adata:AnnData,          # prepared
     split,
     actions:ActionBatch,    # (P, A, F)
-    config:StageConfig,     # `map_cells`, `map_ridge`
+    config:StageConfig,     # `map_cells`, `map_ridge`, `least_held_out`
     seed:int=0,
 )->Settled:
     "Keep as much of what the predictor adds as held-out perturbations say; nothing where there are none."
@@ -306,7 +307,9 @@ def settle_(
     gain = (np.square(left) - np.square(left - share*added)).sum(1)/np.square(left).sum(1).mean()
     error = gain.std(ddof=1)/np.sqrt(len(gain)) if len(gain) > 1 else np.inf
     low = float(gain.mean() - stats.t.ppf(.95, max(len(gain) - 1, 1))*error)
-    kept = share if low > 0 else 0.
+    before_r, after_r = (row_correlations(said, measured).mean() for said in (start, start + share*added))
+    confirmed = len(gain) >= config.least_held_out and low > 0 and after_r > before_r
+    kept = share if confirmed else 0.
     last.load_state_dict(before)
     scale_residual_(model, kept)
     return Settled(kept, float(gain.mean()), low, len(gain))
