@@ -348,7 +348,8 @@ def fit_memory(
                     np.zeros(len(mean)), np.array([1., 0]), config)
     _, process = process_weights(memory.kernel(perturbations)[0], choice.noise)
     members = memory.members(process, left_out=True)
-    added = [left_out_answers(W, Y[:, :r]) for W in members]
+    added = [left_out_answers(W, Y[:, :r])*(name in config.members)     # what is left out gets the weight 0
+             for name, W in zip(("process", "prototypes"), members)]
     memory = replace(memory, stack=stack_weights(added, Y[:, :r]*len(Y)/(len(Y) - 1), config.pooled))
     memory = replace(memory, sums=_sum_weights(memory, delta, members))
     return calibrated(memory, delta - memory.change(memory.left_out()), memory.left_out_variance())

@@ -289,14 +289,15 @@ def settle_(
     adata:AnnData,          # prepared
     split,
     actions:ActionBatch,    # (P, A, F)
-    config:StageConfig,     # `map_cells`, `map_ridge`, `least_held_out`
+    config:StageConfig,     # `map_cells`, `map_ridge`, `least_held_out`, `keeps`
     seed:int=0,
 )->Settled:
     "Keep as much of what the predictor adds as held-out perturbations say; nothing where there are none."
     last = model.predictor.mean
     if not len(Roster.of(adata, split)["val"]):
-        scale_residual_(model, 0)
-        return Settled(0., 0., 0., 0)
+        kept = float(config.keeps == "all")
+        scale_residual_(model, kept)
+        return Settled(kept, 0., 0., 0)
     given, before = (adata, split, actions, training_maps(model, adata, split, config, seed), seed), last.state_dict()
     before = {k: v.clone() for k, v in before.items()}
     measured, whole = held_out_changes(model, *given)
@@ -309,7 +310,7 @@ def settle_(
     low = float(gain.mean() - stats.t.ppf(.95, max(len(gain) - 1, 1))*error)
     before_r, after_r = (row_correlations(said, measured).mean() for said in (start, start + share*added))
     confirmed = len(gain) >= config.least_held_out and low > 0 and after_r > before_r
-    kept = share if confirmed else 0.
+    kept = dict(confirmed=share if confirmed else 0., all=1., none=0.)[config.keeps]
     last.load_state_dict(before)
     scale_residual_(model, kept)
     return Settled(kept, float(gain.mean()), low, len(gain))
