@@ -36,15 +36,18 @@ def canonical(
                              history=list(source.history))
     _check_axes(x, source)
     genes = read_genes(source)
-    state = state_of(x, source.columns.values, source.obs.index, genes.index, source.where)
-    source.history.append(f"values: {state}, {'as declared' if source.columns.values else 'detected'}")
+    sizes = source.obs.get(source.columns.library_size)
+    if sizes is not None: sizes = pd.to_numeric(sizes, errors="coerce").to_numpy(float)
+    held = state_of(x, source.columns.values, source.obs.index, genes.index, source.where, sizes)
+    how = "as declared" if source.columns.values else "detected"
+    source.history.append(f"values: {held.space}, {how} ({held.evidence})")
     condition = read_conditions(source)
     if source.columns.drop:
         kept = kept_cells(source, condition)
         x, condition, source = x[kept], condition[kept], source._replace(obs=source.obs[kept])
-    obs = read_cells(source, condition, x, state)
+    obs = read_cells(source, condition, x, held.space)
     check_targets(source, obs["condition"].cat.categories, genes.index)
-    about = dict(schema_version=1, source=source.where, expression_space=state,
+    about = dict(schema_version=1, source=source.where, expression_space=held.space,
                  history=np.array(source.history, dtype=object))
     return ad.AnnData(x, obs=obs, var=genes, uns={**uns, "biojepa": about})
 

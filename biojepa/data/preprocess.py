@@ -13,19 +13,10 @@ from anndata import AnnData
 
 from ..core import object_hash
 from .conditions import SchemaError, listed
+from .matrix import row_blocks
 from .schema import SPACES, require, validate
 
 # %% ../../nbs/1_data/11_preprocess.ipynb #81fe5661
-def _blocks(
-    X:sp.csr_matrix,         # (N, G)
-    entries:int=2**21,       # stored values in a block, roughly
-):
-    "Walk over a CSR matrix: slice of rows, slice of stored values, and for each value its row within the block."
-    edges = np.unique(np.r_[0, np.searchsorted(X.indptr, np.arange(entries, X.nnz, entries)), X.shape[0]])
-    for a, b in zip(edges[:-1], edges[1:]):
-        row = np.repeat(np.arange(b - a), np.diff(X.indptr[a:b + 1]))
-        yield slice(a, b), slice(X.indptr[a], X.indptr[b]), row
-
 def _log_scaled(
     values:np.ndarray,        # (n,) float32 stored values of a block
     row:np.ndarray,           # (n,) row of each value
@@ -41,7 +32,7 @@ def _row_sums(
 )->np.ndarray:                    # (N,) float64
     "Sum of each row after `steps`, without holding the scaled matrix."
     out = np.zeros(X.shape[0])
-    for rows, at, row in _blocks(X):
+    for rows, at, row in row_blocks(X):
         values = _log_scaled(X.data[at], row, [s[rows] for s in steps])
         out[rows] = np.bincount(row, values, minlength=rows.stop - rows.start)
     return out
@@ -170,7 +161,7 @@ def _seurat(
     "scanpy's choice on log values, from two running sums."
     used, sums, squares = np.zeros(logs.shape[0]), np.zeros(logs.shape[1]), np.zeros(logs.shape[1])
     used[rows] = 1
-    for block, at, row in _blocks(logs):
+    for block, at, row in row_blocks(logs):
         values, genes = np.expm1(logs.data[at], dtype=float)*used[block][row], logs.indices[at]
         sums += np.bincount(genes, values, minlength=len(sums))
         squares += np.bincount(genes, values**2, minlength=len(sums))
@@ -247,7 +238,7 @@ def _logged(
     "X scaled and logged."
     found, X = adata.uns["biojepa"]["expression_space"], adata.X.copy() if steps else adata.X
     if steps:
-        for rows, at, row in _blocks(X): X.data[at] = _log_scaled(X.data[at], row, [s[rows] for s in steps])
+        for rows, at, row in row_blocks(X): X.data[at] = _log_scaled(X.data[at], row, [s[rows] for s in steps])
     layers = {"counts": adata.X} if found == "counts" else dict(adata.layers)
     out = AnnData(X, obs=adata.obs, var=adata.var, uns=adata.uns, layers=layers)
     if steps: _note_(out, f"X: {found} -> {space}", expression_space=space)
