@@ -734,8 +734,8 @@ MALFORMED = {  # what: (accident, names given, message)
     "unknown mode": (nothing, dict(mode="crispr"), r"mode='crispr' is neither a column nor a mode; .*crispri"),
     "column with an unknown mode": (nothing, dict(mode="lane"), r"mode='lane' holds a, b; the modes "
                                                                 r"are crispri"),
-    "missing condition": (column("condition", None, 2), {}, r"condition='condition' has no value in 1 rows, "
-                                                            r"the first is 'c2-3'"),
+    "missing condition": (column("condition", None, 2), {},
+                          r"column 'condition': 'nan' \(1 cells without a label\) name no single perturbation"),
     "missing batch": (column("lane", None, [0, 4]), dict(batch="lane"), r"batch='lane' has no value in 2 rows, "
                                                                         r"the first is 'c0-1'"),
     "missing gene name": 

@@ -2,7 +2,9 @@
 
 1. What X holds is a hypothesis that every cell is asked about (`STATES`): the right answer for 17 transformations of
    one screen, whether all genes are there or some.
-2. Indices that a narrower type would turn into other genes are refused."""
+2. Indices that a narrower type would turn into other genes are refused.
+3. Labels that name no perturbation are never targets; controls, identifiers and collections are recognised
+   (`LABELS`)."""
 import warnings
 
 import anndata as ad
@@ -12,6 +14,8 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
+from biojepa.actions.vocabulary import ActionTable
+from biojepa.config import Columns, parse_settings, preset, with_settings
 from biojepa.data.conditions import SchemaError
 from biojepa.data.datasets import load_dataset
 from biojepa.data.matrix import lacking_counts, row_blocks, steps_of
@@ -238,3 +242,136 @@ def test_indices_in_memory_are_looked_at_too():
     adata.X.indices[3] = 900
     with pytest.raises(SchemaError, match="AnnData: indices of X: found 0 to 900, of places 0 to 5"):
         load(adata)
+
+
+# --- labels, identifiers, collections
+# ---------------------------------------------------------------------------------
+
+def screen(labels=("ctrl", "A", "B", "A+B"), genes="ABCDEF", var=None, index=None, **obs):
+    "Counts of 24 cells with these labels, dealt in turn; other columns of obs likewise."
+    table = pd.DataFrame({"condition": np.resize(np.array(labels, dtype=object), 24)},
+                         index=[f"c{i}" for i in range(24)])
+    for name, values in obs.items(): table[name] = np.resize(np.array(values, dtype=object), 24)
+    names = pd.DataFrame(var or {}, index=list(index or genes))
+    return ad.AnnData(sp.csr_matrix(COUNTS[:24, -len(names):], dtype="float32"), table, names)
+
+
+def of_collection(labels=("control", "A", "A_B", "B"), nperts=(0, 1, 2, 1), name="perturbation", **obs):
+    "The same as a file of scPerturb or pertpy has it."
+    adata = screen(labels, nperts=nperts, cell_line="K562", gemgroup=(1, 2), ncounts=9999., **obs)
+    adata.obs = adata.obs.rename(columns={"condition": name})
+    adata.obs = adata.obs.astype({"nperts": int, "gemgroup": int, "ncounts": float})
+    return adata
+
+
+def targets(adata): return sorted(set(adata.obs["condition"]))
+def conditions(*wanted): return lambda adata: targets(adata) == sorted(wanted)
+
+
+ENSG = [f"ENSG0000000000{i}" for i in range(6)]
+VERSIONED = [f"{name}.{i + 3}" for i, name in enumerate(ENSG)]
+ONE = ("A+ctrl", "B+ctrl", "ctrl")
+PAIR = ("A+B", *ONE)
+
+LABELS = {  # what: (file, names given, before, now: a part of the message, or what holds of the result)
+    "unassigned cells": (screen(["ctrl", "A", "B", "unassigned"]), {}, "a target",
+                         r"'unassigned' \(6 cells\) name no single .*drop=\['unassigned'\], or .*keep="),
+    "in other letters": (screen(["ctrl", "A", "Multiplet", "DOUBLET"]), {}, "two targets",
+                         r"'Multiplet' \(6 cells\), 'DOUBLET' \(6 cells\).*drop=\['doublet', 'multiplet'\]"),
+    "ambiguous": (screen(["ctrl", "A", "B", "ambiguous"]), {}, "a target", "'ambiguous'"),
+    "negative": (screen(["ctrl", "A", "B", "negative"]), {}, "a target", "'negative'"),
+    "None as text": (screen(["ctrl", "A", "B", "None"]), {}, "a target", "'None'"),
+    "nan as text": (screen(["ctrl", "A", "B", "nan"]), {}, "an error without a cure", r"drop=\['nan'\]"),
+    "no label": (screen(["ctrl", "A", "B", np.nan]), {}, "an error without a cure", r"6 cells without a "
+                                                                                    r"label.*drop="),
+    "an empty label": (screen(["ctrl", "A", "B", " "]), {}, "an error without a cure", r"6 cells "
+                                                                                       r"without a label"),
+    "a target beside multi": (screen(["ctrl", "A", "B", "A+multi"]), {}, "a pair", r"'A\+multi'.*drop=\['multi'\]"),
+    "dropped by name": (screen(["ctrl", "A", "B", "unassigned"]), dict(drop="unassigned"), "read",
+                        lambda a: a.n_obs == 18 and conditions(*ONE)(a)),
+    "dropped in other letters": (screen(["ctrl", "A", "B", "Unassigned"]), dict(drop="unassigned"), "an error",
+                                 lambda a: a.n_obs == 18 and conditions(*ONE)(a)),
+    "one of two dropped": (screen(["ctrl", "A", "multi", "doublet"]), dict(drop="multi"), "a target", "'doublet'"),
+    "cells without a label dropped": (screen(["ctrl", "A", "B", None]), dict(drop="nan"), "an error",
+                                      lambda a: a.n_obs == 18 and conditions(*ONE)(a)),
+    "kept by name": (screen(["ctrl", "A", "B", "negative"]), dict(keep="negative"), "an error",
+                     conditions(*ONE, "negative+ctrl")),
+    "controls called negative": (screen(["negative", "A", "B"]), dict(control="negative"), "read", conditions(*ONE)),
+    "controls under two labels": (screen(["NT", "safe", "A", "B"]), dict(control=("NT", "safe")), "not "
+                                                                                                  "possible",
+                                  lambda a: (a.obs["condition"] == "ctrl").sum() == 12 and conditions(*ONE)(a)),
+    "a control beside a target, two labels": (screen(["NT", "safe", "A+NT", "safe+B"]), dict(control=("NT", "safe")),
+                                              "no way", conditions(*ONE)),
+    "one label of controls that is not there": (screen(["NT", "A", "B"]), dict(control=("NT", "safe")), "not "
+                                                                                                        "possible",
+                                                "no label 'safe' in column 'condition'"),
+    "a gene called NA": (screen(["ctrl", "A", "NA"], index=["NA", *"ABCDE"]), {}, "read",
+                         conditions("A+ctrl", "NA+ctrl", "ctrl")),
+    "another separator": (screen(["ctrl", "A", "B", "A;B"]), dict(separator=";"), "a target A;B", conditions(*PAIR)),
+    "identifiers, symbols beside them": (screen(index=ENSG, var=dict(symbol=list("ABCDEF"))), {}, "a warning",
+                                         "2 are in the column 'symbol' of var: say gene_name='symbol'"),
+    "symbols, identifiers asked for": (screen(var=dict(gene_id=ENSG)), dict(gene_name="gene_id"), "a warning",
+                                       "but in the index of var: say nothing of gene_name"),
+    "identifiers without symbols": (screen(index=ENSG, var=dict(chromosome=list("112233"))), {}, "a warning",
+                                    "which are Ensembl identifiers, such as .*gene_name=.*chromosome"),
+    "identifiers, and that is wanted": (screen(index=ENSG), dict(unknown_targets="allow"), "read", conditions(*PAIR)),
+    "versions in the file": (screen(["ctrl", *ENSG[:2]], index=VERSIONED), {}, "a warning", "gene_versions='strip'"),
+    "versions taken off": (screen(["ctrl", *VERSIONED[:2]], index=VERSIONED), dict(gene_versions="strip"), "no way",
+                           lambda a: targets(a)[0] == f"{ENSG[0]}+ctrl" and list(a.var_names) == ENSG),
+    "two versions of one gene": (screen(["ctrl", ENSG[0]], index=[f"{ENSG[0]}.1", *VERSIONED[:5]]),
+                                 dict(gene_versions="strip"), "no way", "1 gene names occur again"),
+    "a file of scPerturb, nothing said": (of_collection(), {}, "all cells controls", "say columns='scperturb'"),
+    "a file of pertpy, nothing said": (of_collection(name="perturbation_name"), {}, "all cells controls",
+                                       "say columns='pertpy'"),
+    "a file of scPerturb": (of_collection(), dict(columns="scperturb"), "no way",
+                            lambda a: conditions(*PAIR)(a) and set(a.obs["batch"]) == {"1", "2"}
+                            and set(a.obs["cell_type"]) == {"K562"} and set(a.obs["total_counts"]) == {9999.}),
+    "a file of pertpy": (of_collection(["control", "A", "A+B", "B"], name="perturbation_name"), dict(columns="pertpy"),
+                         "no way", conditions(*PAIR)),
+    "its controls called NT": (of_collection(["NT", "A", "B"], [0, 1, 1], name="gene_target"), dict(columns="pertpy"),
+                               "no way", conditions(*ONE)),
+    "its name of a gene with a dash": (of_collection(["control", "A", "HLA_A"], [0, 1, 1]), dict(columns="scperturb"),
+                                       "no way", conditions("A+ctrl", "HLA_A+ctrl", "ctrl")),
+    "its pairs with a control": (of_collection(["control", "A_control", "B"], [0, 1, 1]), dict(columns="scperturb"),
+                                 "no way", conditions(*ONE)),
+    "its pairs that do not add up": (of_collection(["control", "A", "HLA_A_B"], [0, 1, 2]), dict(columns="scperturb"),
+                                     "no way", "'HLA_A_B' with nperts 2 is no list of 2 targets"),
+    "its cells without a label": (of_collection(["control", "A", "B", "nan"], [0, 1, 1, 1]), dict(columns="scperturb"),
+                                  "no way", r"'perturbation': 'nan' \(6 cells without a label\)"),
+    "not of that collection": (screen(), dict(columns="scperturb"), "no way",
+                               "columns='scperturb', but there is no column perturbation"),
+    "guides by DNA alone, two a target": (screen(["ctrl", "A", "A"], dna=["", "ACGT", "TTTT"]), dict(guide_seq="dna"),
+                                          "an error two stages later",
+                                          lambda a: {"A+ctrl|ACGT", "A+ctrl|TTTT"} < set(a.obs["perturbation"])),
+    "guides by DNA alone, one a target": (screen(["ctrl", "A", "B"], dna=["", "ACGT", "TTTT"]), dict(guide_seq="dna"),
+                                          "read", lambda a: set(a.obs["perturbation"]) == set(ONE)),
+}
+
+
+@pytest.mark.parametrize("what", LABELS)
+def test_labels_are_targets_only_if_they_name_one(what, tmp_path):
+    adata, names, _, answer = LABELS[what]
+    adata.obs = adata.obs.infer_objects()
+    adata.write_h5ad(tmp_path/"lab.h5ad")
+    for source, where in ((adata, "AnnData"), (tmp_path/"lab.h5ad", "lab.h5ad")):
+        if not callable(answer):
+            with pytest.raises(SchemaError, match=f"{where}: .*{answer}"): load(source, **names)
+        else: assert answer(load(source, **names)), targets(load(source, **names))
+
+
+def test_a_collection_is_a_name_in_a_configuration_too():
+    short = with_settings(preset("smoke"), parse_settings("data.columns=scperturb"))
+    config = with_settings(preset("smoke"),
+                           parse_settings("data.columns.like=scperturb data.columns.batch=gemgroup"))
+    assert short.data.columns == Columns(like="scperturb")
+    assert config.data.columns == Columns(like="scperturb", batch="gemgroup")
+    own = load(of_collection(lane=["x"]), columns=config.data.columns.changed(batch="lane"))
+    assert set(own.obs["batch"]) == {"x"} and any(
+        "columns like scperturb: condition='perturbation'" in line for line in own.uns["biojepa"]["history"])
+
+
+def test_guides_named_by_their_dna_make_actions():
+    adata = load(screen(["ctrl", "A", "A", "B"], dna=["", "ACGT", "TTTT", "CCCC"]), guide_seq="dna")
+    table = ActionTable.from_anndata(adata)
+    assert dict(zip(table.perturbation, table.guide_seqs)) == {
+        "ctrl": (), "A+ctrl|ACGT": ("ACGT",), "A+ctrl|TTTT": ("TTTT",), "B+ctrl|CCCC": ("CCCC",)}

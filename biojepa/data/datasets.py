@@ -18,8 +18,10 @@ import scipy.sparse as sp
 from anndata.io import read_elem
 
 from ..config import Columns
-from .columns import Source, check_targets, kept_cells, read_cells, read_conditions, read_genes
-from .conditions import SchemaError, listed, parse_condition
+from biojepa.data.columns import (
+    Source, check_targets, kept_cells, like_collection, read_cells, read_conditions, read_genes
+)
+from .conditions import SchemaError, listed, names_nothing, parse_condition
 from .download import DatasetCard, fetch, list_cards, read_card
 from .matrix import read_matrix, state_of
 from .network import SimulationSpec
@@ -100,11 +102,12 @@ def _source(
     if isinstance(about, h5py.Group): about = read_elem(about)
     if about: columns, history = columns.over(_own_names(obs, about, where)), list(about["history"])
     keep = columns.keep or ()
-    lost = [k for k in keep if k not in obs and k not in uns and k not in _KEPT]
+    lost = [k for k in keep if k not in obs and k not in uns and k not in _KEPT and not names_nothing(k)]
     if lost:
         raise SchemaError(f"{where}: keep={lost} is neither a column of obs nor an entry of uns; columns: "
                           f"{listed(obs.columns, 40)}")
-    return Source(obs, var, columns, where, history), [k for k in keep if k in uns]
+    source = Source(obs, var, columns, where, history)
+    return like_collection(source) if columns.like else source, [k for k in keep if k in uns]
 
 # %% ../../nbs/1_data/08_datasets.ipynb #32b7e754
 def _read_file(
@@ -159,7 +162,7 @@ def _load_card(card:DatasetCard, columns:Columns, **download)->ad.AnnData:
 # %% ../../nbs/1_data/08_datasets.ipynb #001dc3f0
 def load_dataset(
     name_or_path:str|Path|DatasetCard|ad.AnnData,  # a card's name, an .h5ad file, a card of your own, or an AnnData
-    columns:Columns=Columns(),  # what its columns are called; what is not said is the card's
+    columns:Columns|str=Columns(),  # what its columns are called; "scperturb" or "pertpy": as there; else the card's
     *,
     folder:Path|None=None,      # where downloads are kept; data/raw if None
     offline:bool=False,         # never touch the network
@@ -170,6 +173,7 @@ def load_dataset(
     if unknown := set(named) - set(Columns.model_fields):
         raise TypeError(f"load_dataset: found {listed(sorted(unknown))}; a column is one of "
                         f"{listed(Columns.model_fields, 40)}")
+    if isinstance(columns, str): columns = Columns.model_validate(columns)
     columns, source = Columns(**named).over(columns), name_or_path
     if isinstance(source, ad.AnnData):
         return _read_anndata(source, columns, "AnnData", ["from an AnnData in memory"])
