@@ -4,7 +4,9 @@
    one screen, whether all genes are there or some.
 2. Indices that a narrower type would turn into other genes are refused.
 3. Labels that name no perturbation are never targets; controls, identifiers and collections are recognised
-   (`LABELS`)."""
+   (`LABELS`).
+4. A file is asked how large it is, and whether all of it is there, before anything is allocated (`HOSTILE`)."""
+import tracemalloc
 import warnings
 
 import anndata as ad
@@ -16,6 +18,7 @@ import scipy.sparse as sp
 
 from biojepa.actions.vocabulary import ActionTable
 from biojepa.config import Columns, parse_settings, preset, with_settings
+from biojepa.data import datasets
 from biojepa.data.conditions import SchemaError
 from biojepa.data.datasets import load_dataset
 from biojepa.data.matrix import lacking_counts, row_blocks, steps_of
@@ -357,6 +360,87 @@ def test_labels_are_targets_only_if_they_name_one(what, tmp_path):
         if not callable(answer):
             with pytest.raises(SchemaError, match=f"{where}: .*{answer}"): load(source, **names)
         else: assert answer(load(source, **names)), targets(load(source, **names))
+
+
+# --- files that want more than they give
+# -----------------------------------------------------------------------------
+
+def replaced(name, make):
+    "Put something else in the place of a part of a file."
+    def change(f, folder):
+        del f[name]
+        make(f, folder)
+    return change
+
+
+def elsewhere(name):
+    "A link to a part of another file, which exists."
+    def make(f, folder):
+        screen().write_h5ad(folder/"other.h5ad")
+        f[name] = h5py.ExternalLink("other.h5ad", name)
+    return replaced(name, make)
+
+
+def raw_bytes(f, folder):
+    (folder/"secret").write_bytes(bytes(24*6*4))
+    f.create_dataset("X", (24, 6), "float32", external=[(str(folder/"secret"), 0, h5py.h5f.UNLIMITED)])
+
+
+def view_of_another(f, folder):
+    screen().write_h5ad(folder/"other.h5ad")
+    layout = h5py.VirtualLayout((24, 6), "float32")
+    layout[:] = h5py.VirtualSource(str(folder/"other.h5ad"), "X/data", (144,))[:144]
+    f.create_virtual_dataset("X", layout)
+
+
+def declared(name, shape, dtype="float32"):
+    "A part that says it is large and stores nothing."
+    chunks = tuple(min(n, 1000) for n in shape)
+    return replaced(name, lambda f, folder: f.create_dataset(name, shape, dtype, chunks=chunks))
+
+
+HOSTILE = {     # what: (what is done to the file, before, now)
+    "a dense X of 2.4 TB": (declared("X", (600, 10**9)), "4.3 GB, then killed", "/X declares 600 × 1000000000 "
+                                                                                "float32.*stores 0"),
+    "a dense X of many rows": (declared("X", (10**9, 600)), "does not end", "/X declares 1000000000 × 600"),
+    "values of a sparse X": (declared("X/data", (10**11,)), "400 GB asked for", "/X/data declares "
+                                                                                "100000000000"),
+    "its lengths": (declared("X/indptr", (10**10,), "int64"), "80 GB asked for", "/X/indptr declares "
+                                                                                 "10000000000"),
+    "a column of obs": (declared("obs/_index", (10**10,), "S8"), "80 GB asked for", "/obs/_index declares"),
+    "a layer nobody asked for": (lambda f, folder: f.create_dataset("layers/x", (10**5, 10**5), "f4", chunks=(9, 9)),
+                                 "read", "/layers/x declares 100000 × 100000"),
+    "X in another file": (elsewhere("X"), "read from there", "/X lies outside this file, in other.h5ad"),
+    "obs in another file": (elsewhere("obs"), "read from there", "/obs lies outside this file, in other.h5ad"),
+    "bytes of any file as X": (replaced("X", raw_bytes), "read from there", "/X lies outside this file, in "
+                                                                            "other files"),
+    "a view of another file": (replaced("X", view_of_another), "read from there", "/X lies outside this file"),
+    "a link deep inside uns": (lambda f, folder: f["uns"].__setitem__("a", h5py.ExternalLink("/etc/hosts", "/")),
+                               "read", "/uns/a lies outside this file, in /etc/hosts"),
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_a_file_is_measured_before_it_is_read(what, tmp_path):
+    change, _, message = HOSTILE[what]
+    screen().write_h5ad(tmp_path/"lab.h5ad")
+    with h5py.File(tmp_path/"lab.h5ad", "r+") as f: change(f, tmp_path)
+    tracemalloc.start()
+    try:
+        with pytest.raises(SchemaError, match=f"lab.h5ad: .*({message})"): load(tmp_path/"lab.h5ad")
+        assert tracemalloc.get_traced_memory()[1] < 5e7
+    finally: tracemalloc.stop()
+
+
+@pytest.mark.parametrize("layout", [sp.csr_matrix, sp.csc_matrix, lambda x: x.toarray()])
+def test_what_does_not_fit_into_memory_is_said_before_it_is_read(layout, tmp_path, monkeypatch):
+    adata = cells(COUNTS)
+    adata.X = layout(adata.X)
+    adata.write_h5ad(tmp_path/"x.h5ad")
+    assert load(tmp_path/"x.h5ad").n_obs == len(COUNTS)
+    monkeypatch.setattr(datasets, "_free_memory", lambda: 1e5)
+    with pytest.raises(SchemaError, match=r"x.h5ad: reading X takes about 0.\d GB of memory, 0.0 GB are free"):
+        load(tmp_path/"x.h5ad")
 
 
 def test_a_collection_is_a_name_in_a_configuration_too():
