@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from .core import object_hash
 
@@ -59,6 +59,8 @@ class ModelConfig(Frozen):
     initial_values:Literal["released", "fan_in"] = "released"  # of gene embeddings, mask token and composer
     predicts:Literal["latent", "change"] = "latent"  # what the action predictor gives
     intervenes:bool = False                  # change the targeted gene's own value first
+    n_recalled:NonNegativeInt = 0            # numbers of an action's remembered change; set by the data, 0: no memory
+    lines:tuple[str, ...] = ()               # cell lines that are remembered apart; the last number set is for others
     readout:Literal["shared", "per_gene"] = "shared"
     delta_from: Literal["encoder",
                         "teacher"] = "encoder"  # whose latents of the control cell Δ is decoded against
@@ -74,6 +76,9 @@ class ModelConfig(Frozen):
         if self.intervenes and self.predicts != "change":
             raise ValueError(f"intervenes: needs predicts='change', found {self.predicts!r}; "
                              "what follows is added to the changed cell's latents")
+        if self.n_recalled and (self.predicts, self.delta_from) != ("change", "teacher"):
+            raise ValueError("n_recalled: a memory needs predicts='change' and delta_from='teacher', found "
+                             f"{self.predicts!r} and {self.delta_from!r}; what is predicted is added to it")
         if self.logvar_min >= self.logvar_max:
             raise ValueError(f"logvar_min: found {self.logvar_min}, not below logvar_max {self.logvar_max}")
         return self
@@ -159,7 +164,8 @@ class DataConfig(Frozen):
     pooling: Literal["residues",
                      "tokens"] = "residues"  # of ESM-2: without start and end, or, as released, with
     relations: str | None = None  # table of gene pairs; a target's place in this graph then stands for its protein
-    relations_db:str|None = None    # only the pairs with this value in a column `db`
+    relations_db:str|None = None    # only the pairs with this value in a column `db`; several, separated by commas
+    relation_features:Literal["diffused", "spectral"] = "diffused"  # heat over each database, or eigenvectors of all
     expression_space:Literal["log1p", "log1p_twice"] = "log1p"
     n_top_genes:PositiveInt|None = None     # variable genes to keep, chosen on training cells; all if None
     split:Literal["simulation", "guide", "combination", "cell_type", "custom"] = "simulation"
@@ -182,16 +188,16 @@ class DataConfig(Frozen):
 # %% ../nbs/0_base/02_config.ipynb #57564291
 class MemoryConfig(Frozen):
     "What `actions.memory` chooses among; every choice is made by leaving out one training perturbation at a time."
-    components:PositiveInt = 15                             # directions of the responses that are remembered
-    noises: tuple[float, ...] = (
-        .05, .1, .2, .3, .5, .8, 1.5)  # variance of the noise, beside a prior variance of 1
-    block_weights: tuple[float,
-                         ...] = (0., .5, 1., 2.)  # of a block of features in the distance of two genes
-    prototypes: tuple[PositiveInt,
-                      ...] = (17, 25, 40)  # clusters of responses, one member of the stack in all
+    components:tuple[PositiveInt, ...] = (10, 15, 20)       # directions of the responses that members answer in
+    noises:tuple[float, ...] = (.05, .1, .2, .3, .5, .8, 1.5)   # variance of the noise, beside a prior variance of 1
+    block_weights:tuple[float, ...] = (0., .5, 1., 2.)      # of a block of features in the distance of two genes
+    prototypes:tuple[PositiveInt, ...] = (17, 25, 40)       # clusters of responses, one member of the stack in all
     sharpness:float = Field(1.6, gt=0)                      # power of a target's shares in the clusters
-    pooled: float = Field(.5, ge=0, le=1)  # how far each component's stack weights go to the common ones
-    amplitude: float = Field(1., gt=0)  # of what is added to the train mean: 1 for r, about 1.25 for PDS
+    pooled:float = Field(.5, ge=0, le=1)                    # how far a component's stack weights go to the common ones
+    directions:PositiveInt = 128                            # kept, for what was measured of combinations' members
+    least_combinations:PositiveInt = 8                      # in training, for anything but the sum of their members
+    least_targets:PositiveInt = 12                          # of a cell line, for a memory of its own
+    coverage:float = Field(.95, gt=0, lt=1)                 # of intervals, by left-out answers
 
 # %% ../nbs/0_base/02_config.ipynb #6695553a
 class ExperimentConfig(Frozen):
@@ -203,6 +209,7 @@ class ExperimentConfig(Frozen):
     align:StageConfig
     dynamics:StageConfig
     readout:StageConfig
+    memory:MemoryConfig|None = None      # what training perturbations say of a new one, added to; None: nothing
     seed:int = 0
 
 # %% ../nbs/0_base/02_config.ipynb #eb5dfe2e
@@ -253,7 +260,7 @@ def preset(
                        dynamics=dict(lr=3e-3, target="mean", action_noise=2.))
         stages = _stages((2, 100, 4, 1), (32, 128, 16, 32), **further)
         return ExperimentConfig(name=name, model=ModelConfig(n_genes=600, d_model=32, **small, **switches),
-                                data=DataConfig(tokens=("protein", "dna")), **stages)
+                                data=DataConfig(tokens=("protein", "dna")), memory=MemoryConfig(), **stages)
     if name == "smoke":
         return ExperimentConfig(name=name, model=ModelConfig(n_genes=600, d_model=16, **small),
                                 **_stages((1, 2, 1, 1), (64, 64, 64, 64)))

@@ -88,12 +88,19 @@ class ActionBatch(NamedTuple):
     mode:Tensor      # (B, A) int64, a Mode
     present:Tensor   # (B, A) bool, True for a real token
     genes: Tensor | None = None  # (B, K) int64, places of targets among the model's genes, -1: none; for `intervenes`
+    recall: Tensor | None = None # (B, S, R) float32, what S memories say, in numbers of the model's `responses`
 
     to = _to
 
     def take(self, index)->"ActionBatch":
         "Some rows, in the order of `index`: the actions of a PairBatch are `actions.take(batch.perturbation)`."
         return ActionBatch(*(x if x is None else x[index] for x in self))
+
+    def answered_by(self, slot)->"ActionBatch":
+        "With what one memory says, or one for each row (B,): `recall` is then (B, 1, R)."
+        if self.recall is None: return self
+        slot = torch.as_tensor(slot, device=self.recall.device).expand(len(self.recall))
+        return self._replace(recall=self.recall[torch.arange(len(slot), device=slot.device), slot][:, None])
 
 class ActionPairBatch(NamedTuple):
     "Two descriptions of the same perturbations, for alignment (report §5.2)."

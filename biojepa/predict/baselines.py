@@ -17,7 +17,7 @@ from anndata import AnnData
 
 from ..data.conditions import parse_condition
 from ..data.means import group_means
-from ..data.own_gene import cell_modes, own_gene_effects
+from ..data.own_gene import cell_modes, own_gene_changes, own_gene_effects
 from .sets import PredictionSet, check_template, test_set
 
 # %% ../../nbs/5_predict/06_baselines.ipynb #50bd69d3
@@ -122,11 +122,9 @@ def with_own_gene(
     check_template(method, adata, split)
     if effects is None: effects = own_gene_effects(adata, split)
     mode = dict(zip(adata.obs["condition"].astype(str), cell_modes(adata)))
-    place, delta = {g: i for i, g in enumerate(method.genes)}, method.delta.copy()
-    for i, condition in enumerate(method.groups["condition"]):
-        if mode[condition] not in effects.index: continue
-        at, own = [place[t] for t in parse_condition(condition) if t in place], effects.loc[mode[condition]]
-        delta[i, at] += (own.factor - 1)*method.control_mean[i, at] + own.summand
+    conditions = method.groups["condition"]
+    delta = method.delta + own_gene_changes([parse_condition(c) for c in conditions], [mode[c] for c in conditions],
+                                            method.control_mean, method.genes, effects)
     return method.with_prediction(name or f"{method.name}, own gene",
                                   delta,
                                   delta_variance=method.delta_variance,

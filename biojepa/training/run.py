@@ -28,6 +28,7 @@ from torch import Tensor
 
 from ..actions.banks import FeatureBank
 from ..actions.describe import Actions, describe_actions, sized_to
+from ..actions.recall import Memories, remember, save_memories
 from ..actions.vocabulary import ActionTable
 from ..config import DataConfig, ExperimentConfig, config_hash
 from ..core import PATHS, atomic_path, object_hash
@@ -42,7 +43,7 @@ from ..model.biojepa import BioJEPA
 from ..model.saving import save_pretrained
 from .align import align_stage
 from .checkpoints import own_randomness
-from .dynamics import actions_of, dynamics_stage
+from .dynamics import Settled, actions_of, dynamics_stage, settle_
 from .loop import Stage, fit, make_fabric
 from .monitor import CollapseMonitor, encoder_latents
 from .pretrain import pretrain_stage
@@ -101,6 +102,8 @@ class Run(NamedTuple):
     table:ActionTable               # P perturbations
     experiment:ExperimentConfig     # as used
     features:tuple[FeatureBank, ...]    # of targets and guides, one bank per modality
+    memories:Memories|None = None       # what training perturbations say of others, where the model has a memory
+    settled:Settled|None = None         # how much of what was learned beside it was kept
 
     @property
     def label(self)->str:
@@ -217,7 +220,11 @@ def run_stages(
     adata, split = _data(experiment, adata, split, Path(runs), fabric)
     actions = describe_actions(adata, split, features, experiment.data)
     _check_pairs(actions, adata, split, experiment.align.pairs)
-    experiment = sized_to(experiment, adata, actions)
+    memories = None
+    if experiment.memory:
+        memories = remember(adata, split, actions.banks, experiment.memory, experiment.model.intervenes)
+    actions = actions.remembering(memories)
+    experiment = sized_to(experiment, adata, actions, memories)
     folder, roster, logs = run_folder(experiment, runs), Roster(adata, split), {}
     identity = dict(data=data_hash(adata), split=split.hash, features=actions.hash)
     if fabric.is_global_zero:
@@ -227,15 +234,21 @@ def run_stages(
         open_folder(folder, experiment, identity, about)
         split.save(folder/"split.json")
     with own_randomness(experiment.seed): model = BioJEPA(experiment.model)
+    if memories: model.responses.copy_(torch.from_numpy(memories.responses))
+    settled = None
     for name in stages:
         if stage := build_stage(name, model, experiment, roster, actions):
             logs[name] = fit(model, stage, folder/name, seed=experiment.seed, fabric=fabric, **options)
+        if memories and name == "dynamics":
+            settled = settle_(model, adata, roster, actions.actions, experiment.dynamics, experiment.seed)
     if fabric.is_global_zero:
         save_pretrained(model, folder/"model", adata.var_names, actions.table.perturbation)
         for bank in actions.banks: bank.save(folder/"model"/f"features_{bank.modality}.safetensors")
+        if memories: save_memories(memories, folder/"model"/"memory.safetensors")
     fabric.barrier()
     log = pd.concat(logs, names=["stage"]).reset_index("stage").reset_index(drop=True)
-    return Run(model, folder, log, adata, split, actions.actions, actions.table, experiment, actions.banks)
+    return Run(model, folder, log, adata, split, actions.actions, actions.table, experiment, actions.banks,
+               memories, settled)
 
 # %% ../../nbs/4_training/08_run.ipynb #54ff0ba6
 def _data(experiment:ExperimentConfig, adata:AnnData|None, split:Split|None, runs:Path, fabric:Fabric)->tuple:
