@@ -5,9 +5,12 @@
 2. Indices that a narrower type would turn into other genes are refused.
 3. Labels that name no perturbation are never targets; controls, identifiers and collections are recognised
    (`LABELS`).
-4. A file is asked how large it is, and whether all of it is there, before anything is allocated (`HOSTILE`)."""
+4. A file is asked how large it is, and whether all of it is there, before anything is allocated (`HOSTILE`).
+5. Tables of relations, guides, proteins and actions, and records of downloads, name file, field and cure (`TABLES`)."""
+import gzip
 import tracemalloc
 import warnings
+import zipfile
 
 import anndata as ad
 import h5py
@@ -19,8 +22,10 @@ import scipy.sparse as sp
 from biojepa.actions.vocabulary import ActionTable
 from biojepa.config import Columns, parse_settings, preset, with_settings
 from biojepa.data import datasets
+from biojepa.data.companions import join_proteins, read_edges, read_guides, read_proteins, read_table
 from biojepa.data.conditions import SchemaError
 from biojepa.data.datasets import load_dataset
+from biojepa.data.download import Download, DownloadError, fetch_file
 from biojepa.data.matrix import lacking_counts, row_blocks, steps_of
 
 
@@ -441,6 +446,94 @@ def test_what_does_not_fit_into_memory_is_said_before_it_is_read(layout, tmp_pat
     monkeypatch.setattr(datasets, "_free_memory", lambda: 1e5)
     with pytest.raises(SchemaError, match=r"x.h5ad: reading X takes about 0.\d GB of memory, 0.0 GB are free"):
         load(tmp_path/"x.h5ad")
+
+
+# --- tables
+# -----------------------------------------------------------------------------------------------------------
+
+def packed_zeros(path):
+    with gzip.open(path, "wb") as f:
+        for _ in range(101): f.write(b"a,b\n"*262_144)
+
+
+def workbook_of_zeros(path):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as z: z.writestr("xl/sheet.xml", bytes(100_000_001))
+
+
+ACTIONS = ("perturbation,condition,targets,guide_id,guide_seqs,mode,n_cells\n"
+           "ctrl,ctrl,,,,control,9\nA+ctrl,A+ctrl,A,,,crispri,7\n")
+
+TABLES = {  # what: (name, content or what writes it, reader, before, message)
+    "an empty csv": ("t.csv", "", read_edges, "EmptyDataError", "t.csv: not a readable table .*EmptyDataError"),
+    "a header alone": ("t.csv", "a,b\n", read_edges, "no relations, silently", "t.csv: found no row"),
+    "ragged rows": ("t.csv", "a,b\nA,B\nA,B,C,D\n", read_edges, "ParserError", "t.csv: not a readable table "
+                                                                               ".*line 3"),
+    "bytes": ("t.csv", b"a,b\n\xff\xfe\x00,B\n", read_edges, "UnicodeDecodeError", "t.csv: not text in UTF-8"),
+    "other columns": ("t.csv", "x,y\nA,B\n", read_edges, "refused", "t.csv: found columns x, y, and no a "
+                                                                    "and no b"),
+    "a null part": ("t.csv", "a,b\nA,B\nC,\n", read_edges, "a gene called nan",
+                    "t.csv: 1 rows without a name in column 'b', the first is row 1"),
+    "weights that are words": ("t.csv", "a,b,weight\nA,B,strong\n", read_edges, "ValueError without a file",
+                               "t.csv: 1 rows whose weight is no number of 0 or more, the first is 'strong' "
+                               "in row 0"),
+    "negative weights": ("t.csv", "a,b,weight\nA,B,1\nB,C,-2\n", read_edges, "refused", "'-2' in row 1"),
+    "a parquet that is none": ("t.parquet", b"PAR1 nothing PAR1", read_edges, "ArrowInvalid",
+                               "t.parquet: not a readable table .*Arrow"),
+    "a gz that is none": ("t.csv.gz", b"a,b\nA,B\n", read_edges, "BadGzipFile", "t.csv.gz: not a "
+                                                                                "readable table"),
+    "a gz cut short": ("t.csv.gz", gzip.compress(b"a,b\nA,B\n"*999)[:-30], read_edges, "EOFError", "t.csv.gz: "
+                                                                                                   "not a "
+                                                                                                   "readable"),
+    "a gz that unpacks to a thousand times": ("t.csv.gz", packed_zeros, read_edges, "106 MB read",
+                                              "t.csv.gz: .* would unpack to .*nothing was unpacked"),
+    "a workbook of zeros": ("t.xlsx", workbook_of_zeros, read_edges, "100 MB read", "t.xlsx: .* would unpack "
+                                                                                    "to 100,000,001"),
+    "proteins without sequences": ("p.csv", "gene,sequence\nA,MK\nB,\n", read_proteins, "refused", "p.csv: 1 "
+                                                                                                   "rows have no"),
+    "guides without letters": ("g.csv", "guide_id,guide_seq_a\ng1,ACGT\ng2,\n", read_guides, "refused",
+                               "g.csv: row 1 holds"),
+    "actions, empty": ("t.csv", "", ActionTable.load, "EmptyDataError", "t.csv: not a readable action table"),
+    "actions of an unknown mode": ("t.csv", ACTIONS.replace("crispri", "crisper"), ActionTable.load, "no "
+                                                                                                     "file named",
+                                   "t.csv: a mode or n_cells cannot be read .*'crisper'"),
+    "actions of many cells": ("t.csv", ACTIONS.replace(",7", ",many"), ActionTable.load, "no file named",
+                              "t.csv: a mode or n_cells cannot be read .*'many'"),
+}
+
+
+@pytest.mark.parametrize("what", TABLES)
+def test_a_broken_table_names_file_field_and_cure(what, tmp_path):
+    name, content, read, _, message = TABLES[what]
+    if callable(content): content(tmp_path/name)
+    else: (tmp_path/name).write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(ValueError, match=f"(?s){message}") as error: read(tmp_path/name)
+    assert not isinstance(error.value, UnicodeDecodeError) and ";" in str(error.value)
+
+
+@pytest.mark.parametrize("given, found", [([("A", "B")], "list"), ({"a": ["A"]}, "dict"), (None, "NoneType")])
+def test_what_is_no_table_is_said(given, found):
+    with pytest.raises(ValueError, match=f"table: found a {found}; give a table with named columns"):
+        read_edges(given)
+
+
+def test_na_is_a_gene_in_a_table_and_no_number_in_a_column_of_numbers(tmp_path):
+    (tmp_path/"t.csv").write_text("a,b,weight\nNA,TP53,1\nNULL,NA,0.5\n")
+    assert read_edges(tmp_path/"t.csv").values.tolist() == [["NA", "TP53", 1.], ["NULL", "NA", .5]]
+    (tmp_path/"n.tsv").write_text("gene\tscore\nNA\t1.5\nTP53\tNA\n")
+    table = read_table(tmp_path/"n.tsv")
+    assert table["gene"].tolist() == ["NA", "TP53"] and table["score"].isna().tolist() == [False, True]
+    (tmp_path/"p.csv").write_text("gene,sequence\nNA,MK\nA,MKK\n")
+    adata = join_proteins(load(screen(["ctrl", "A", "NA"], index=["NA", *"ABCDE"])),
+                          read_proteins(tmp_path/"p.csv"))
+    assert adata.uns["protein_sequences"] == {"A": "MKK", "NA": "MK"}
+
+
+@pytest.mark.parametrize("record", ["[1, 2]", "null", "{", "["*100_000])
+def test_a_record_of_a_download_that_is_none_is_named(record, tmp_path):
+    (tmp_path/"t.csv").write_text("a,b\n")
+    (tmp_path/"t.csv.record.json").write_text(record)
+    with pytest.raises(DownloadError, match="t.csv.record.json: not the record of a download"):
+        fetch_file(Download(name="t"), tmp_path/"t.csv", offline=True)
 
 
 def test_a_collection_is_a_name_in_a_configuration_too():

@@ -261,8 +261,11 @@ def _extract(card:DatasetCard, archive:Path, h5ad:Path)->None:
 # %% ../../nbs/1_data/05_download.ipynb #1c114a6c
 def _read_record(record:Path)->dict:
     "What was noted at an earlier download."
-    try: return json.loads(record.read_text()) if record.is_file() else {}
-    except ValueError as error:
+    try:
+        known = json.loads(record.read_text()) if record.is_file() else {}
+        if not isinstance(known, dict): raise ValueError(f"found a {type(known).__name__}, not a table")
+        return known
+    except (ValueError, RecursionError) as error:
         raise DownloadError(f"{record}: not the record of a download ({error}); delete it") from error
 
 def _write_record(record:Path, source:Download, path:Path, **more)->None:
