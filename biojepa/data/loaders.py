@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from .batches import ActionBatch, ActionPairBatch, CellBatch, PairBatch, dense_rows, row_source
-from .controls import ControlPools, codes_of, counter_uniform, match_controls
+from .controls import ControlPools, by_name, codes_of, counter_uniform, match_controls, name_ranks
 
 # %% ../../nbs/1_data/17_loaders.ipynb #3683b8da
 @dataclass(eq=False)
@@ -133,7 +133,8 @@ def _prepared(
 # %% ../../nbs/1_data/17_loaders.ipynb #d630779f
 class RosterPart:
     "One part of a split in one AnnData; what is asked for is found once."
-    def __init__(self, adata:AnnData, split, name:str): self.adata, self.split, self.name = adata, split, name
+    def __init__(self, roster:"Roster", name:str):
+        self.roster, self.adata, self.split, self.name = roster, roster.adata, roster.split, name
 
     def __len__(self)->int: return len(self._cells)
 
@@ -156,7 +157,8 @@ class RosterPart:
     def seen(self)->np.ndarray: return np.union1d(self.cells, self.controls)
 
     @cached_property
-    def pools(self)->ControlPools: return match_controls(self.adata, self.cells, self.controls)
+    def pools(self) -> ControlPools:
+        return match_controls(self.adata, self.cells, self.controls, self.roster.rank)
 
 # %% ../../nbs/1_data/17_loaders.ipynb #d6307790
 class Roster:
@@ -166,7 +168,7 @@ class Roster:
         split,          # Split of data.splits, or anything with its `cells` and `controls`
     ):
         self.adata, self.split = adata, split
-        self._parts = {name: RosterPart(adata, split, name) for name in ("train", "val", "test")}
+        self._parts = {name: RosterPart(self, name) for name in ("train", "val", "test")}
 
     def __getitem__(self, name:str)->RosterPart:
         if name in self._parts: return self._parts[name]
@@ -176,6 +178,11 @@ class Roster:
     def code(self)->np.ndarray:  # (n_obs,) int64
         "The perturbation of each cell: a row of the ActionTable."
         return codes_of(self.adata, "perturbation")[0]
+
+    @cached_property
+    def rank(self)->np.ndarray:  # (n_obs,) int64
+        "The place of each cell by name: what is drawn does not depend on the order of the file."
+        return name_ranks(self.adata.obs_names)
 
     def cells(self, adata:AnnData, part:str)->np.ndarray:
         "As a split says it, for whatever takes a split."
@@ -204,11 +211,12 @@ def pair_loader(
     "Each perturbed cell of a part beside a random control of its batch and cell type (report §5.3)."
     size, X = _prepared(adata, "batch", "cell_type", "perturbation"), row_source(adata)
     roster = Roster.of(adata, split)
-    code, pools = roster.code, roster[part].pools
+    code, pools, options = roster.code, roster[part].pools, dict(training=part == "train") | options
+    order = np.argsort(roster.rank[pools.cells]) if options["training"] else slice(None)
 
     def items(epoch):
         uniform = counter_uniform(adata.n_obs, seed, 0 if fixed_controls else epoch, stream=1)
-        return np.stack([pools.cells, pools.draw(uniform[pools.cells])], 1)
+        return np.stack([pools.cells, pools.draw(uniform[roster.rank[pools.cells]])], 1)[order]
 
     def collate(rows):
         pert, ctrl = rows.T
@@ -216,7 +224,7 @@ def pair_loader(
         numbers = (size[ctrl], size[pert], code[pert], ctrl.copy(), pert.copy())
         return PairBatch(x[:len(ctrl)], x[len(ctrl):], *map(torch.from_numpy, numbers))
 
-    return BatchLoader(items, collate, batch_size, seed, **dict(training=part == "train") | options)
+    return BatchLoader(items, collate, batch_size, seed, **options)
 
 # %% ../../nbs/1_data/17_loaders.ipynb #3f2a79ab
 def cell_loader(
@@ -230,13 +238,15 @@ def cell_loader(
 )->BatchLoader:                    # of CellBatch
     "Cells for pretraining (report §5.1)."
     size, X, train = _prepared(adata), row_source(adata), part == "train"
-    rows = np.arange(adata.n_obs)
+    rows, options, rank = np.arange(adata.n_obs), dict(training=train) | options, None
     if split is not None:
-        mine = Roster.of(adata, split)[part]
+        roster = Roster.of(adata, split)
+        mine, rank = roster[part], roster.rank
         rows = mine.seen if (train if with_controls is None else with_controls) else mine.cells
+    if options["training"]: rows = by_name(adata, rows, rank)
     def collate(cells):
         return CellBatch(dense_rows(X, cells), torch.from_numpy(size[cells]), torch.from_numpy(cells.copy()))
-    return BatchLoader(lambda epoch: rows, collate, batch_size, seed, **dict(training=train) | options)
+    return BatchLoader(lambda epoch: rows, collate, batch_size, seed, **options)
 
 # %% ../../nbs/1_data/17_loaders.ipynb #417d1aab
 def action_loader(

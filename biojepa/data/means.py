@@ -73,7 +73,7 @@ def match_groups(
         raise ValueError(f"control: found {control!r}; choose 'cell_type' or 'batch'")
     labels = adata.obs[["cell_type", "batch"]]
     if control == "cell_type": labels = labels.assign(batch="all")
-    pools = match_controls(AnnData(obs=labels), rows, np.sort(controls))
+    pools = match_controls(AnnData(obs=labels), rows, np.sort(controls), np.arange(adata.n_obs))
     spans, pool = np.unique(np.stack([pools.start, pools.size], 1), axis=0, return_inverse=True)
     count = np.zeros((code.max(initial=-1) + 1, len(spans)), np.int64)
     np.add.at(count, (code, pool.ravel()), 1)

@@ -157,6 +157,7 @@ def _seurat(
     logs:sp.csr_matrix,     # (N, G) log1p values
     rows:np.ndarray,        # training cells
     n_top_genes:int,        # how many genes to choose
+    names:pd.Index,         # (G,) of the genes; equals are chosen in this order
 )->np.ndarray:              # (G,) True for the chosen ones
     "scanpy's choice on log values, from two running sums."
     used, sums, squares = np.zeros(logs.shape[0]), np.zeros(logs.shape[1]), np.zeros(logs.shape[1])
@@ -173,7 +174,9 @@ def _seurat(
     centre, spread = bins.transform("mean"), bins.transform("std")
     alone = spread.isna()  # the only gene of its bin counts as 1
     score = ((dispersion - centre)/spread).mask(alone & dispersion.notna(), 1.)
-    return score.rank(method="first", ascending=False).to_numpy() <= n_top_genes
+    order = score.to_frame("score").assign(name=names.astype(str)).sort_values(["score", "name"],
+                                                                               ascending=[False, True])
+    return score.index.isin(order.dropna().index[:n_top_genes])
 
 # %% ../../nbs/1_data/11_preprocess.ipynb #2403bec4
 def _variable_genes_(
@@ -203,8 +206,8 @@ def _variable_genes_(
     counts = adata.X if space == "counts" else adata.layers.get("counts")
     require(counts is not None or space == "log1p",
             "X: is logged twice and counts are unknown; choose variable genes on the loaded file")
-    choose, values = (_seurat_v3, counts) if counts is not None else (_seurat, adata.X)
-    chosen = choose(values, rows, n_top_genes)
+    if counts is not None: chosen = _seurat_v3(counts, rows, n_top_genes)
+    else: chosen = _seurat(adata.X, rows, n_top_genes, adata.var_names)
     _note_(adata, f"variable genes: {chosen.sum()} of {adata.n_vars}, on {len(rows)} training cells of split "
                   f"{split.hash}",
            variable_genes=record)
