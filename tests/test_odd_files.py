@@ -53,9 +53,10 @@ def scaled(x=COUNTS, to=1e4): return to*x/x.sum(1, keepdims=True)
 
 
 def half_logged(share):
-    x = np.log1p(scaled())
-    x[:int(share*len(x))] = COUNTS[:int(share*len(x))]
-    return x
+    "A share of the cells holds counts, none of 15 or more."
+    x, n = np.log1p(scaled()), int(share*len(COUNTS))
+    x[:n] = COUNTS[:n]
+    return x[:, COUNTS.max(0) < 15]
 
 
 def corrected(seed=0):
