@@ -29,7 +29,7 @@ import scipy.sparse as sp
 from hypothesis import given, settings, strategies as st
 
 from biojepa.core import PATHS
-from biojepa.data import download, matrix
+from biojepa.data import download, matrix, values as values_module
 from biojepa.data.conditions import SchemaError, condition_name, parse_condition
 from biojepa.data.datasets import load_dataset
 from biojepa.data.download import DatasetCard, DownloadError, fetch, list_cards, read_card
@@ -858,8 +858,8 @@ def test_the_peak_is_bounded_by_the_size_of_the_result(tmp_path, layout, bound, 
         pd.DataFrame({"condition": np.resize(["ctrl", "A"], 4000)}, index=[f"c{i}" for i in range(4000)]))
     adata.layers["counts"] = counts
     adata.write_h5ad(tmp_path/"big.h5ad")
-    monkeypatch.setattr(matrix, "PIECE",
-                        1 << 17)  # pieces as small beside this matrix as the real ones beside a real screen
+    for module in (matrix, values_module):     # pieces as small beside this matrix as the real ones beside a real screen
+        monkeypatch.setattr(module, "PIECE", 1 << 17)
     tracemalloc.start()
     x = load(tmp_path/"big.h5ad").X
     peak = tracemalloc.get_traced_memory()[1]

@@ -26,7 +26,8 @@ from biojepa.data.companions import join_proteins, read_edges, read_guides, read
 from biojepa.data.conditions import SchemaError
 from biojepa.data.datasets import load_dataset
 from biojepa.data.download import Download, DownloadError, fetch_file
-from biojepa.data.matrix import lacking_counts, row_blocks, steps_of
+from biojepa.data.matrix import row_blocks
+from biojepa.data.values import lacking_counts, steps_of
 
 
 def load(source, **names):
