@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, field_validator, model_validator
+from pydantic import (
+    BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, field_validator, model_validator
+)
 
 from .core import object_hash
 
@@ -106,6 +108,8 @@ class StageConfig(Frozen):
     action_noise:float = Field(0., ge=0)     # dynamics, "mean": noise on action latents, relative to their size
     side_weight: float = Field(
         0.1, ge=0)  # dynamics, "mean": latent distance and likelihood, beside the decoded change
+    keeps:Literal["confirmed", "all", "none"] = "confirmed"    # dynamics: of what is learned beside a memory
+    least_held_out:PositiveInt = 5           # dynamics: conditions that can confirm what is learned beside a memory
     map_cells:PositiveInt = 2000             # dynamics, readout: cells that genes' linear maps are learned from
     map_ridge:float = Field(1e-3, gt=0)      # dynamics, readout: added to the covariance of the latents
     latents: Literal["predicted",
@@ -192,6 +196,7 @@ class MemoryConfig(Frozen):
     noises:tuple[float, ...] = (.05, .1, .2, .3, .5, .8, 1.5)   # variance of the noise, beside a prior variance of 1
     block_weights:tuple[float, ...] = (0., .5, 1., 2.)      # of a block of features in the distance of two genes
     prototypes:tuple[PositiveInt, ...] = (17, 25, 40)       # clusters of responses, one member of the stack in all
+    members:tuple[Literal["process", "prototypes"], ...] = ("process", "prototypes")    # of the stack
     sharpness:float = Field(1.6, gt=0)                      # power of a target's shares in the clusters
     pooled:float = Field(.5, ge=0, le=1)                    # how far a component's stack weights go to the common ones
     directions:PositiveInt = 128                            # kept, for what was measured of combinations' members

@@ -858,7 +858,7 @@ def test_the_peak_is_bounded_by_the_size_of_the_result(tmp_path, layout, bound, 
         pd.DataFrame({"condition": np.resize(["ctrl", "A"], 4000)}, index=[f"c{i}" for i in range(4000)]))
     adata.layers["counts"] = counts
     adata.write_h5ad(tmp_path/"big.h5ad")
-    for module in (matrix, values_module):     # pieces as small beside this matrix as the real ones beside a real screen
+    for module in (matrix, values_module):  # pieces as small beside this matrix as real ones beside a real screen
         monkeypatch.setattr(module, "PIECE", 1 << 17)
     tracemalloc.start()
     x = load(tmp_path/"big.h5ad").X

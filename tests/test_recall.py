@@ -8,6 +8,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+from training_cases import small_data
 
 from biojepa.actions.banks import FeatureBank
 from biojepa.actions.memory import row_correlations
@@ -17,8 +18,6 @@ from biojepa.actions.recall import (
 from biojepa.actions.vocabulary import Modality
 from biojepa.config import MemoryConfig
 from biojepa.data.own_gene import own_gene_effects
-
-from training_cases import small_data
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['blocks_of', 'apart', 'kernel_of', 'membership', 'process_weights', 'left_out_answers', 'prototype_weights',
-           'cluster_labels', 'MemoryAnswer', 'Memory', 'row_correlations', 'stack_weights', 'fit_memory']
+           'cluster_labels', 'MemoryAnswer', 'Memory', 'row_correlations', 'stack_weights', 'calibrated', 'fit_memory']
 
 # %% ../../nbs/2_actions/09_memory.ipynb #5aee16a4
 from collections import Counter
@@ -306,13 +306,18 @@ def _sum_weights(
     q, r = np.linalg.qr(np.stack(left_out, 1))
     return nnls(r, q.T @ delta[several].ravel())[0]
 
-def _errors(
-    memory:Memory, delta:np.ndarray,
-)->tuple[np.ndarray, np.ndarray]:    # (G,) spread, (2,) growth
+@patch
+def left_out_variance(self:Memory)->np.ndarray:  # (P,)
+    "The process's variance at each training perturbation without having seen it."
+    inverse, _ = process_weights(self.kernel(self.perturbations)[0], self.noise)
+    return np.clip(1/np.diag(inverse) - self.noise, 0, None)
+
+def calibrated(
+    memory:Memory,
+    error:np.ndarray,       # (n, G) of left-out answers
+    variance:np.ndarray,    # (n,) of the process, left out
+)->Memory:                  # the same with `spread` and `growth`
     "How wrong left-out answers are, gene by gene, and how that grows with the process's variance."
-    error = delta - memory.change(memory.left_out())
-    A, _ = process_weights(memory.kernel(memory.perturbations)[0], memory.noise)
-    variance = np.clip(1/np.diag(A) - memory.noise, 0, None)
     size = np.sqrt(np.square(error).mean(0))
     some = size > 1e-9
     relative = np.square(error[:, some]/size[some]).mean(1)
@@ -320,7 +325,7 @@ def _errors(
     wide = np.sqrt(growth[0] + growth[1]*variance)[:, None]
     rank = min(len(error), int(np.ceil(memory.config.coverage*(len(error) + 1))))
     spread = np.sort(np.abs(error)/np.maximum(wide, 1e-9), axis=0)[rank - 1]
-    return spread/norm.ppf(.5 + memory.config.coverage/2), growth
+    return replace(memory, spread=spread/norm.ppf(.5 + memory.config.coverage/2), growth=growth)
 
 def fit_memory(
     perturbations:Sequence[tuple[str, ...]],    # P, targets of each
@@ -343,11 +348,11 @@ def fit_memory(
                     np.zeros(len(mean)), np.array([1., 0]), config)
     _, process = process_weights(memory.kernel(perturbations)[0], choice.noise)
     members = memory.members(process, left_out=True)
-    added = [left_out_answers(W, Y[:, :r]) for W in members]
+    added = [left_out_answers(W, Y[:, :r])*(name in config.members)     # what is left out gets the weight 0
+             for name, W in zip(("process", "prototypes"), members)]
     memory = replace(memory, stack=stack_weights(added, Y[:, :r]*len(Y)/(len(Y) - 1), config.pooled))
     memory = replace(memory, sums=_sum_weights(memory, delta, members))
-    spread, growth = _errors(memory, delta)
-    return replace(memory, spread=spread, growth=growth)
+    return calibrated(memory, delta - memory.change(memory.left_out()), memory.left_out_variance())
 
 def _check_responses(perturbations:tuple, delta:np.ndarray)->None:
     "Refuse what cannot be remembered."

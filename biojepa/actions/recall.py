@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from .banks import FeatureBank
-from .memory import Memory, fit_memory, row_correlations
+from .memory import Memory, calibrated, fit_memory, row_correlations
 from .vocabulary import Modality
 from ..config import MemoryConfig
 from ..core import atomic_path
@@ -93,26 +93,32 @@ def fit_memories(
     groups = {}
     for k, t in enumerate(targets): groups.setdefault(t, []).append(k)
     shared = _fitted(list(groups), np.stack([added[at].mean(0) for at in groups.values()]), features, config)
-    of, shares = [], []
+    of, shares, errors = [], [], []
     for line, mean in zip(names, means):
         told = replace(shared, mean=mean + shared.mean)
-        own = _own_memory([targets[k] for k in rows[line]], delta[rows[line]], told)
-        of.append(own or told)
-        shares.append(own is None)
-    return Memories(tuple(names), (*of, replace(shared, mean=means.mean(0) + shared.mean)), tuple(shares))
+        memory, error = _better_memory([targets[k] for k in rows[line]], delta[rows[line]], told)
+        of.append(memory)
+        shares.append(memory.perturbations is shared.perturbations)
+        errors.append(error)
+    variance = shared.left_out_variance()[[list(groups).index(targets[k]) for line in names for k in rows[line]]]
+    other = calibrated(replace(shared, mean=means.mean(0) + shared.mean), np.concatenate(errors), variance)
+    return Memories(tuple(names), (*of, other), tuple(shares))
 
-def _own_memory(
+def _better_memory(
     targets:Sequence[tuple[str, ...]],  # of one line
     delta:np.ndarray,                   # (P, G)
     shared:Memory,                      # with this line's mean
-)->Memory|None:                         # None where the shared one answers better, or there are too few targets
-    "A line's own memory, if left-out answers say that it is the better one."
-    if len(targets) < shared.config.least_targets or not shared.features: return None
-    own = fit_memory(targets, delta, shared.features, shared.config)
-    rows, without = [shared.perturbations.index(t) for t in targets], (delta.mean(0) - delta)/(len(delta) - 1)
-    said = own.change(own.left_out()), shared.change(shared.left_out()[rows]) + without
-    r = [row_correlations(s, delta).mean() for s in said]
-    return own if r[0] > r[1] else None
+)->tuple[Memory, np.ndarray]:           # (P, G) the shared memory's errors, left out
+    "A line's own memory if left-out answers say that it is better, else the shared one, calibrated on the line."
+    rows = [shared.perturbations.index(t) for t in targets]
+    without = (delta.mean(0) - delta)/max(len(delta) - 1, 1)    # its mean without a row, from its mean
+    said = shared.change(shared.left_out()[rows]) + without
+    error = delta - said
+    if len(targets) >= shared.config.least_targets and shared.features:
+        own = fit_memory(targets, delta, shared.features, shared.config)
+        r = [row_correlations(s, delta).mean() for s in (own.change(own.left_out()), said)]
+        if r[0] > r[1]: return own, error
+    return calibrated(shared, error, shared.left_out_variance()[rows]), error
 
 # %% ../../nbs/2_actions/10_recall.ipynb #4eca0010
 def recall_table(
@@ -173,7 +179,8 @@ def save_memories(
     path:str|Path,      # *.safetensors
 )->Path:                # the same path
     "One file, complete or not at all; without the features."
-    arrays = {f"{k}.{name}": np.ascontiguousarray(getattr(m, name)) for k, m in enumerate(memories.of) for name in _ARRAYS}
+    arrays = {f"{k}.{name}": np.ascontiguousarray(getattr(memory, name))
+              for k, memory in enumerate(memories.of) for name in _ARRAYS}
     about = dict(lines=memories.lines, shares=memories.shares,
                  config=memories.of[0].config.model_dump(mode="json"),
                  of=[dict(perturbations=m.perturbations, block_weights=m.block_weights, noise=m.noise)

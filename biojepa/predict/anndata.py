@@ -27,7 +27,7 @@ from ..data.means import sparse_rows
 from ..data.schema import validate
 from ..model.biojepa import BioJEPA
 from ..model.saving import Pretrained, from_pretrained
-from .model import add_rows_, changes, check_model
+from .model import add_rows_, changes, check_model, error_of_mean
 from .sets import expression_space
 
 # %% ../../nbs/5_predict/05_anndata.ipynb #1340c4ee
@@ -39,8 +39,7 @@ class PredictOptions(NamedTuple):
     seed:int = 0                    # of the drawing
     batch_size:int = 32             # cells computed at once
     progress:bool = True
-    missing: Literal["mean", "error"] = "mean"  # of a model with a memory, a target that nothing is known of: the train
-                                                # mean, and `known` says so, or an error
+    missing: Literal["mean", "error"] = "mean"  # a target that a memory knows nothing of: the train mean, or an error
 
 def predict(
     model,                                      # folder of save_pretrained, Pretrained, finished Run, or BioJEPA
@@ -48,13 +47,12 @@ def predict(
     perturbations:Sequence[str]|ActionTable,    # labels such as "KLF1" or "KLF1+GATA1"; a table where guides matter
     features:FeatureBank|Sequence[FeatureBank]|None=None,   # of every target, made as in training; the run's if None
     mode:Mode|str|None=None,                    # how they act; None: as all perturbed cells of `adata` do, or unknown
-    **options,                                  # of `PredictOptions`: n_cells, level, seed, batch_size, progress, missing
+    **options,                                  # of `PredictOptions`: n_cells, level, seed, missing, …
 )->AnnData:                                     # X predicted expression; layers predicted, delta, sd, control, error
     "Predicted expression of control cells under perturbations that may never have been made (report §6)."
     options = _checked(PredictOptions(**options))
-    own = () if features is not None and isinstance(model, BioJEPA) else _own_features(model, perturbations)
-    memories = own_memories(model, own)
-    if features is None: features = own
+    memories = own_memories(model)
+    if features is None: features = _own_features(model, perturbations)
     model, genes = model_and_genes(model)
     adata = align_genes(validate(adata, "prepared"), adata.var_names if genes is None else genes)
     check_model(model, adata, genes)
@@ -72,7 +70,7 @@ def predict(
     rows, code = _output_rows(adata, table, cells, action, options.level)
     pieces = changes(model, adata, cells, action, actions, options.batch_size, options.progress)
     layers = _layers(row_source(adata), cells, code, pieces)
-    if memories: rows, layers = _with_reliability(rows, layers, memories, table)
+    if memories: rows, layers = _with_reliability(rows, layers, memories, table, adata.var_names)
     about = dict(model=config_hash(model.config), n_cells=len(controls), seed=options.seed,
                  mode=sorted({str(m) for m in table.mode}), features=[dict(b.provenance) for b in banks])
     return _as_anndata(adata, rows, layers, options.level, about)
@@ -92,22 +90,24 @@ def model_and_genes(
         "BioJEPA")
 
 def _own_features(model, perturbations)->list[FeatureBank]:
-    "The features that a folder or a run was trained with."
-    if isinstance(model, (str, Path)):
-        found = [FeatureBank.load(path) for path in sorted(Path(model).glob("features_*.safetensors"))]
-    else: found = getattr(model, "features", ())
-    banks = [b for b in found if b.modality is not Modality.DNA or isinstance(perturbations, ActionTable)]
+    "The features that a folder or a run was trained with, as far as they fit what is asked."
+    banks = [b for b in _banks_of(model) if b.modality is not Modality.DNA or isinstance(perturbations, ActionTable)]
     if banks: return banks
     where = model if isinstance(model, (str, Path)) else type(model).__name__
     raise ValueError(
         f"features: none given, and {where} holds none that fit labels; give the FeatureBank of your "
         "targets (notebook actions/featurizers)")
 
-def own_memories(model, banks:Sequence[FeatureBank])->Memories|None:
+def _banks_of(model)->Sequence[FeatureBank]:
+    "All features that a folder or a run was trained with."
+    if not isinstance(model, (str, Path)): return getattr(model, "features", ())
+    return [FeatureBank.load(path) for path in sorted(Path(model).glob("features_*.safetensors"))]
+
+def own_memories(model)->Memories|None:
     "What a folder or a run remembers of its screen."
     if not isinstance(model, (str, Path)): return getattr(model, "memories", None)
     path = Path(model)/"memory.safetensors"
-    return load_memories(path, banks) if path.is_file() else None
+    return load_memories(path, _banks_of(model)) if path.is_file() else None
 
 def _mode_of(adata:AnnData)->Mode:
     "The one mode of the perturbed cells; unknown if there is none or more than one."
@@ -197,9 +197,10 @@ def _with_reliability(
     layers:dict,            # layer -> (R, G)
     memories:Memories,
     table:ActionTable,      # what was asked
+    genes:Sequence[str],    # G
     n:int=3,                # training perturbations that are named
 )->tuple[pd.DataFrame, dict]:
-    "How much is known of each perturbation, on which training perturbations its answer rests, and how far it may be off."
+    "How much is known of each perturbation, on which others its answer rests, and how far it may be off."
     targets = dict(zip(table.perturbation, table.targets))
     told, error = [], np.zeros_like(layers["delta"])
     for line, at in rows.groupby("cell_type", sort=False).indices.items():
@@ -207,7 +208,8 @@ def _with_reliability(
         some = [k for k, t in enumerate(asked) if t]
         if not some: continue
         said = memory.answer([asked[k] for k in some])
-        error[at[some]] = said.sd
+        own, added = [asked[k] for k in some], layers["delta"][at[some]] - said.delta
+        error[at[some]] = error_of_mean(said.sd, added, own, genes)
         order = np.argsort(-np.abs(said.weights), axis=1, kind="stable")[:, :n]
         leans = [", ".join(f"{'+'.join(memory.perturbations[p])} {w[p]:.2f}" for p in best if w[p])
                  for best, w in zip(order, said.weights)]

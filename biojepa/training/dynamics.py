@@ -5,17 +5,20 @@
 # %% auto #0
 __all__ = ['actions_of', 'dynamics_step', 'GeneMaps', 'gene_maps', 'training_maps', 'MeanTargets', 'mean_targets', 'noisy',
            'decoded_change', 'mean_dynamics_step', 'learn_interventions_', 'dynamics_stage', 'held_out_changes',
-           'Settled', 'settle_']
+           'Settled', 'scale_residual_', 'settle_']
 
 # %% ../../nbs/4_training/06_dynamics.ipynb #b2fb4a96
 from functools import partial
 from typing import Callable, NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 from anndata import AnnData
+from scipy import stats
 from torch import Tensor
 
+from ..actions.memory import row_correlations
 from ..actions.recall import line_slots
 from ..actions.vocabulary import Mode
 from ..config import StageConfig
@@ -126,7 +129,8 @@ def mean_targets(
     changes = torch.from_numpy(means.delta).float()
     delta[names.get_indexer(means.groups["perturbation"]), slots[first]] = changes
     if not changes.any():
-        raise ValueError("adata: every perturbation's mean change is zero; does the training part have perturbed cells?")
+        raise ValueError("adata: every perturbation's mean change is zero; "
+                         "does the training part have perturbed cells?")
     return MeanTargets(delta, maps, changes.square().mean(),
                        (changes.square() @ maps.lift.square()).mean()/len(maps.lift))
 
@@ -246,12 +250,13 @@ def held_out_changes(
     maps:GeneMaps,
     seed:int=0,             # of the control cells
     n_cells:int=16,         # control cells of each perturbation
-)->tuple[np.ndarray, np.ndarray]:   # (V, G) measured and predicted change of each held-out perturbation and line
-    "What validation perturbations did, and what the model says, as decoded before there is a readout."
+)->tuple[np.ndarray, np.ndarray]:   # (V, G) measured and predicted change of each held-out condition and line
+    "What validation conditions did, and what the model says, as decoded before there is a readout."
     device, rows = next(model.parameters()).device, np.asarray(split.cells(adata, "val"))
     controls = np.asarray(split.controls(adata, "val"))
-    means = group_means(adata, rows, controls, "perturbation", "batch")
-    names = adata.obs["perturbation"].astype("category").cat.categories
+    means = group_means(adata, rows, controls, "condition", "batch")
+    code = adata.obs["perturbation"].astype("category").cat.codes.to_numpy()[rows]
+    guides = pd.Series(code).groupby(adata.obs["condition"].astype(str).to_numpy()[rows]).unique()
     lines, rng = adata.obs["cell_type"].astype(str).to_numpy(), np.random.default_rng(seed)
     X, size = row_source(adata), adata.obs["log_library_size"].to_numpy(np.float32)
     maps, said = GeneMaps(*(t.to(device) for t in maps)), np.empty_like(means.delta)
@@ -259,9 +264,10 @@ def held_out_changes(
         some = np.sort(rng.permutation(controls[lines[controls] == line])[:n_cells])
         slot = torch.from_numpy(line_slots(model.config.lines, lines[some])).to(device)
         context = Context(model, dense_rows(X, some).to(device), torch.from_numpy(size[some]).to(device), slot=slot)
-        cell = torch.arange(len(some), device=device)
-        for g, p in zip(groups.index, names.get_indexer(groups["perturbation"])):
-            own = actions.take(torch.full((len(some),), int(p))).to(device)
+        for g, condition in groups["condition"].items():
+            rows = torch.from_numpy(guides[condition].astype(np.int64))
+            cell = torch.arange(len(some), device=device).repeat(len(rows))
+            own = actions.take(rows.repeat_interleave(len(some))).to(device)
             change = model.shift(context, own, cell).mean
             said[g] = decoded_change(model, context, change, own, maps, cell).mean(0).float().cpu().numpy()
     return means.delta, said
@@ -269,36 +275,42 @@ def held_out_changes(
 class Settled(NamedTuple):
     "How much of what the predictor adds to the memory was kept, and why."
     share:float             # kept, from 0 to 1
-    gain:float              # mean decrease of the squared error of a held-out perturbation, as a share of it
-    error:float             # standard error of the gain
-    n:int                   # held-out perturbations
+    gain:float              # mean decrease of the squared error of a held-out condition, as a share of it
+    low:float               # lower end of the gain's one-sided 95 % interval (t)
+    n:int                   # held-out conditions
+
+@torch.no_grad()
+def scale_residual_(model:BioJEPA, share:float)->None:
+    "Keep a share of what the predictor adds."
+    for p in model.predictor.mean.parameters(): p.mul_(share)
 
 def settle_(
     model:BioJEPA,          # with a memory; its predictor's last layer is scaled in place
     adata:AnnData,          # prepared
     split,
     actions:ActionBatch,    # (P, A, F)
-    config:StageConfig,     # `map_cells`, `map_ridge`
+    config:StageConfig,     # `map_cells`, `map_ridge`, `least_held_out`, `keeps`
     seed:int=0,
 )->Settled:
     "Keep as much of what the predictor adds as held-out perturbations say; nothing where there are none."
     last = model.predictor.mean
-    def scale(share):
-        with torch.no_grad():
-            for p in last.parameters(): p.mul_(share)
     if not len(Roster.of(adata, split)["val"]):
-        scale(0)
-        return Settled(0., 0., 0., 0)
+        kept = float(config.keeps == "all")
+        scale_residual_(model, kept)
+        return Settled(kept, 0., 0., 0)
     given, before = (adata, split, actions, training_maps(model, adata, split, config, seed), seed), last.state_dict()
     before = {k: v.clone() for k, v in before.items()}
     measured, whole = held_out_changes(model, *given)
-    scale(0)
+    scale_residual_(model, 0)
     start = held_out_changes(model, *given)[1]
     added, left = whole - start, measured - start
     share = float(np.clip((added*left).sum()/max(np.square(added).sum(), 1e-12), 0, 1))
     gain = (np.square(left) - np.square(left - share*added)).sum(1)/np.square(left).sum(1).mean()
-    error = float(gain.std(ddof=1)/np.sqrt(len(gain))) if len(gain) > 1 else np.inf
-    kept = share if gain.mean() > error else 0.
+    error = gain.std(ddof=1)/np.sqrt(len(gain)) if len(gain) > 1 else np.inf
+    low = float(gain.mean() - stats.t.ppf(.95, max(len(gain) - 1, 1))*error)
+    before_r, after_r = (row_correlations(said, measured).mean() for said in (start, start + share*added))
+    confirmed = len(gain) >= config.least_held_out and low > 0 and after_r > before_r
+    kept = dict(confirmed=share if confirmed else 0., all=1., none=0.)[config.keeps]
     last.load_state_dict(before)
-    scale(kept)
-    return Settled(kept, float(gain.mean()), error, len(gain))
+    scale_residual_(model, kept)
+    return Settled(kept, float(gain.mean()), low, len(gain))

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ..actions.banks import FeatureBank
 from ..actions.describe import Actions, describe_actions, sized_to
-from ..actions.recall import Memories, remember, save_memories
+from ..actions.recall import Memories, load_memories, remember, save_memories
 from ..actions.vocabulary import ActionTable
 from ..config import DataConfig, ExperimentConfig, config_hash
 from ..core import PATHS, atomic_path, object_hash
@@ -43,7 +43,7 @@ from ..model.biojepa import BioJEPA
 from ..model.saving import save_pretrained
 from .align import align_stage
 from .checkpoints import own_randomness
-from .dynamics import Settled, actions_of, dynamics_stage, settle_
+from .dynamics import Settled, actions_of, dynamics_stage, scale_residual_, settle_
 from .loop import Stage, fit, make_fabric
 from .monitor import CollapseMonitor, encoder_latents
 from .pretrain import pretrain_stage
@@ -223,7 +223,6 @@ def run_stages(
     memories = None
     if experiment.memory:
         memories = remember(adata, split, actions.banks, experiment.memory, experiment.model.intervenes)
-    actions = actions.remembering(memories)
     experiment = sized_to(experiment, adata, actions, memories)
     folder, roster, logs = run_folder(experiment, runs), Roster(adata, split), {}
     identity = dict(data=data_hash(adata), split=split.hash, features=actions.hash)
@@ -233,14 +232,15 @@ def run_stages(
                      history=[str(line) for line in adata.uns["biojepa"].get("history", ())])
         open_folder(folder, experiment, identity, about)
         split.save(folder/"split.json")
+    if memories: memories = _as_begun(memories, folder/"memory.safetensors", actions, fabric)
+    actions = actions.remembering(memories)
     with own_randomness(experiment.seed): model = BioJEPA(experiment.model)
-    if memories: model.responses.copy_(torch.from_numpy(memories.responses))
     settled = None
+    if memories: model.responses.copy_(torch.from_numpy(memories.responses))
     for name in stages:
         if stage := build_stage(name, model, experiment, roster, actions):
             logs[name] = fit(model, stage, folder/name, seed=experiment.seed, fabric=fabric, **options)
-        if memories and name == "dynamics":
-            settled = settle_(model, adata, roster, actions.actions, experiment.dynamics, experiment.seed)
+        if memories and name == "dynamics": settled = _settled(model, experiment, roster, actions, folder, fabric)
     if fabric.is_global_zero:
         save_pretrained(model, folder/"model", adata.var_names, actions.table.perturbation)
         for bank in actions.banks: bank.save(folder/"model"/f"features_{bank.modality}.safetensors")
@@ -262,6 +262,27 @@ def _data(experiment:ExperimentConfig, adata:AnnData|None, split:Split|None, run
             split = make_split(adata, data.split, data.split_seed, held_out=data.held_out)
         split = fabric.broadcast(split)
     return (adata, split) if adata is not None else load_data(data, split, runs)
+
+def _as_begun(memories:Memories, path:Path, actions:Actions, fabric:Fabric)->Memories:
+    "The memories that the run began with: another machine may round them to other directions."
+    if fabric.is_global_zero and not path.is_file(): save_memories(memories, path)
+    fabric.barrier()
+    return load_memories(path, actions.banks)
+
+def _settled(
+    model:BioJEPA, experiment:ExperimentConfig, roster:Roster, actions:Actions, folder:Path, fabric:Fabric,
+)->Settled:
+    "Keep of what was learned beside the memory as much as held-out perturbations say; decided once in a run."
+    path = folder/"settled.json"
+    if path.is_file():
+        settled = Settled(**json.loads(path.read_text()))
+        scale_residual_(model, settled.share)
+        return settled
+    settled = settle_(model, roster.adata, roster, actions.actions, experiment.dynamics, experiment.seed)
+    fabric.barrier()
+    if fabric.is_global_zero:
+        with atomic_path(path) as part: part.write_text(json.dumps(settled._asdict(), indent=1))
+    return settled
 
 def _check_pairs(actions:Actions, adata:AnnData, split:Split, which:str)->None:
     "Nothing held out is trained on; pairs of held-out perturbations only where `align.pairs` says so."
