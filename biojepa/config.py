@@ -122,25 +122,35 @@ def _names(text):  # "a, b" as ["a", "b"]; anything else as it is
 class Columns(Frozen):
     "How to read a file: what its columns are called, and what they hold."
     condition:str|None = None      # obs: what was done to the cell; `condition` if there is one
-    control:str|None = None        # its label for control cells; `ctrl`
+    control:str|tuple[str, ...]|None = None     # its label for control cells, or several; `ctrl`
+    separator:str|None = None      # between the targets of a pair; `+`
+    like:Literal["scperturb", "pertpy"]|None = None     # names as files of this collection have them
     batch:str|None = None          # obs: lane or gem group; one batch for all
     batch_pattern: str | None = None  # instead: regular expression with one group on the cells' names, e.g. r"-(\d+)$"
     cell_type:str|None = None      # obs: cell line; `unknown`
     guide:str|None = None          # obs: name of the guide (pair), kept as `guide_id`
     guide_seq:tuple[str, ...]|None = None  # obs: guide DNA, kept as `guide_seq_a`, `guide_seq_b`, …
     gene_name:str|None = None      # var: gene names; the index
+    gene_versions:Literal["keep", "strip"]|None = None  # of Ensembl identifiers, as in ENSG00000075624.17; kept
     library_size:str|None = None   # obs: total counts over all genes, kept as `total_counts`
     mode:str|None = None           # obs: how targets were acted on, or one mode for all, e.g. "crispri"
     values:Literal["counts", "log1p"]|None = None             # what X holds; looked at, or checked if given
     layer:str|None = None          # read this layer instead of X
     duplicate_genes:Literal["error", "rename"]|None = None    # a gene name that occurs again; an error
     unknown_targets:Literal["allow", "warn", "error"]|None = None  # targets that are not measured; a warning
-    keep:tuple[str, ...]|None = None       # further columns of obs, or entries of uns, to carry over
-    drop:tuple[str, ...]|None = None       # targets whose cells are left out
+    keep: tuple[str,
+                ...] | None = None  # further columns of obs, entries of uns, or labels such as "negative"
+    drop:tuple[str, ...]|None = None       # targets, or labels such as "unassigned", whose cells are left out
     drop_absent:Literal["error", "warn"]|None = None          # a name of `drop` that does not occur; an error
     relabel:dict[str, str]|None = None     # wrong cell types in the file -> the published ones
 
     _split = field_validator("guide_seq", "keep", "drop", mode="before")(_names)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_a_collection(cls, fields):
+        "The name of a collection stands for its column names."
+        return dict(like=fields) if isinstance(fields, str) else fields
 
     def over(self, below:"Columns")->"Columns":
         "`below`, with everything that is said here."

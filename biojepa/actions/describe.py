@@ -27,7 +27,7 @@ from .vocabulary import ActionTable, Modality, Mode
 from ..config import DataConfig, ExperimentConfig
 from ..core import object_hash
 from ..data.batches import ActionBatch
-from ..data.companions import WITHOUT_DOWNLOAD, read_proteins, read_table
+from ..data.companions import WITHOUT_DOWNLOAD, read_edges, read_proteins
 from ..data.splits import Split
 
 # %% ../../nbs/2_actions/11_describe.ipynb #fe195ba7
@@ -69,7 +69,7 @@ def read_relations(
     db:str|None=None,   # only pairs with this value of `db`, or with these, separated by commas
 )->pd.DataFrame:
     "Gene pairs."
-    table = read_table(path)
+    table = read_edges(path)
     if db is None: return table
     known = sorted(table["db"].astype(str).unique()) if "db" in table else []
     wanted = [name.strip() for name in db.split(",")]

@@ -16,6 +16,7 @@ import pandas as pd
 from anndata import AnnData
 
 from ..data.conditions import parse_condition
+from ..data.controls import by_name
 from ..data.means import group_means
 from ..data.own_gene import cell_modes, own_gene_changes, own_gene_effects
 from .sets import PredictionSet, check_template, test_set
@@ -178,7 +179,7 @@ def _halves(
     rng:np.random.Generator,
 )->np.ndarray:                  # (n,) bool, True for the first half
     "Deal the members of each label into two halves; the first gets the smaller."
-    labels, first = pd.factorize(labels)[0], np.zeros(len(labels), bool)
+    labels, first = pd.factorize(labels, sort=True)[0], np.zeros(len(labels), bool)
     for label in range(labels.max() + 1):
         rows = rng.permutation(np.flatnonzero(labels == label))
         first[rows[:len(rows)//2]] = True
@@ -191,7 +192,7 @@ def half_of_the_cells(
 )->PredictionSet:                       # on the second half of the cells; groups of one cell are left out
     "One half of the cells predicts the other, with controls of its own."
     part, pairing, control = (template.provenance[k] for k in ("part", "seed", "control"))
-    rows, controls = np.sort(split.cells(adata, part)), np.sort(split.controls(adata, part))
+    rows, controls = (by_name(adata, of(adata, part)) for of in (split.cells, split.controls))
     obs = adata.obs.astype({c: str for c in ("perturbation", "cell_type", "batch")})
     def labels(at, column): return (obs[column].iloc[at] + "\n" + obs["cell_type"].iloc[at]).to_numpy()
     rng, group = np.random.default_rng(seed), labels(rows, "perturbation")

@@ -16,7 +16,7 @@ import scipy.sparse as sp
 from anndata import AnnData
 
 from ..actions.recall import Memories
-from ..data.companions import read_table
+from ..data.companions import read_edges
 from .baselines import Guess, guess_by_line, mean_guess, training_deltas, with_own_gene
 from .model import remembered_answers
 from .regressors import components_of
@@ -27,10 +27,8 @@ def related(
     relations:pd.DataFrame|str|Path,    # gene pairs: columns a, b; repeated pairs count once
 )->tuple[sp.csr_matrix, pd.Index]:      # (n, n) 0/1 symmetric, without loops; names
     "Which genes are related."
-    pairs = read_table(relations)
-    if not {"a", "b"} <= set(pairs.columns):
-        raise ValueError(f"relations: found columns {list(pairs.columns)}; give 'a' and 'b'")
-    code, names = pd.factorize(pd.concat([pairs["a"], pairs["b"]]).astype(str), sort=True)
+    pairs = read_edges(relations)
+    code, names = pd.factorize(pd.concat([pairs["a"], pairs["b"]]), sort=True)
     i, j = np.split(code, 2)
     A = sp.coo_matrix((np.ones((i != j).sum()), (i[i != j], j[i != j])), shape=(len(names),)*2).tocsr()
     A = A + A.T
