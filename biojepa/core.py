@@ -4,20 +4,29 @@
 
 # %% auto #0
 __all__ = ['PATHS', 'find_root', 'project_paths', 'seed_everything', 'default_device', 'n_params', 'keep_freed_memory',
-           'return_freed_memory', 'object_hash', 'file_hash', 'atomic_path']
+           'return_freed_memory', 'free_memory', 'object_hash', 'file_hash', 'content_hash', 'sweep', 'free_space',
+           'writing', 'atomic_path']
 
 # %% ../nbs/0_base/01_core.ipynb #31a49d13
 import ctypes
+import errno
 import hashlib
 import json
 import os
+import platform
 import random
+import re
+import shutil
 import sys
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import scipy.sparse as sp
 import torch
 from torch import nn
 
@@ -89,6 +98,19 @@ def return_freed_memory()->bool:    # whether anything could be returned
     "Return what is free at this moment to the system, once (malloc_trim(3))."
     return _allocator("malloc_trim", (0,))
 
+# %% ../nbs/0_base/01_core.ipynb #a7c10002
+def free_memory(
+    device:torch.device|str="cpu",  # where something is to be allocated
+)->int:                             # bytes
+    "Memory that a process could still get."
+    device = torch.device(device)
+    if device.type == "cuda": return torch.cuda.mem_get_info(device)[0]
+    try: free = int(re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[1])*1024
+    except (OSError, TypeError): return os.sysconf("SC_PHYS_PAGES")*os.sysconf("SC_PAGE_SIZE")  # of the machine
+    try: allowed, used = (int(Path(f"/sys/fs/cgroup/memory.{k}").read_text()) for k in ("max", "current"))
+    except (OSError, ValueError): return free   # no container, or one without a limit
+    return min(free, max(allowed - used, 0))
+
 # %% ../nbs/0_base/01_core.ipynb #d809c6f7
 def object_hash(
     obj,            # anything JSON can hold
@@ -105,17 +127,117 @@ def file_hash(
     "SHA-256 of a file, read in pieces."
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
+# %% ../nbs/0_base/01_core.ipynb #a7c20002
+def _content(obj)->Iterator:  # bytes, or arrays of them
+    "The bytes that stand for an object: what it is, how large, and what it holds."
+    if isinstance(obj, torch.Tensor): obj = obj.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy() \
+            if obj.dtype == torch.bfloat16 else obj.detach().cpu().numpy()
+    if isinstance(obj, np.ndarray) and obj.dtype == object: obj = obj.tolist()
+    if sp.issparse(obj): obj = dict(shape=obj.shape, data=obj.data, indices=obj.indices, indptr=obj.indptr)
+    if hasattr(obj, "_asdict"): obj = obj._asdict()
+    if is_dataclass(obj): obj = vars(obj)
+    if isinstance(obj, np.ndarray):
+        yield f"{obj.dtype.str}{obj.shape}".encode()
+        yield np.ascontiguousarray(obj).reshape(-1).view(np.uint8)
+    elif isinstance(obj, (Mapping, list, tuple)):
+        pairs = sorted(obj.items()) if isinstance(obj, Mapping) else enumerate(obj)
+        yield f"{len(obj)} ".encode()
+        for key, value in pairs:
+            yield f"{key!r}:".encode()
+            yield from _content(value)
+    elif obj is None or isinstance(obj, (str, bytes, int, float, np.generic)): yield f"{obj!r};".encode()
+    else: raise TypeError(f"content_hash: found {type(obj).__name__}; give arrays, tensors, tables, text, numbers")
+
+def content_hash(
+    obj,            # arrays, tensors, sparse matrices, dataclasses, named tuples, lists; however deep
+    length:int=12,  # hexadecimal digits to keep
+)->str:             # hexadecimal digest
+    "SHA-256 of everything an object holds; types, shapes and names count."
+    h = hashlib.sha256()
+    for part in _content(obj): h.update(part)
+    return h.hexdigest()[:length]
+
 # %% ../nbs/0_base/01_core.ipynb #2a81f4ba
+_STARTED, _DAY = time.time(), 24*3600
+_HOST = re.sub(r"[^\w-]", "-", platform.node())[:40]
+
+def _is_alive(pid:int)->bool:  # a process of this machine
+    if sys.platform == "win32": return True     # there a signal 0 would end it
+    try: os.kill(pid, 0)
+    except ProcessLookupError: return False
+    except PermissionError: pass    # somebody else's
+    return True
+
+def _is_left(part:Path)->bool:
+    "Whether nobody writes this temporary file any more."
+    named = re.fullmatch(r"\..+\.(\d+)(?:@([\w-]*))?\.tmp(\..*)?", part.name)
+    if not named or not part.exists(): return False
+    pid, host, written = int(named[1]), named[2], part.stat().st_mtime
+    if written < time.time() - _DAY: return True
+    if host not in (None, _HOST): return False
+    return written < _STARTED - 1 if pid == os.getpid() else not _is_alive(pid)
+
+def sweep(
+    folder:Path,        # where to look
+    deep:bool=False,    # in folders within, too
+)->list[Path]:          # what was removed
+    "Remove temporary files that killed processes left behind."
+    found = Path(folder).rglob(".*.tmp*") if deep else Path(folder).glob(".*.tmp*")
+    left = [part for part in found if _is_left(part)]
+    for part in left: part.unlink(missing_ok=True)
+    return left
+
+# %% ../nbs/0_base/01_core.ipynb #a7c30002
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+
+def _write_errno(error:Exception, folder:Path)->int|None:
+    "Why something could not be written to a folder; None if the error is about something else."
+    code = getattr(error, "errno", None)
+    if code is None and (said := re.search(r"(?:os error |errno = )(\d+)", str(error))): code = int(said[1])
+    elsewhere = getattr(error, "filename", None) and not Path(os.fsdecode(error.filename)).is_relative_to(folder)
+    return code if code in _NO_ROOM or code in _NOT_ALLOWED and not elsewhere else None
+
+def free_space(folder:Path)->int:  # bytes that may still be written
+    "Room on the disk of a folder, which need not exist yet."
+    return shutil.disk_usage(next(p for p in (folder, *folder.absolute().parents) if p.is_dir())).free
+
+@contextmanager
+def writing(
+    path:Path,          # of the file
+    what:str="a file",  # what is written, for the message
+    size:int|None=None, # bytes it will have, where that is known
+):
+    "Inside, a failure to write is an OSError that names path, content, what is missing and what to do."
+    folder = Path(path).parent
+    try:
+        if size and size > free_space(folder): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        yield
+    except Exception as error:
+        if (code := _write_errno(error, folder)) is None: raise
+        said = f"cannot write {what} ({os.strerror(code)})"
+        if code in _NOT_ALLOWED: cure = f"allow this user to write in {folder}, or choose another folder"
+        else:
+            free = free_space(folder)
+            need = f"{size/1e6:.3g} MB are needed, {max(size - free, 0)/1e6:.3g} MB are missing" if size else \
+                "how much is needed is not known"
+            cure = f"{free/1e6:.3g} MB are free, {need}; make room, or choose another folder"
+        raise OSError(code, f"{said}; {cure}", str(path)) from error
+
 @contextmanager
 def atomic_path(
-    path:Path,  # where the finished file belongs; its folder is made
+    path:Path,          # where the finished file belongs; its folder is made
+    what:str="a file",  # what is written, for the message if it cannot be
+    size:int|None=None, # bytes it will have, where that is known
 ):
     "Yield a path beside `path` to write to; it becomes `path` on success, and is removed on an error."
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
-    try:
-        yield part
-        with open(part, "rb+") as f: os.fsync(f.fileno())
-        os.replace(part, path)
-    finally: part.unlink(missing_ok=True)
+    part = path.with_name(f".{path.stem}.{os.getpid()}@{_HOST}.tmp{path.suffix}")
+    with writing(path, what, size):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sweep(path.parent)
+        try:
+            yield part
+            with open(part, "rb+") as f: os.fsync(f.fileno())
+            os.replace(part, path)
+        finally: part.unlink(missing_ok=True)
