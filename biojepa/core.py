@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['PATHS', 'find_root', 'project_paths', 'seed_everything', 'default_device', 'n_params', 'keep_freed_memory',
            'return_freed_memory', 'free_memory', 'object_hash', 'file_hash', 'content_hash', 'sweep', 'free_space',
-           'writing', 'atomic_path']
+           'in_words', 'writing', 'atomic_path']
 
 # %% ../nbs/0_base/01_core.ipynb #31a49d13
 import ctypes
 import errno
 import hashlib
 import json
+import math
 import os
 import platform
 import random
@@ -188,7 +189,7 @@ def sweep(
     return left
 
 # %% ../nbs/0_base/01_core.ipynb #a7c30002
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_ROOM, _LIMITS = errno.ENOSPC, (errno.EDQUOT, errno.EFBIG)
 _NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 def _write_errno(error:Exception, folder:Path)->int|None:
@@ -196,11 +197,16 @@ def _write_errno(error:Exception, folder:Path)->int|None:
     code = getattr(error, "errno", None)
     if code is None and (said := re.search(r"(?:os error |errno = )(\d+)", str(error))): code = int(said[1])
     elsewhere = getattr(error, "filename", None) and not Path(os.fsdecode(error.filename)).is_relative_to(folder)
-    return code if code in _NO_ROOM or code in _NOT_ALLOWED and not elsewhere else None
+    return code if code == _NO_ROOM or code in _LIMITS or code in _NOT_ALLOWED and not elsewhere else None
 
 def free_space(folder:Path)->int:  # bytes that may still be written
     "Room on the disk of a folder, which need not exist yet."
     return shutil.disk_usage(next(p for p in (folder, *folder.absolute().parents) if p.is_dir())).free
+
+def in_words(size:int)->str:  # of bytes
+    "A size with its unit."
+    unit = min(int(math.log10(max(size, 1))//3), 4)
+    return f"{size/1000**unit:.3g} {('bytes', 'kB', 'MB', 'GB', 'TB')[unit]}"
 
 @contextmanager
 def writing(
@@ -211,18 +217,18 @@ def writing(
     "Inside, a failure to write is an OSError that names path, content, what is missing and what to do."
     folder = Path(path).parent
     try:
-        if size and size > free_space(folder): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if size and size > free_space(folder): raise OSError(_NO_ROOM, os.strerror(_NO_ROOM))
         yield
     except Exception as error:
         if (code := _write_errno(error, folder)) is None: raise
-        said = f"cannot write {what} ({os.strerror(code)})"
-        if code in _NOT_ALLOWED: cure = f"allow this user to write in {folder}, or choose another folder"
-        else:
+        cure = f"allow this user to write in {folder}"
+        if code in _LIMITS: cure = "a limit on the files of this user is reached, raise it"
+        if code == _NO_ROOM:
             free = free_space(folder)
-            need = f"{size/1e6:.3g} MB are needed, {max(size - free, 0)/1e6:.3g} MB are missing" if size else \
-                "how much is needed is not known"
-            cure = f"{free/1e6:.3g} MB are free, {need}; make room, or choose another folder"
-        raise OSError(code, f"{said}; {cure}", str(path)) from error
+            need = f", {in_words(size)} are needed, {in_words(max(size - free, 0))} are missing" if size else ""
+            cure = f"{in_words(free)} are free{need}; make room"
+        raise OSError(code, f"cannot write {what} ({os.strerror(code)}): {cure}, or choose another folder",
+                      str(path)) from error
 
 @contextmanager
 def atomic_path(
