@@ -142,7 +142,7 @@ def _content(obj)->Iterator:  # bytes, or arrays of them
         yield np.ascontiguousarray(obj).reshape(-1).view(np.uint8)
     elif isinstance(obj, (Mapping, list, tuple)):
         pairs = sorted(obj.items()) if isinstance(obj, Mapping) else enumerate(obj)
-        yield f"{len(obj)} ".encode()
+        yield f"{'{' if isinstance(obj, Mapping) else '['}{len(obj)} ".encode()
         for key, value in pairs:
             yield f"{key!r}:".encode()
             yield from _content(value)
@@ -190,14 +190,18 @@ def sweep(
 
 # %% ../nbs/0_base/01_core.ipynb #a7c30002
 _NO_ROOM, _LIMITS = errno.ENOSPC, (errno.EDQUOT, errno.EFBIG)
-_NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+_NOT_ALLOWED, _IN_THE_WAY = (errno.EACCES, errno.EPERM, errno.EROFS), (errno.ENOTDIR, errno.EEXIST)
 
 def _write_errno(error:Exception, folder:Path)->int|None:
     "Why something could not be written to a folder; None if the error is about something else."
-    code = getattr(error, "errno", None)
-    if code is None and (said := re.search(r"(?:os error |errno = )(\d+)", str(error))): code = int(said[1])
-    elsewhere = getattr(error, "filename", None) and not Path(os.fsdecode(error.filename)).is_relative_to(folder)
-    return code if code == _NO_ROOM or code in _LIMITS or code in _NOT_ALLOWED and not elsewhere else None
+    code, place = getattr(error, "errno", None), getattr(error, "filename", None)
+    if code is None:    # Rust and HDF5 say it in words; so does NumPy, whose array did not fit
+        said = re.search(r"(?:os error |errno = )(\d+)|\d requested and \d+ written", str(error))
+        code = said and int(said[1] or _NO_ROOM)
+    if code == _NO_ROOM or code in _LIMITS: return code
+    near = place is None or Path(os.fsdecode(place)) in (folder, *folder.parents) or \
+        Path(os.fsdecode(place)).is_relative_to(folder)
+    return code if near and code in (*_NOT_ALLOWED, *_IN_THE_WAY) else None
 
 def free_space(folder:Path)->int:  # bytes that may still be written
     "Room on the disk of a folder, which need not exist yet."
@@ -222,6 +226,7 @@ def writing(
     except Exception as error:
         if (code := _write_errno(error, folder)) is None: raise
         cure = f"allow this user to write in {folder}"
+        if code in _IN_THE_WAY: cure = "a file stands where a folder belongs, remove it"
         if code in _LIMITS: cure = "a limit on the files of this user is reached, raise it"
         if code == _NO_ROOM:
             free = free_space(folder)

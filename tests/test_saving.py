@@ -21,7 +21,9 @@ from biojepa.config import preset
 from biojepa.core import content_hash, object_hash
 from biojepa.data.preprocess import TARGET_SUM, prepare
 from biojepa.model.biojepa import BioJEPA
-from biojepa.model.saving import cell_space, check_space, from_pretrained, require_memory, save_pretrained, seal
+from biojepa.model.saving import (
+    cell_space, check_space, from_pretrained, require_memory, save_pretrained, seal
+)
 from biojepa.predict.anndata import predict
 from biojepa.training.run import run_stages
 
