@@ -1,4 +1,5 @@
 "Four stages in one folder: killed, shared among processes, called again, called wrongly."
+import errno
 import json
 import os
 import subprocess
@@ -26,9 +27,10 @@ from biojepa.data.preprocess import prepare
 from biojepa.data.simulate import simulate_perturb_seq
 from biojepa.data.splits import make_split
 from biojepa.model.saving import from_pretrained
+from biojepa.predict.model import predictions
 from biojepa.training import run as run_module
 from biojepa.training.checkpoints import Checkpointer, read_log, state_hash
-from biojepa.training.loop import make_fabric
+from biojepa.training.loop import DivergedError, make_fabric
 from biojepa.training.run import STAGES, data_hash, load_data, run_folder, run_identity, run_stages
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -206,6 +208,102 @@ def test_stages_can_be_added_later(data, finished, tmp_path):
     assert state_hash(whole.model) == state_hash(finished.model)
     with pytest.raises(ValueError, match=r"stages: found \['dynamics'\]; each needs those before it"):
         run_stages(small_experiment(), **data, runs=tmp_path, stages=["dynamics"])
+
+
+def test_equal_runs_leave_equal_files(data, finished, tmp_path):
+    "In one go, and stage by stage; only speed.csv holds what a clock says."
+    for n in range(1, 5): again = run_stages(small_experiment(), **data, runs=tmp_path, stages=STAGES[:n], **OPTIONS)
+    def files(folder):
+        found = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+        assert {k for k in found if k.endswith("speed.csv")} == {f"{s}/speed.csv" for s in STAGES}
+        return {k: v for k, v in found.items() if not k.endswith("speed.csv")}
+    one, other = files(finished.folder), files(again.folder)
+    assert len(one) == len(other) == 30 and not [k for k in one if one[k] != other[k]]
+    sets = [predictions(r, progress=False).save(tmp_path/f"{k}.h5ad") for k, r in enumerate((finished, again))]
+    assert sets[0].read_bytes() == sets[1].read_bytes()
+
+
+def failing(kind, stage, patch):
+    "The disk of one stage's folder is full, or may not be written, in three places of three kinds."
+    def inside(path): return stage in Path(path).parts
+    if kind == "full":
+        patch.setattr("biojepa.core.free_space", lambda folder: 0 if inside(folder) else 10**12)
+        return "cannot write the checkpoint of step \\d+ .No space left on device.: 0 bytes are free, .* needed, .* missing"
+    if kind == "read-only":
+        mkdir = Path.mkdir
+        def refuse(self, *args, **options):
+            if inside(self) and self.name == "checkpoints": raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
+            mkdir(self, *args, **options)
+        patch.setattr(Path, "mkdir", refuse)
+        return "cannot write the checkpoint .*Read-only file system.: allow this user to write in .*checkpoints"
+    move = os.replace
+    def denied(part, path):
+        if inside(path): raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        move(part, path)
+    patch.setattr(os, "replace", denied)
+    return "cannot write the log .Permission denied.: allow this user to write in"
+
+
+@pytest.mark.parametrize("kinds", [["full"], pytest.param(["full", "read-only", "denied"], marks=pytest.mark.slow)])
+def test_a_disk_fault_in_any_stage_is_named_and_costs_nothing(kinds, data, finished, tmp_path):
+    "Four or twelve failures in one folder; the run that is called again ends with the same bits."
+    for stage in STAGES:
+        for kind in kinds:
+            with pytest.MonkeyPatch.context() as patch, \
+                    pytest.raises(OSError, match=f"{failing(kind, stage, patch)}.*/{stage}/"):
+                run_stages(small_experiment(), **data, runs=tmp_path, **OPTIONS)
+    whole = run_stages(small_experiment(), **data, runs=tmp_path, **OPTIONS)
+    assert state_hash(whole.model) == state_hash(finished.model)
+    assert not [*tmp_path.rglob(".*.tmp*")]
+
+
+@pytest.mark.parametrize("what", ["lock", "run.json", "split", "model"])
+def test_what_is_written_around_the_stages_is_named_too(what, data, tmp_path, monkeypatch):
+    move = os.replace
+    def full(part, path):
+        if what in str(path): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        move(part, path)
+    monkeypatch.setattr(os, "replace", full)
+    if what == "lock": (tmp_path/"runs").write_text("")
+    message = "the lock of the folder .Not a directory.: a file stands where" if what == "lock" else f"cannot write .*No space left.*{what}"
+    with pytest.raises(OSError, match=message):
+        run_stages(small_experiment(epochs=(1, 1, 1, 1)), **data, runs=tmp_path/"runs", stages=STAGES[:1], **OPTIONS)
+
+
+def test_two_trainings_at_once_take_turns(data, finished, tmp_path):
+    "The second is told for whom it waits, does no step of its own, and has the same weights."
+    runs = tmp_path/"runs"
+    pid = training_cases.in_child(lambda: training_cases.run(runs, data, tmp_path/"first"))
+    folder = run_folder(small_experiment(), runs)
+    while not (folder/".owner.json").exists(): time.sleep(.01)
+    with pytest.warns(UserWarning, match=f"process {pid} on .* has worked here since .*; waiting"):
+        mine = run_stages(small_experiment(), **data, runs=runs, **OPTIONS)
+    assert os.waitpid(pid, 0)[1] == 0 and state_hash(mine.model) == state_hash(finished.model)
+    for stage in STAGES:
+        steps = [row["step"] for row in read_log(folder/stage/"log.csv")]
+        assert steps == sorted({*steps}), "the log holds rows of two trainings"
+
+
+def test_what_a_killed_run_left_is_swept_everywhere(data, tmp_path):
+    small = small_experiment(epochs=(1, 1, 1, 1))
+    run = run_stages(small, **data, runs=tmp_path, stages=STAGES[:1], **OPTIONS)
+    left = [run.folder/f".run.{2**22 + 1}.tmp.json", run.folder/"pretrain"/f".log.{2**22 + 1}.tmp.csv",
+            run.folder/"pretrain"/"checkpoints"/f".step-000000004.{2**22 + 1}.tmp.safetensors",
+            run.folder/"model"/f".features_dna.{2**22 + 1}.tmp.safetensors"]
+    for path in left: path.write_text("half")
+    run_stages(small, **data, runs=tmp_path, stages=STAGES[:1], **OPTIONS)
+    assert not [p for p in left if p.exists()]
+
+
+def test_a_rate_that_diverges_is_an_error_with_the_stage_and_the_setting(data, tmp_path):
+    experiment = small_experiment(epochs=(1, 1, 8, 1))
+    wild = experiment.changed(dynamics=experiment.dynamics.changed(lr=1., lr_composer=1., clip_norm=None))
+    for _ in range(2):
+        with pytest.raises(DivergedError, match="stage 'dynamics': .* at step .*Lower dynamics.lr .now 1., clip"):
+            run_stages(wild, **data, runs=tmp_path, **OPTIONS)
+    assert not [*tmp_path.glob("*/model")]
+    kept = Checkpointer(next(tmp_path.glob("*/dynamics"))/"checkpoints").latest()
+    assert all(t.isfinite().all() for t in kept.tensors.values() if t.is_floating_point())
 
 
 def test_each_stage_changes_only_its_parts(data, tmp_path):
