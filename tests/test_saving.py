@@ -19,12 +19,14 @@ from biojepa.actions.banks import FeatureBank
 from biojepa.actions.vocabulary import Modality
 from biojepa.config import preset
 from biojepa.core import content_hash, object_hash
+from biojepa.data.loaders import Roster
 from biojepa.data.preprocess import TARGET_SUM, prepare
 from biojepa.model.biojepa import BioJEPA
 from biojepa.model.saving import (
     cell_space, check_space, from_pretrained, require_memory, save_pretrained, seal
 )
 from biojepa.predict.anndata import predict
+from biojepa.predict.model import predictions
 from biojepa.training.run import run_stages
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -204,6 +206,17 @@ def test_answers_are_labelled_with_what_the_model_knows(data, tmp_path):
     out = predict(folder, adata, ["A"], proteins(), progress=False).uns["biojepa"]
     assert out["values"].startswith("predicted log1p of counts per 20,000;")
     assert json.loads(out["provenance"])["cells"]["target_sum"] == 2e4
+
+
+def test_a_run_is_asked_about_cells_of_its_own_scale_only(data, tmp_path):
+    run = run_stages(small_experiment(epochs=(1, 1, 1, 1)), **data, runs=tmp_path, progress=False)
+    about = from_pretrained(run.folder/"model")
+    seen = cell_space(data["adata"], Roster(data["adata"], data["split"])["train"].seen)
+    assert about.cells == seen and [f["modality"] for f in about.features] == ["protein", "dna"]
+    cells = in_scale(data["adata"], SCALES["per million"])
+    for ask in (lambda: predict(run, cells, [run.table.genes[0]], progress=False),
+                lambda: predictions(run, cells, progress=False)):
+        with pytest.raises(ValueError, match="cells: sum to .* a factor of 100, so they are logged or scaled"): ask()
 
 
 def test_another_kind_of_library_size_is_a_warning(data):
