@@ -193,7 +193,7 @@ def test_libraries_that_meet_a_limit_are_understood(tmp_path):
 def test_a_folder_that_may_not_be_written_is_named(tmp_path, monkeypatch, code):
     def refuse(self, *_, **__): raise OSError(code, os.strerror(code), str(self))
     monkeypatch.setattr(Path, "mkdir", refuse)
-    message = re.escape(f"cannot write run.json ({os.strerror(code)}): allow this user to write in {tmp_path/'runs'}, or")
+    message = re.escape(f"cannot write run.json ({os.strerror(code)}): allow this user to write in {tmp_path/'runs'},")
     with pytest.raises(OSError, match=message), atomic_path(tmp_path/"runs"/"run.json", "run.json"): pass
 
 
@@ -266,8 +266,8 @@ def test_threads_and_processes_never_overlap(tmp_path):
 
 def test_a_folder_without_permission_is_named(tmp_path):
     (tmp_path/"run").write_text("")
-    with pytest.raises(OSError, match="cannot write the lock of the folder .File exists.: a file stands where a folder"), \
-            only_one(tmp_path/"run"): pass
+    message = "cannot write the lock of the folder .File exists.: a file stands where a folder"
+    with pytest.raises(OSError, match=message), only_one(tmp_path/"run"): pass
 
 
 def test_object_hashes_are_those_of_before():

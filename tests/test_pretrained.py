@@ -428,8 +428,8 @@ def test_code_beside_weights_runs_only_by_its_hash(ntv3, tmp_path, monkeypatch):
     monkeypatch.delenv(pretrained.TRUST)
     def embed(**options): return NucleotideTransformer(model=folder, **options).embed(["ACGT"])
     found = pretrained.code_hash(folder)
-    with pytest.raises(pretrained.UntrustedCodeError, match=f"runs the code in it .modeling_stand_in.py.; its hash is {found}"):
-        embed()
+    message = f"runs the code in it .modeling_stand_in.py.; its hash is {found}"
+    with pytest.raises(pretrained.UntrustedCodeError, match=message): embed()
     with pytest.raises(pretrained.UntrustedCodeError, match=f"trusted has hash 0123456789ab, this has {found}"):
         embed(trust_code="0123456789ab")
     made = NucleotideTransformer(model=folder, trust_code=found)
@@ -447,7 +447,7 @@ def test_code_of_another_repository_is_never_run(ntv3, tmp_path):
     config = json.loads((folder/"config.json").read_text())
     config["auto_map"]["AutoModelForMaskedLM"] = "someone/else--modeling.StandIn"
     (folder/"config.json").write_text(json.dumps(config))
-    with pytest.raises(pretrained.UntrustedCodeError, match="takes code from another repository .someone/else--modeling"):
+    with pytest.raises(pretrained.UntrustedCodeError, match="code from another repository .someone/else--modeling"):
         NucleotideTransformer(model=folder, trust_code=pretrained.code_hash(folder))
 
 

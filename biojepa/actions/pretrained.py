@@ -250,8 +250,8 @@ def require_trust(
     files = ", ".join(sorted(p.name for p in folder.rglob("*.py"))) or "none"
     if found != trusted:
         what = f"the code that is trusted has hash {trusted}, this has {found}" if trusted else f"its hash is {found}"
-        raise UntrustedCodeError(f"{folder}: loading this model runs the code in it ({files}); {what}. Read these files, "
-                                 f"then set {TRUST}={found}, or take k-mers (-p features kmer)")
+        raise UntrustedCodeError(f"{folder}: loading this model runs the code in it ({files}); {what}. Read these "
+                                 f"files, then set {TRUST}={found}, or take k-mers (-p features kmer)")
     for path in folder.glob("*config.json"):
         if elsewhere := re.findall(r'"([^"]*--[^"]*)"', json.dumps(json.loads(path.read_text()).get("auto_map", {}))):
             raise UntrustedCodeError(f"{path}: auto_map takes code from another repository ({elsewhere[0]}), which has "

@@ -206,7 +206,8 @@ def _as_anndata(
     "Predictions with a note of what they are."
     scaled = f"counts per {space.target_sum:,.0f}" if space.target_sum else "counts, scaled as in training"
     values = _VALUES[space.expression_space].format(scaled=scaled)
-    provenance |= dict(cells=space._asdict(), data=str(adata.uns["biojepa"].get("source", "unknown")), biojepa=version("biojepa"))
+    provenance |= dict(cells=space._asdict(), data=str(adata.uns["biojepa"].get("source", "unknown")),
+                       biojepa=version("biojepa"))
     about = dict(schema_version=1, source="biojepa.predict", expression_space=space.expression_space,
                  level=level, values=f"predicted {values}; not counts, not changes", layers=dict(_MEANING),
                  provenance=json.dumps(provenance))

@@ -109,8 +109,8 @@ class Checkpointer:
             with atomic_path(self.path(step), what, len(text)) as part: part.write_text(text)
         except OSError as error:
             last = f"of step {earlier[-1]}" if earlier else "none, training has to begin again"
-            raise OSError(error.errno, f"{error.strerror}. The last one is {last}; start again to go on", error.filename) \
-                from error
+            said = f"{error.strerror}. The last one is {last}; start again to go on"
+            raise OSError(error.errno, said, error.filename) from error
         keep = self.steps()[-self.keep:]
         old = [p for kind in ("json", "safetensors") for p in self.folder.glob(f"step-*.{kind}")]
         for path in (p for p in old if int(p.stem[5:]) not in keep): path.unlink(missing_ok=True)

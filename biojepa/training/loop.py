@@ -295,7 +295,8 @@ class Progress:
 def diverged(t:Training, why:str)->DivergedError:
     "The error that says what happened, what is left, and what to change."
     name, c, steps = t.stage.name, t.stage.config, t.checkpoints.steps()
-    kept = f"the checkpoint of step {steps[-1]} in {t.checkpoints.folder} is from before" if steps else "no checkpoint yet"
+    kept = "no checkpoint yet"
+    if steps: kept = f"the checkpoint of step {steps[-1]} in {t.checkpoints.folder} is from before"
     return DivergedError(f"stage {name!r}: {why} at step {t.done}; {kept}. Lower {name}.lr (now {c.lr:g}), clip "
                          f"gradients with {name}.clip_norm (now {c.clip_norm}), or use precision='32-true'; "
                          f"{name}.loss_limit, .gradient_limit and .end_limit say what is refused")
