@@ -77,8 +77,8 @@ def test_fault_killed_while_it_writes_ends_with_the_same_files(tmp_path):
 def test_fault_the_first_of_two_trainings_is_killed_and_the_second_goes_on(data, finished, tmp_path):
     runs, folder = tmp_path/"runs", run_folder(small_experiment(), tmp_path/"runs")
     first, second = (training_cases.in_child(lambda t=t: training_cases.run(runs, data, tmp_path/t)) for t in "ab")
-    while not (done := {t: steps_of(tmp_path/t) for t in "ab"})["a"] and not done["b"]: time.sleep(.001)
-    owner, other = (first, second) if done["a"] else (second, first)
+    training_cases.wait_for(lambda: steps_of(tmp_path/"a") or steps_of(tmp_path/"b"))
+    owner, other = (first, second) if steps_of(tmp_path/"a") else (second, first)
     os.kill(owner, signal.SIGKILL)
     os.waitpid(owner, 0)
     assert os.waitpid(other, 0)[1] == 0

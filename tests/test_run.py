@@ -268,7 +268,7 @@ def test_two_trainings_at_once_take_turns(data, finished, tmp_path):
     runs = tmp_path/"runs"
     pid = training_cases.in_child(lambda: training_cases.run(runs, data, tmp_path/"first"))
     folder = run_folder(small_experiment(), runs)
-    while not (folder/".owner.json").exists(): time.sleep(.01)
+    training_cases.wait_for((folder/".owner.json").exists)
     with pytest.warns(UserWarning, match=f"process {pid} on .* has worked here since .*; waiting"):
         mine = run_stages(small_experiment(), **data, runs=runs, **OPTIONS)
     assert os.waitpid(pid, 0)[1] == 0 and state_hash(mine.model) == state_hash(finished.model)
@@ -378,8 +378,16 @@ def other_inputs(data):
     lane = adata.obs["batch"].astype(str).to_numpy().copy()
     lane[controls[0]] = next(b for b in set(lane) if b != lane[controls[0]])
     paired = adata.copy(); paired.obs["batch"] = pd.Categorical(lane)
+    train = np.flatnonzero(adata.obs["condition"].isin(split.train))
+    label = adata.obs["perturbation"].astype(str).to_numpy()
+    one, two = next((a, b) for a in train for b in train if label[a] != label[b] and lane[a] == lane[b])
+    swapped_cells = adata.copy()
+    for c in ("perturbation", "condition", "guide_id", "guide_seq_a", "guide_seq_b"):   # two cells change places
+        held = adata.obs[c].astype(str).to_numpy().copy()
+        held[[one, two]] = held[[two, one]]
+        swapped_cells.obs[c] = pd.Categorical(held)
     dna = features[1]
-    return dict(
+    return dict(label=(swapped_cells, split, features),
         mode=(with_column(adata, "mode"), split, features), guide=(with_column(adata, "guide_seq_a"), split, features),
         feature=(adata, split, [type(bank)(bank.keys, values, bank.modality, bank.provenance), dna]),
         fewer_features=(adata, split, [bank]), control=(paired, split, features),
@@ -392,9 +400,20 @@ def other_inputs(data):
 def test_each_input_changed_once_is_another_run(data):
     cases = {name: identity_of(*case) for name, case in other_inputs(data).items()}
     cases["as it was"] = identity_of(**data)
-    assert len({tuple(c.values()) for c in cases.values()}) == len(cases) == 13
+    assert len({tuple(c.values()) for c in cases.values()}) == len(cases) == 14
     assert {k for k, v in cases["mode"].items() if v != cases["as it was"][k]} == {"actions"}
     assert {k for k, v in cases["control"].items() if v != cases["as it was"][k]} == {"pairing"}
+
+
+def test_lines_count_where_every_pool_of_controls_is_the_same(data):
+    "What a perturbation does to its own gene is learned line by line."
+    one = data["adata"][np.argsort(data["adata"].obs["batch"].astype(str), kind="stable")].copy()
+    two = one.copy()
+    two.obs["cell_type"] = one.obs["batch"].astype(str).to_numpy()
+    pools = [Roster(a, data["split"])["train"].pools for a in (one, two)]
+    assert all((a == b).all() for a, b in zip(pools[0][:2], pools[1][:2]))
+    first, second = (identity_of(a, data["split"], data["features"]) for a in (one, two))
+    assert {k for k in first if first[k] != second[k]} == {"pairing"}
 
 
 @pytest.mark.parametrize("what, key", dict(mode="actions", control="pairing", value="data", split="split",

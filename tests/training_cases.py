@@ -100,6 +100,15 @@ def in_child(function):
     finally: sys.stdout.flush(); sys.stderr.flush(); os._exit(code)
 
 
+def wait_for(happened, seconds=60):
+    "Look until something is true, but not for ever."
+    end = time.monotonic() + seconds
+    while not (found := happened()):
+        assert time.monotonic() < end, f"not in {seconds} s"
+        time.sleep(.002)
+    return found
+
+
 def steps_of(trace):
     "Rows (process, stage, step) of a trace; an unfinished line is left out."
     if not Path(trace).is_file(): return []
