@@ -28,7 +28,7 @@ from hypothesis.extra.numpy import arrays
 from safetensors.numpy import save_file
 
 from biojepa.core import (
-    _HOST, atomic_path, content_hash, free_memory, free_space, in_words, object_hash, sweep, writing
+    HOST, atomic_path, content_hash, free_memory, free_space, in_words, object_hash, sweep, writing
 )
 from biojepa.locks import InUseError, only_one
 
@@ -91,11 +91,11 @@ def left(folder, name, age=0.):
 
 def test_only_what_nobody_writes_any_more_is_removed(tmp_path):
     day, mine, parent = 25*3600, os.getpid(), os.getppid()
-    gone = [left(tmp_path, f".table.{NOBODY}@{_HOST}.tmp.csv"), left(tmp_path, f".table.{NOBODY}.tmp.csv"),
-            left(tmp_path, f".v1.0.{NOBODY}@{_HOST}.tmp"), left(tmp_path, f".a.{NOBODY}@elsewhere.tmp.csv", day),
-            left(tmp_path, f".b.{parent}@{_HOST}.tmp.csv", day), left(tmp_path, f".c.{mine}@{_HOST}.tmp.csv", 20*3600)]
-    kept = [left(tmp_path, f".table.{parent}@{_HOST}.tmp.csv"), left(tmp_path, f".d.{NOBODY}@elsewhere.tmp.csv"),
-            left(tmp_path, f".e.{mine}@{_HOST}.tmp.csv"), left(tmp_path, "table.csv", day),
+    gone = [left(tmp_path, f".table.{NOBODY}@{HOST}.tmp.csv"), left(tmp_path, f".table.{NOBODY}.tmp.csv"),
+            left(tmp_path, f".v1.0.{NOBODY}@{HOST}.tmp"), left(tmp_path, f".a.{NOBODY}@elsewhere.tmp.csv", day),
+            left(tmp_path, f".b.{parent}@{HOST}.tmp.csv", day), left(tmp_path, f".c.{mine}@{HOST}.tmp.csv", 20*3600)]
+    kept = [left(tmp_path, f".table.{parent}@{HOST}.tmp.csv"), left(tmp_path, f".d.{NOBODY}@elsewhere.tmp.csv"),
+            left(tmp_path, f".e.{mine}@{HOST}.tmp.csv"), left(tmp_path, "table.csv", day),
             left(tmp_path, f"table.{NOBODY}.tmp.csv", day), left(tmp_path, ".hidden.csv", day),
             left(tmp_path, ".notes.tmp.csv", day)]
     with atomic_path(tmp_path/"new.txt") as part: part.write_text("new")
@@ -104,7 +104,7 @@ def test_only_what_nobody_writes_any_more_is_removed(tmp_path):
 
 def test_folders_within_are_swept_if_asked(tmp_path):
     (tmp_path/"a"/"b").mkdir(parents=True)
-    deep = left(tmp_path/"a"/"b", f".x.{NOBODY}@{_HOST}.tmp.npy")
+    deep = left(tmp_path/"a"/"b", f".x.{NOBODY}@{HOST}.tmp.npy")
     assert sweep(tmp_path) == [] and sweep(tmp_path, deep=True) == [deep] and not deep.exists()
 
 

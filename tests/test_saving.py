@@ -21,6 +21,7 @@ from biojepa.config import preset
 from biojepa.core import content_hash, object_hash
 from biojepa.data.loaders import Roster
 from biojepa.data.preprocess import TARGET_SUM, prepare
+from biojepa.explore.search import target_state
 from biojepa.model.biojepa import BioJEPA
 from biojepa.model.saving import (
     cell_space, check_space, from_pretrained, require_memory, save_pretrained, seal
@@ -188,6 +189,12 @@ def test_cells_of_another_scale_are_refused(saved, data, scale):
         predict(saved, cells, ["A"], proteins(), progress=False)
     same = in_scale(data["adata"], np.log1p)
     assert predict(saved, same, ["A"], proteins(), progress=False).n_obs == 1
+
+
+def test_states_to_search_for_are_in_the_models_scale_too(saved, data):
+    cells = in_scale(data["adata"], SCALES["per million"])
+    with pytest.raises(ValueError, match="a factor of 100"): target_state(saved, cells[:9].copy())
+    assert target_state(saved, data["adata"][:9].copy()).n_cells == 9
 
 
 def test_cells_logged_twice_by_prepare_are_refused_by_name(saved, data):

@@ -84,9 +84,10 @@ def model_and_genes(
         "BioJEPA")
 
 def trained_on(
-    given,                              # Pretrained, finished Run, or BioJEPA
+    given,                              # as of `model_and_genes`
 )->CellSpace|None:                      # None where it is not known
     "What the cells held that a model was trained on."
+    if isinstance(given, (str, Path)): given = from_pretrained(given)
     if isinstance(given, Pretrained): return given.cells
     return cell_space(given.adata) if hasattr(given, "adata") else None
 
