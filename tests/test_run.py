@@ -452,6 +452,11 @@ def test_other_versions_are_reported_and_a_damaged_record_is_named(finished, dat
     with pytest.warns(UserWarning, match="begun with other versions: biojepa .* there, 0.0 now"):
         run_stages(small_experiment(epochs=(1, 1, 1, 1)), **data, runs=runs, stages=STAGES[:1], **OPTIONS)
     record = next(runs.glob("*/run.json"))
+    about = json.loads(record.read_text())
+    del about["identity"]["actions"], about["identity"]["pairing"]
+    record.write_text(json.dumps(about))
+    with pytest.raises(ValueError, match="begun by an earlier version, which did not look at pairing, actions"):
+        run_stages(small_experiment(epochs=(1, 1, 1, 1)), **data, runs=runs, stages=STAGES[:1], **OPTIONS)
     record.write_text("{")
     with pytest.raises(ValueError, match="run.json: not readable as JSON"):
         run_stages(small_experiment(epochs=(1, 1, 1, 1)), **data, runs=runs, stages=STAGES[:1], **OPTIONS)

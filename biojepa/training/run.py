@@ -152,6 +152,9 @@ def open_folder(
             f"{path}: not readable as JSON ({error}); remove it, or choose another --runs") from error
     def differences(there, now): return "; ".join(f"{k} {there.get(k)} there, {now.get(k)} now"
                                                   for k in now if there.get(k) != now[k])
+    if unknown := [k for k in identity if k not in found["identity"]]:
+        raise ValueError(f"{folder}: was begun by an earlier version, which did not look at {', '.join(unknown)}; "
+                         "choose another folder for runs, or remove this one")
     if differs := differences(found["identity"], identity):
         raise ValueError(f"{folder}: this configuration was run on something else: {differs}; "
                          "choose another folder for runs, or remove this one")
