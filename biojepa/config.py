@@ -94,6 +94,9 @@ class StageConfig(Frozen):
     weight_decay:float = Field(0.05, ge=0)
     warmup:float = Field(0.05, ge=0, lt=1)   # share of the steps before the peak
     clip_norm:float|None = 1.                # largest gradient norm
+    loss_limit:float|None = Field(10., gt=0)        # a loss above its best by so many times its size has diverged
+    gradient_limit:float|None = Field(1000., gt=1)  # a gradient so many times its smallest has, too
+    end_limit:float|None = Field(.5, gt=0)          # a stage must not end above its start by more of the loss's size
     drop_last:bool = False                   # leave out the last batch of an epoch where it is short
     lr_composer:float|None = None            # peak learning rate of the composer, where it differs
     fixed_controls: bool = False  # dynamics, readout: a cell keeps its control; False: a new one each epoch

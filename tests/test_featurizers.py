@@ -1,10 +1,12 @@
 "Feature banks, the cache, k-mers, fingerprints and action tokens, against independent recomputation."
+import errno
 import hashlib
 import json
 import os
 import subprocess
 import sys
 from itertools import product
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from biojepa.actions import banks as banks_module, cache
+from biojepa.actions import cache
 from biojepa.actions.action_tokens import action_batch
 from biojepa.actions.banks import FeatureBank, MissingFeatureError
 from biojepa.actions.featurizers import (
@@ -81,7 +83,18 @@ def test_save_and_load_keep_every_bit(tmp_path):
     np.testing.assert_array_equal(again.values, bank.values)
     assert (again.keys, again.modality, again.provenance) == (bank.keys, bank.modality, bank.provenance)
     with safe_open(tmp_path/"deep"/"b.safetensors", "numpy") as f:
-        assert json.loads(f.metadata()["provenance"])["featurizer"] == "x"
+        assert json.loads(f.metadata()["bank"])["provenance"]["featurizer"] == "x"
+
+
+def test_equal_banks_are_equal_files_and_those_of_before_are_read(tmp_path):
+    bank = bank_of([[1, 2], [3, 4]])
+    assert len({bank.save(tmp_path/f"{i}.safetensors").read_bytes() for i in range(8)}) == 1
+    about = dict(schema="biojepa.FeatureBank/1", keys=json.dumps(bank.keys), modality="PROTEIN",
+                 provenance=json.dumps(dict(featurizer="old")))
+    save_file({"values": bank.values}, tmp_path/"old.safetensors", metadata=about)
+    old = FeatureBank.load(tmp_path/"old.safetensors")
+    assert old.keys == bank.keys and old.provenance == dict(featurizer="old")
+    np.testing.assert_array_equal(old.values, bank.values)
 
 
 def test_loading_refuses_what_is_not_a_bank(tmp_path):
@@ -99,9 +112,12 @@ def test_loading_refuses_what_is_not_a_bank(tmp_path):
 
 def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
     path = bank_of([[1, 2], [3, 4]]).save(tmp_path/"b.safetensors")
-    def half(tensors, part, metadata): part.write_bytes(b"half"); raise OSError("disk full")
-    monkeypatch.setattr(banks_module, "save_file", half)
-    with pytest.raises(OSError, match="disk full"): bank_of([[5, 5], [5, 5]]).save(path)
+    def half(part, content):
+        with open(part, "wb") as f: f.write(content[:4])
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(Path, "write_bytes", half)
+    with pytest.raises(OSError, match="cannot write 2 features .No space left on device.*are free.*b.safetensors"):
+        bank_of([[5, 5], [5, 5]]).save(path)
     assert FeatureBank.load(path).values[0, 1] == 2 and [p.name
                                                          for p in tmp_path.iterdir()] == ["b.safetensors"]
 

@@ -14,9 +14,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from hypothesis import given, strategies as st
 from torch import nn
 
 from biojepa.config import StageConfig, preset
+from biojepa.core import object_hash
 from biojepa.data.batches import ActionBatch, ActionPairBatch, CellBatch
 from biojepa.data.loaders import BatchLoader
 from biojepa.model.biojepa import BioJEPA
@@ -24,7 +26,9 @@ from biojepa.model.objectives import pretrain_loss
 from biojepa.training.checkpoints import (
     Checkpointer, TrainingLog, get_randomness, read_log, set_randomness, state_hash, step_seed
 )
-from biojepa.training.loop import Stage, StepOutput, choose_precision, fit, make_fabric, one_cycle, pieces_of
+from biojepa.training.loop import (
+    DivergedError, Progress, Stage, StepOutput, choose_precision, fit, make_fabric, one_cycle, pieces_of
+)
 from biojepa.training.monitor import CollapseMonitor, effective_rank, encoder_latents
 
 torch.set_num_threads(1)
@@ -284,9 +288,8 @@ def test_full_disk_leaves_the_last_checkpoint(tmp_path):
     try:
         with pytest.raises(
                 OSError,
-                match=
-                "cannot write the checkpoint of step 12 .*; the last one is of step 8; make room and "
-                "start again"
+                match="cannot write the checkpoint of step 12 .*a limit on the files .* is reached.*The last one is "
+                      "of step 8; start again"
         ) as failed:
             quiet(new(), stage(after_step=fills), tmp_path/"full", log_every=100)
     finally:
@@ -303,7 +306,7 @@ def test_full_disk_before_any_checkpoint_says_so(tmp_path, monkeypatch):
     def no_room(descriptor): raise OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr(os, "fsync", no_room)
     with pytest.raises(OSError,
-                       match="No space left on device.*the last one is none, training has to begin again"):
+                       match="No space left on device.*are free.*The last one is none, training has to begin again"):
         Checkpointer(tmp_path).save(4, {}, {"w": torch.zeros(1)})
     assert not [*tmp_path.iterdir()]
 
@@ -470,6 +473,96 @@ def test_log_survives_an_unfinished_line_and_new_columns(tmp_path):
         tmp_path/"none.csv") == []
     assert TrainingLog(log.path, read_log(log.path, 2)).frame.step.tolist() == [1, 2]
     assert log.path.read_text().splitlines() == ["step,loss", "1,0.30000000000000004", "2,inf"]
+
+
+def test_a_log_that_was_cut_anywhere_never_gives_a_wrong_number(tmp_path):
+    "Of 0.125 a cut may leave 0.1, which reads as well; so a line without its break is no row."
+    log = TrainingLog(tmp_path/"log.csv")
+    for n in range(3): log.append(dict(step=n, loss=n + .123456, grad_norm=1/(n + 3), cells_per_second=12.25))
+    for name in ("log.csv", "speed.csv"):
+        content = (tmp_path/name).read_bytes()
+        for end in range(len(content) + 1):
+            (tmp_path/name).write_bytes(content[:end])
+            for row in read_log(log.path):
+                assert row.items() <= log.rows[row["step"]].items(), f"{name} cut after {end} bytes"
+        (tmp_path/name).write_bytes(content)
+    assert read_log(log.path) == log.rows
+
+
+def test_a_full_disk_leaves_whole_rows(tmp_path):
+    "The limit falls into the middle of a row, in a process of its own."
+    log = TrainingLog(tmp_path/"log.csv", [dict(step=0, loss=.5)])
+    pid = os.fork()
+    if not pid:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (24, 24))
+        try: [log.append(dict(step=n, loss=.5)) for n in range(1, 9)]
+        except OSError as error: os._exit(0 if "cannot write a row of the log (File too large)" in str(error) else 2)
+        os._exit(1)
+    assert os.waitpid(pid, 0)[1] == 0
+    assert log.path.read_text() == "step,loss\n0,0.5\n1,0.5\n"
+
+
+# getting worse
+
+def blows_up(at, factor, **config):
+    "A stage whose loss is multiplied from a step on."
+    done = [0]
+    def worse(model, batch, generator):
+        out = step(model, batch, generator)
+        return out._replace(loss=out.loss*factor) if done[0] >= at else out
+    return stage(step=worse, after_step=lambda model, n, total: done.__setitem__(0, n), config=config)
+
+
+@pytest.mark.parametrize("config, why", {
+    "loss": (dict(clip_norm=1.), r"the loss is .*, its best was .*, a rise of more than 10 sizes at step 1\d"),
+    "gradient": (dict(loss_limit=None, gradient_limit=30.), "the gradient norm is .*, more than 30 times its best"),
+    "end": (dict(loss_limit=None, gradient_limit=None), "the loss ends at .*, above its start of .* at step 16"),
+}.values(), ids=["loss", "gradient", "end"])
+def test_a_stage_that_gets_worse_fails_by_name_and_keeps_its_last_checkpoint(config, why, tmp_path):
+    message = f"stage 'tiny': {why}.*the checkpoint of step \\d+ in .* is from before. Lower tiny.lr .now 0.05., clip"
+    for _ in range(2):  # the second time from the checkpoint
+        with pytest.raises(DivergedError, match=message):
+            quiet(new(), blows_up(9, 100., **config), tmp_path, log_every=1)
+        kept = Checkpointer(tmp_path/"checkpoints")
+        assert kept.steps()[-1] in (8, 12) and not kept.latest().state["finished"]
+
+
+def test_a_rate_of_ten_fails_and_limits_can_be_lifted(tmp_path):
+    def s(**config): return stage(epochs=30, trains=dict(first=10., second=10.), config=dict(clip_norm=None) | config)
+    with pytest.raises(DivergedError, match="stage 'tiny': the loss"): quiet(new(), s(), tmp_path/"a")
+    log = quiet(new(), s(loss_limit=None, gradient_limit=None, end_limit=None), tmp_path/"b")
+    assert log.step.iloc[-1] == 120 and log.loss.max() > 20*log.loss.iloc[0]
+
+
+def test_a_stage_that_ended_worse_than_it_began_is_not_read_as_finished(tmp_path):
+    "As it was saved before there were limits."
+    def limits(value): return blows_up(9, 100., loss_limit=None, gradient_limit=None, end_limit=value)
+    quiet(new(), limits(None), tmp_path, log_every=1)
+    path = next(reversed(sorted((tmp_path/"checkpoints").glob("*.json"))))
+    saved = json.loads(path.read_text())
+    del saved["check"], saved["state"]["about"]["config"]["end_limit"]
+    path.write_text(json.dumps(saved | dict(check=object_hash(saved))))
+    with pytest.raises(DivergedError, match="the loss ends at"): quiet(new(), limits(.5), tmp_path, log_every=1)
+
+
+@given(st.lists(st.floats(-1e3, 1e3, width=32), min_size=2, max_size=40), st.integers(1, 39))
+def test_a_resumed_stage_is_judged_as_one_in_one_go(losses, cut):
+    config = StageConfig(epochs=1, batch_size=1, lr=1)
+    rows = [dict(step=n, loss=loss, grad_norm=abs(loss)) for n, loss in enumerate(losses)]
+    whole, resumed = Progress(config), Progress(config, rows[:cut])
+    assert [whole.add(r) for r in rows][cut:] == [resumed.add(r) for r in rows[cut:]]
+    assert whole.ended() == resumed.ended()
+
+
+@given(st.floats(.01, 100), st.floats(-50, 50), st.integers(0, 2**32 - 1))
+def test_noise_about_a_falling_loss_of_any_sign_is_no_divergence(scale, shift, seed):
+    "A loss that falls by its scale, with noise of a fifth of it: a likelihood may pass 0 on the way."
+    noise = np.random.default_rng(seed).normal(size=60)
+    losses = scale*(np.exp(-np.arange(60)/15) + .2*noise.clip(-2.5, 2.5)) + shift*scale
+    progress = Progress(StageConfig(epochs=1, batch_size=1, lr=1))
+    assert not any(progress.add(dict(step=n, loss=loss, grad_norm=1.)) for n, loss in enumerate(losses))
+    assert progress.ended() is None
 
 
 def test_validation_runs_in_evaluation_mode_without_gradient(tmp_path):

@@ -1,5 +1,4 @@
 "The model against independent references, and the collapse of equal tokens against the naive form."
-import json
 from functools import partial
 
 import pytest
@@ -17,7 +16,6 @@ from biojepa.model.encoder import CellEncoder
 from biojepa.model.kernels import MLP, Linear, LinearAttention
 from biojepa.model.objectives import dynamics_loss, pretrain_loss
 from biojepa.model.predictor import ActionPredictor
-from biojepa.model.saving import from_pretrained, save_pretrained
 from biojepa.model.tokens import TokenSet, list_genes, random_gene_mask
 
 G = 40
@@ -409,47 +407,6 @@ def test_bad_input_is_refused_by_name():
         with pytest.raises(ValueError) as error:
             call()
         assert message in str(error.value)
-
-
-# --- one folder
-
-@pytest.fixture
-def saved(tmp_path):
-    torch.manual_seed(0)
-    return save_pretrained(BioJEPA(SMALL), tmp_path/"model", [f"g{i}" for i in range(G)], ["A+ctrl"])
-
-
-def edit(path, change):
-    content = json.loads(path.read_text())
-    path.write_text(json.dumps(change(content)))
-
-
-@pytest.mark.parametrize("damage, message", [
-    (lambda f: (f/"model.safetensors").unlink(), "model.safetensors: missing"),
-    (lambda f: (f/"model.safetensors").write_bytes(
-        (f/"model.safetensors").read_bytes()[:-100]), "model.safetensors: damaged"),
-    (lambda f: (f/"config.json").write_text("{"), "config.json: not readable"),
-    (lambda f: edit(f/"config.json", lambda c: {**c, "format": 2}), "format 1"),
-    (lambda f: edit(f/"config.json", lambda c: {**c, "model": {**c["model"], "n_encoder_layers": 3}}),
-     "do not "
-     "fit "
-     "config.json"),
-    (lambda f: edit(f/"genes.json", lambda g: g[1:]), "found 39 genes"),
-    (lambda f: (f/"actions.json").unlink(), "actions.json: missing"),
-])
-def test_a_broken_folder_is_refused_by_name(saved, damage, message):
-    from_pretrained(saved)
-    damage(saved)
-    with pytest.raises(ValueError, match=message): from_pretrained(saved)
-
-
-def test_saved_model_predicts_the_same(saved):
-    loaded, (_, pairs, actions) = from_pretrained(saved), make_batch(3, .5, 0)
-    torch.manual_seed(0)
-    original = BioJEPA(SMALL)
-    a, b = (m.predict_latent(pairs.x_ctrl, pairs.log_library_size_ctrl, actions)
-            for m in (original, loaded.model))
-    assert torch.equal(a.mean, b.mean) and torch.equal(a.logvar, b.logvar)
 
 
 def test_padding_to_few_widths_changes_nothing(monkeypatch):

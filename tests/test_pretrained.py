@@ -2,6 +2,7 @@
 real ones are."""
 import json
 import pickle
+import shutil
 import sys
 from pathlib import Path
 
@@ -353,6 +354,12 @@ def modules_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setattr(d, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("hf_modules")))
 
 
+@pytest.fixture(autouse=True)
+def trust(ntv3, monkeypatch):
+    "The stand-in's code was read by whoever reads this file."
+    monkeypatch.setenv(pretrained.TRUST, pretrained.code_hash(ntv3[0]))
+
+
 GUIDES = {
     "a": "GCTTGACCTAAGGATCCATA", "b": "TTGACCATGGCAAGTCATTC", "ab":
     ("GCTTGACCTAAGGATCCATA", "TTGACCATGGCAAGTCATTC"), "long": "".join(RNG.choice(list("ACGT"), 130))
@@ -412,6 +419,36 @@ def test_a_kmer_tokenizer_is_found_out(ntv3, tmp_path):
     tokenizer.save(str(tmp_path/"tokenizer.json"))
     with pytest.raises(ValueError, match="does not read one token per letter"):
         featurize("ntv3", {"a": "ACGTAC"}, model=tmp_path, cache=False, progress=False)
+
+
+def test_code_beside_weights_runs_only_by_its_hash(ntv3, tmp_path, monkeypatch):
+    folder = tmp_path/"model"
+    shutil.copytree(ntv3[0], folder)
+    (folder/"modeling_stand_in.py").write_text(STAND_IN + f"\nopen({str(tmp_path/'ran')!r}, 'w').close()\n")
+    monkeypatch.delenv(pretrained.TRUST)
+    def embed(**options): return NucleotideTransformer(model=folder, **options).embed(["ACGT"])
+    found = pretrained.code_hash(folder)
+    message = f"runs the code in it .modeling_stand_in.py.; its hash is {found}"
+    with pytest.raises(pretrained.UntrustedCodeError, match=message): embed()
+    with pytest.raises(pretrained.UntrustedCodeError, match=f"trusted has hash 0123456789ab, this has {found}"):
+        embed(trust_code="0123456789ab")
+    made = NucleotideTransformer(model=folder, trust_code=found)
+    (folder/"more.py").write_text("")   # between the look and the run
+    with pytest.raises(pretrained.UntrustedCodeError, match=f"trusted has hash {found}"): made.embed(["ACGT"])
+    assert not (tmp_path/"ran").exists()
+    (folder/"more.py").unlink()
+    monkeypatch.setenv(pretrained.TRUST, found)
+    assert embed().shape == (1, 1536) and (tmp_path/"ran").exists()
+
+
+def test_code_of_another_repository_is_never_run(ntv3, tmp_path):
+    folder = tmp_path/"model"
+    shutil.copytree(ntv3[0], folder)
+    config = json.loads((folder/"config.json").read_text())
+    config["auto_map"]["AutoModelForMaskedLM"] = "someone/else--modeling.StandIn"
+    (folder/"config.json").write_text(json.dumps(config))
+    with pytest.raises(pretrained.UntrustedCodeError, match="code from another repository .someone/else--modeling"):
+        NucleotideTransformer(model=folder, trust_code=pretrained.code_hash(folder))
 
 
 # ---------------------------------------------------------------- an experiment's features, as released

@@ -1,8 +1,11 @@
 "Four stages in one folder: killed, shared among processes, called again, called wrongly."
+import errno
 import json
 import os
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import anndata as ad
@@ -16,15 +19,19 @@ from biojepa.actions.vocabulary import Modality, Mode
 from biojepa.cli import experiment_of, main, parser
 from biojepa.config import Columns, DataConfig, config_hash, named_experiment, preset, with_settings
 from biojepa.core import PATHS, file_hash
+from biojepa.data.datasets import load_dataset
 from biojepa.data.held_out import KINDS
+from biojepa.data.loaders import Roster
 from biojepa.data.network import SimulationSpec
+from biojepa.data.preprocess import prepare
 from biojepa.data.simulate import simulate_perturb_seq
 from biojepa.data.splits import make_split
 from biojepa.model.saving import from_pretrained
+from biojepa.predict.model import predictions
 from biojepa.training import run as run_module
 from biojepa.training.checkpoints import Checkpointer, read_log, state_hash
-from biojepa.training.loop import make_fabric
-from biojepa.training.run import STAGES, data_hash, load_data, run_folder, run_stages
+from biojepa.training.loop import DivergedError, make_fabric
+from biojepa.training.run import STAGES, data_hash, load_data, run_folder, run_identity, run_stages
 
 sys.path.insert(0, str(Path(__file__).parent))
 import training_cases
@@ -103,15 +110,6 @@ def check_kills(folder, said, n, damages):
 def test_killed_twice_ends_with_the_same_bits(forked):
     folder, said = forked
     check_kills(folder/"killed", said, 2, ["byte"])
-
-
-@pytest.mark.slow
-def test_killed_twenty_times_ends_with_the_same_bits(tmp_path):
-    damages = ["byte", "short", "json"]
-    said = program(("kill", tmp_path, 20, ",".join(damages)))
-    report = check_kills(tmp_path, said, 20, damages)
-    assert {k["killed_at"][0] for k in report["kills"]} == set(STAGES)
-    assert {k["spoiled"]["how"] for k in report["kills"] if k["spoiled"]} == {"byte", "short", "json"}
 
 
 # shared
@@ -203,6 +201,104 @@ def test_stages_can_be_added_later(data, finished, tmp_path):
         run_stages(small_experiment(), **data, runs=tmp_path, stages=["dynamics"])
 
 
+def test_equal_runs_leave_equal_files(data, finished, tmp_path):
+    "In one go, and stage by stage; only speed.csv holds what a clock says."
+    for n in range(1, 5): again = run_stages(small_experiment(), **data, runs=tmp_path, stages=STAGES[:n], **OPTIONS)
+    def files(folder):
+        found = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+        assert {k for k in found if k.endswith("speed.csv")} == {f"{s}/speed.csv" for s in STAGES}
+        return {k: v for k, v in found.items() if not k.endswith("speed.csv")}
+    one, other = files(finished.folder), files(again.folder)
+    assert len(one) == len(other) == 30 and not [k for k in one if one[k] != other[k]]
+    sets = [predictions(r, progress=False).save(tmp_path/f"{k}.h5ad") for k, r in enumerate((finished, again))]
+    assert sets[0].read_bytes() == sets[1].read_bytes()
+
+
+def failing(kind, stage, patch):
+    "The disk of one stage's folder is full, or may not be written, in three places of three kinds."
+    def inside(path): return stage in Path(path).parts
+    if kind == "full":
+        patch.setattr("biojepa.core.free_space", lambda folder: 0 if inside(folder) else 10**12)
+        return "cannot write the checkpoint of step \\d+ .No space left on device.: 0 bytes are free, .* are missing"
+    if kind == "read-only":
+        mkdir = Path.mkdir
+        def refuse(self, *args, **options):
+            if inside(self) and self.name == "checkpoints":
+                raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
+            mkdir(self, *args, **options)
+        patch.setattr(Path, "mkdir", refuse)
+        return "cannot write the checkpoint .*Read-only file system.: allow this user to write in .*checkpoints"
+    move = os.replace
+    def denied(part, path):
+        if inside(path): raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        move(part, path)
+    patch.setattr(os, "replace", denied)
+    return "cannot write the log .Permission denied.: allow this user to write in"
+
+
+@pytest.mark.parametrize("kinds", [["full"], pytest.param(["full", "read-only", "denied"], marks=pytest.mark.slow)])
+def test_a_disk_fault_in_any_stage_is_named_and_costs_nothing(kinds, data, finished, tmp_path):
+    "Four or twelve failures in one folder; the run that is called again ends with the same bits."
+    for stage in STAGES:
+        for kind in kinds:
+            with pytest.MonkeyPatch.context() as patch, \
+                    pytest.raises(OSError, match=f"{failing(kind, stage, patch)}.*/{stage}/"):
+                run_stages(small_experiment(), **data, runs=tmp_path, **OPTIONS)
+    whole = run_stages(small_experiment(), **data, runs=tmp_path, **OPTIONS)
+    assert state_hash(whole.model) == state_hash(finished.model)
+    assert not [*tmp_path.rglob(".*.tmp*")]
+
+
+@pytest.mark.parametrize("what", ["lock", "run.json", "split", "model"])
+def test_what_is_written_around_the_stages_is_named_too(what, data, tmp_path, monkeypatch):
+    move = os.replace
+    def full(part, path):
+        if what in str(path): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        move(part, path)
+    monkeypatch.setattr(os, "replace", full)
+    if what == "lock": (tmp_path/"runs").write_text("")
+    message = f"cannot write .*No space left.*{what}"
+    if what == "lock": message = "the lock of the folder .Not a directory.: a file stands where"
+    with pytest.raises(OSError, match=message):
+        run_stages(small_experiment(epochs=(1, 1, 1, 1)), **data, runs=tmp_path/"runs", stages=STAGES[:1], **OPTIONS)
+
+
+def test_two_trainings_at_once_take_turns(data, finished, tmp_path):
+    "The second is told for whom it waits, does no step of its own, and has the same weights."
+    runs = tmp_path/"runs"
+    pid = training_cases.in_child(lambda: training_cases.run(runs, data, tmp_path/"first"))
+    folder = run_folder(small_experiment(), runs)
+    training_cases.wait_for((folder/".owner.json").exists)
+    with pytest.warns(UserWarning, match=f"process {pid} on .* has worked here since .*; waiting"):
+        mine = run_stages(small_experiment(), **data, runs=runs, **OPTIONS)
+    assert os.waitpid(pid, 0)[1] == 0 and state_hash(mine.model) == state_hash(finished.model)
+    for stage in STAGES:
+        steps = [row["step"] for row in read_log(folder/stage/"log.csv")]
+        assert steps == sorted({*steps}), "the log holds rows of two trainings"
+
+
+def test_what_a_killed_run_left_is_swept_everywhere(data, tmp_path):
+    small = small_experiment(epochs=(1, 1, 1, 1))
+    run = run_stages(small, **data, runs=tmp_path, stages=STAGES[:1], **OPTIONS)
+    left = [run.folder/f".run.{2**22 + 1}.tmp.json", run.folder/"pretrain"/f".log.{2**22 + 1}.tmp.csv",
+            run.folder/"pretrain"/"checkpoints"/f".step-000000004.{2**22 + 1}.tmp.safetensors",
+            run.folder/"model"/f".features_dna.{2**22 + 1}.tmp.safetensors"]
+    for path in left: path.write_text("half")
+    run_stages(small, **data, runs=tmp_path, stages=STAGES[:1], **OPTIONS)
+    assert not [p for p in left if p.exists()]
+
+
+def test_a_rate_that_diverges_is_an_error_with_the_stage_and_the_setting(data, tmp_path):
+    experiment = small_experiment(epochs=(1, 1, 8, 1))
+    wild = experiment.changed(dynamics=experiment.dynamics.changed(lr=1., lr_composer=1., clip_norm=None))
+    for _ in range(2):
+        with pytest.raises(DivergedError, match="stage 'dynamics': .* at step .*Lower dynamics.lr .now 1., clip"):
+            run_stages(wild, **data, runs=tmp_path, **OPTIONS)
+    assert not [*tmp_path.glob("*/model")]
+    kept = Checkpointer(next(tmp_path.glob("*/dynamics"))/"checkpoints").latest()
+    assert all(t.isfinite().all() for t in kept.tensors.values() if t.is_floating_point())
+
+
 def test_each_stage_changes_only_its_parts(data, tmp_path):
     states = [
         run_stages(small_experiment(epochs=(1, 1, 1, 1)),
@@ -216,28 +312,129 @@ def test_each_stage_changes_only_its_parts(data, tmp_path):
     assert changed == [{"composer"}, {"predictor", "composer"}, {"readout"}]
 
 
-@pytest.mark.parametrize("what", ["data", "split", "features"])
-def test_other_inputs_never_reuse_a_run(what, finished, data):
-    other = dict(data)
-    if what == "data":
-        other["adata"] = data["adata"].copy()
-        other["adata"].obs["batch"] = np.roll(other["adata"].obs["batch"].astype(str), 1)
-    if what == "split":
-        s = data["split"]
-        other["split"] = type(s)(**{**s.__dict__, "train": s.train[1:]})
-    if what == "features":
-        bank = data["features"][0]
-        other["features"] = [
-            type(bank)(bank.keys, bank.values + 1, bank.modality, bank.provenance), data["features"][1]
-        ]
+def swapped(text, a, b): return text.replace(a, "\0").replace(b, a).replace("\0", b)
+
+
+def with_column(adata, column):
+    "Cells with other values in one column of obs, as a file could have them."
+    other, values, treated = adata.copy(), adata.obs[column], (adata.obs["condition"] != "ctrl").to_numpy()
+    if column in ("condition", "perturbation"):     # two targets take each other's names
+        a, b = sorted({c.split("+")[0] for c in adata.obs["condition"].astype(str)[treated]})[:2]
+        for name in ("condition", "perturbation", "guide_id"):
+            other.obs[name] = pd.Categorical([swapped(v, a, b) for v in adata.obs[name].astype(str)])
+    elif column == "guide_id":      # two guides of one target do
+        a, b = sorted({*values.astype(str)[treated]})[:2]
+        other.obs[column] = pd.Categorical([swapped(v, a, b) for v in values.astype(str)])
+    elif values.dtype.kind == "f": other.obs[column] = values + np.float32(.1)
+    elif column in ("batch", "cell_type"):
+        half = np.where(np.arange(len(values)) % 2, "one", "two")
+        other.obs[column] = pd.Categorical(half if values.nunique() == 1 else np.roll(values.astype(str), 1))
+    else:   # what belongs to a perturbation changes for one of them
+        one = (adata.obs["perturbation"] == adata.obs["perturbation"][treated].iloc[0]).to_numpy()
+        new = {"mode": "crispra"}.get(column, "ACGTACGTACGTACGTACGT")
+        other.obs[column] = pd.Categorical(np.where(one, new, values.astype(str)))
+    return other
+
+
+def identity_of(adata, split, features):
+    return run_identity(Roster(adata, split), describe_actions(adata, split, features))
+
+
+def columns_read(adata, function):
+    "Columns of obs that a call reads, from whatever copy of the table."
+    read, get = set(), pd.DataFrame.__getitem__
+    def watching(self, key):
+        read.update(k for k in (key if isinstance(key, list) else [key]) if isinstance(k, str))
+        return get(self, key)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pd.DataFrame, "__getitem__", watching)
+        function()
+    return read & set(adata.obs.columns)
+
+
+def test_every_column_that_a_run_reads_makes_another_run(data, finished, tmp_path):
+    "Columns are not listed: they are watched while all stages run."
+    adata, split, features = data["adata"], data["split"], data["features"]
+    small = small_experiment(epochs=(1, 1, 1, 1))
+    small = small.changed(model=small.model.changed(predicts="change", intervenes=True),
+                          dynamics=small.dynamics.changed(target="mean"))
+    read = columns_read(adata, lambda: run_stages(small, **data, runs=tmp_path, **OPTIONS))
+    assert {"mode", "batch", "cell_type", "perturbation", "log_library_size", "guide_id", "guide_seq_a"} <= read
+    before = identity_of(adata, split, features)
+    assert before == identity_of(adata.copy(), split, features)
+    unseen = [c for c in sorted(read) if identity_of(with_column(adata, c), split, features) == before]
+    assert not unseen, f"cells that differ in {unseen} are taken for the same"
+
+
+def other_inputs(data):
+    "Each input of a run changed once: name -> adata, split, features."
+    adata, split, features = data["adata"], data["split"], data["features"]
+    bank, moved = features[0], adata.copy()
+    values = bank.values.copy(); values[3, 5] += .25
+    moved.X.data[-1] += 1e-3
+    named = adata.copy(); named.var_names = [*named.var_names[:-1], "other"]
+    space = adata.copy(); space.uns["biojepa"] = space.uns["biojepa"] | dict(expression_space="log1p_twice")
+    controls = np.flatnonzero(adata.obs["condition"] == "ctrl")
+    lane = adata.obs["batch"].astype(str).to_numpy().copy()
+    lane[controls[0]] = next(b for b in set(lane) if b != lane[controls[0]])
+    paired = adata.copy(); paired.obs["batch"] = pd.Categorical(lane)
+    train = np.flatnonzero(adata.obs["condition"].isin(split.train))
+    label = adata.obs["perturbation"].astype(str).to_numpy()
+    one, two = next((a, b) for a in train for b in train if label[a] != label[b] and lane[a] == lane[b])
+    swapped_cells = adata.copy()
+    for c in ("perturbation", "condition", "guide_id", "guide_seq_a", "guide_seq_b"):   # two cells change places
+        held = adata.obs[c].astype(str).to_numpy().copy()
+        held[[one, two]] = held[[two, one]]
+        swapped_cells.obs[c] = pd.Categorical(held)
+    dna = features[1]
+    return dict(label=(swapped_cells, split, features),
+        mode=(with_column(adata, "mode"), split, features), guide=(with_column(adata, "guide_seq_a"), split, features),
+        feature=(adata, split, [type(bank)(bank.keys, values, bank.modality, bank.provenance), dna]),
+        fewer_features=(adata, split, [bank]), control=(paired, split, features),
+        split=(adata, replace(split, train=split.train[1:]), features), value=(moved, split, features),
+        gene_order=(adata[:, ::-1].copy(), split, features), gene_name=(named, split, features),
+        cell_order=(adata[::-1].copy(), split, features), cells=(adata[:-1].copy(), split, features),
+        space=(space, split, features))
+
+
+def test_each_input_changed_once_is_another_run(data):
+    cases = {name: identity_of(*case) for name, case in other_inputs(data).items()}
+    cases["as it was"] = identity_of(**data)
+    assert len({tuple(c.values()) for c in cases.values()}) == len(cases) == 14
+    assert {k for k, v in cases["mode"].items() if v != cases["as it was"][k]} == {"actions"}
+    assert {k for k, v in cases["control"].items() if v != cases["as it was"][k]} == {"pairing"}
+
+
+def test_lines_count_where_every_pool_of_controls_is_the_same(data):
+    "What a perturbation does to its own gene is learned line by line."
+    one = data["adata"][np.argsort(data["adata"].obs["batch"].astype(str), kind="stable")].copy()
+    two = one.copy()
+    two.obs["cell_type"] = one.obs["batch"].astype(str).to_numpy()
+    pools = [Roster(a, data["split"])["train"].pools for a in (one, two)]
+    assert all((a == b).all() for a, b in zip(pools[0][:2], pools[1][:2]))
+    first, second = (identity_of(a, data["split"], data["features"]) for a in (one, two))
+    assert {k for k in first if first[k] != second[k]} == {"pairing"}
+
+
+@pytest.mark.parametrize("what, key", dict(mode="actions", control="pairing", value="data", split="split",
+                                           feature="features").items())
+def test_other_inputs_never_reuse_a_run(what, key, finished, data):
+    adata, split, features = other_inputs(data)[what]
     before = {p: file_hash(p) for p in finished.folder.rglob("*") if p.is_file()}
-    with pytest.raises(
-            ValueError,
-            match=
-            f"this configuration was run on something else: {what} .* there, .* now; choose another folder"
-    ):
-        run_stages(small_experiment(), **other, runs=finished.folder.parent, **OPTIONS)
+    message = f"this configuration was run on something else: .*{key} .* there, .* now; choose another folder"
+    with pytest.raises(ValueError, match=message):
+        run_stages(small_experiment(), adata, split, finished.folder.parent, features, **OPTIONS)
     assert before == {p: file_hash(p) for p in finished.folder.rglob("*") if p.is_file()}
+
+
+def test_the_identity_of_a_default_run_takes_less_than_a_second():
+    adata = prepare(load_dataset("simulated"))
+    targets = sorted({*adata.obs.condition} - {"ctrl"})
+    split = make_split(adata, "custom", held_out=dict(test=targets[:9], val=targets[9:12], train=targets[12:]))
+    roster, actions = Roster(adata, split), describe_actions(adata, split)
+    start = time.perf_counter()
+    run_identity(roster, actions)
+    assert time.perf_counter() - start < 1
 
 
 def test_another_configuration_is_another_folder():
@@ -255,6 +452,11 @@ def test_other_versions_are_reported_and_a_damaged_record_is_named(finished, dat
     with pytest.warns(UserWarning, match="begun with other versions: biojepa .* there, 0.0 now"):
         run_stages(small_experiment(epochs=(1, 1, 1, 1)), **data, runs=runs, stages=STAGES[:1], **OPTIONS)
     record = next(runs.glob("*/run.json"))
+    about = json.loads(record.read_text())
+    del about["identity"]["actions"], about["identity"]["pairing"]
+    record.write_text(json.dumps(about))
+    with pytest.raises(ValueError, match="begun by an earlier version, which did not look at pairing, actions"):
+        run_stages(small_experiment(epochs=(1, 1, 1, 1)), **data, runs=runs, stages=STAGES[:1], **OPTIONS)
     record.write_text("{")
     with pytest.raises(ValueError, match="run.json: not readable as JSON"):
         run_stages(small_experiment(epochs=(1, 1, 1, 1)), **data, runs=runs, stages=STAGES[:1], **OPTIONS)
@@ -262,23 +464,18 @@ def test_other_versions_are_reported_and_a_damaged_record_is_named(finished, dat
 
 # data and actions
 
-def test_data_hash_sees_values_names_and_labels_and_not_how_they_are_stored(data, tmp_path):
+def test_data_hash_sees_values_and_names_and_not_how_they_are_stored(data, tmp_path):
     adata = data["adata"]
     same = adata.copy()
     same.write_h5ad(tmp_path/"cells.h5ad")
     backed = ad.read_h5ad(tmp_path/"cells.h5ad", backed="r")
     assert data_hash(adata) == data_hash(backed) == data_hash(adata, block=7)
     backed.file.close()
-    hashes = {data_hash(adata)}
-    for change in ("value", "gene", "label", "batch"):
-        other = adata.copy()
-        if change == "value": other.X.data[-1] += 1e-3
-        if change == "gene": other.var_names = [*other.var_names[:-1], "other"]
-        if change == "label":
-            other.obs["perturbation"] = other.obs["perturbation"].cat.rename_categories({"ctrl": "control"})
-        if change == "batch": other.obs["batch"] = np.roll(other.obs["batch"].astype(str), 1)
-        hashes.add(data_hash(other))
-    assert len(hashes) == 5
+    value, gene, cell = (adata.copy() for _ in range(3))
+    value.X.data[-1] += 1e-3
+    gene.var_names = [*gene.var_names[:-1], "other"]
+    cell.obs_names = [*cell.obs_names[:-1], "other"]
+    assert len({data_hash(a) for a in (adata, value, gene, cell)}) == 4
 
 
 def test_actions_are_described_as_released_unless_told_otherwise(data):

@@ -100,6 +100,15 @@ def in_child(function):
     finally: sys.stdout.flush(); sys.stderr.flush(); os._exit(code)
 
 
+def wait_for(happened, seconds=60):
+    "Look until something is true, but not for ever."
+    end = time.monotonic() + seconds
+    while not (found := happened()):
+        assert time.monotonic() < end, f"not in {seconds} s"
+        time.sleep(.002)
+    return found
+
+
 def steps_of(trace):
     "Rows (process, stage, step) of a trace; an unfinished line is left out."
     if not Path(trace).is_file(): return []
@@ -129,8 +138,9 @@ def damage(folder, how):
     return dict(how=how, stage=stage, damaged=steps[-1], good=steps[-2])
 
 
-def kill_and_resume(folder, n_kills, seed=0, damages=("byte", "short", "json")):
-    "An uninterrupted run, and one killed `n_kills` times at random moments spread over all of it."
+def kill_and_resume(folder, n_kills, seed=0, damages=("byte", "short", "json"), sign=signal.SIGKILL):
+    "An uninterrupted run, and one that gets a signal `n_kills` times at random moments spread over all of it."
+    signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell starts background jobs deaf to it
     data, rng = small_data(), random.Random(seed)
     plain_trace, trace = folder/"plain.trace", folder/"killed.trace"
     assert os.waitpid(in_child(lambda: run(folder/"plain", data, plain_trace)), 0)[1] == 0
@@ -145,8 +155,9 @@ def kill_and_resume(folder, n_kills, seed=0, damages=("byte", "short", "json")):
             assert os.waitpid(pid, os.WNOHANG) == (0, 0), "the run ended before it was killed"
             time.sleep(.001)
         time.sleep(jitter)
-        os.kill(pid, signal.SIGKILL)
-        assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
+        os.kill(pid, sign)
+        status = os.waitpid(pid, 0)[1]
+        assert os.WTERMSIG(status) == sign if sign == signal.SIGKILL else os.WEXITSTATUS(status) in (0, 1)
         mine = [(s, n) for p, s, n in steps_of(trace) if p == pid]
         stage, steps = newest(where)
         spoiled = damage(
@@ -171,6 +182,29 @@ def kill_and_resume(folder, n_kills, seed=0, damages=("byte", "short", "json")):
                 never_spoiled=pending,
                 plain=str(plain),
                 killed=str(where))
+
+
+def killed_while_writing(folder, most):
+    "Runs that are killed at a drawn fsync or rename of a file, up to the `most`-th, each from where the last was."
+    data, fsync, replace, calls, rng = small_data(), os.fsync, os.replace, 0, random.Random(0)
+    def deadly(function, at):
+        def call(*arguments):
+            nonlocal calls
+            calls += 1
+            if calls == at: os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments)
+        return call
+    def work(at):
+        os.fsync, os.replace = deadly(fsync, at), deadly(replace, at)
+        run(folder/"killed", data)
+    kills = 0
+    while (status := os.waitpid(in_child(lambda: work(rng.randint(1, most))), 0)[1]): # in the child as many are drawn
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        kills, _ = kills + 1, rng.randint(1, most)
+        assert kills < 100, f"no run comes to an end before its {most}-th write"
+    assert os.waitpid(in_child(lambda: run(folder/"plain", data)), 0)[1] == 0
+    plain, killed = (str(run_folder(small_experiment(), folder/name)) for name in ("plain", "killed"))
+    return dict(kills=kills, plain=plain, killed=killed)
 
 
 def shared_run(folder, cases):
@@ -204,10 +238,12 @@ def shared_run(folder, cases):
 
 
 def job(name, folder, *rest):
-    "`kill` FOLDER N_KILLS DAMAGES, or `share` FOLDER CASES."
-    if name == "kill":
-        report = kill_and_resume(Path(folder), int(rest[0]), damages=rest[1].split(","))
-        (Path(folder)/"report.json").write_text(json.dumps(report))
+    "`kill` or `interrupt` FOLDER N_KILLS DAMAGES, `write` FOLDER MOST, or `share` FOLDER CASES."
+    if name in ("kill", "interrupt"):
+        sign = dict(kill=signal.SIGKILL, interrupt=signal.SIGINT)[name]
+        report = kill_and_resume(Path(folder), int(rest[0]), damages=list(filter(None, rest[1].split(","))), sign=sign)
+    if name == "write": report = killed_while_writing(Path(folder), int(rest[0]))
+    if name != "share": (Path(folder)/"report.json").write_text(json.dumps(report))
     if name == "share": shared_run(Path(folder), json.loads(rest[0]))
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save as to_bytes
 
 from .vocabulary import Modality
 from ..core import atomic_path
@@ -101,7 +101,7 @@ class FeatureBank:
         return FeatureBank(tuple(keys), self.rows(keys), self.modality, self.provenance)
 
 # %% ../../nbs/2_actions/02_banks.ipynb #46f1ac85
-_SCHEMA = "biojepa.FeatureBank/1"
+_SCHEMA = "biojepa.FeatureBank/2"   # 1 had four entries in the header, in an order that differed from file to file
 
 @patch
 def save(
@@ -109,11 +109,17 @@ def save(
     path:str|Path,    # file to write, by convention *.safetensors
 )->Path:              # the same path
     "Write the bank, whole or not at all."
-    about = dict(schema=_SCHEMA, keys=json.dumps(self.keys), modality=self.modality.name,
-                 provenance=json.dumps(self.provenance, sort_keys=True))
-    with atomic_path(Path(path)) as part:
-        save_file({"values": np.ascontiguousarray(self.values)}, part, metadata=about)
+    about = dict(schema=_SCHEMA, keys=self.keys, modality=self.modality.name, provenance=self.provenance)
+    content = to_bytes({"values": np.ascontiguousarray(self.values)}, {"bank": json.dumps(about, sort_keys=True)})
+    with atomic_path(Path(path), f"{len(self)} features", len(content)) as part: part.write_bytes(content)
     return Path(path)
+
+def _header(metadata:dict|None)->dict:
+    "What a bank's file says of itself, in either schema; empty if it is something else."
+    if not metadata: return {}
+    if "bank" in metadata: return json.loads(metadata["bank"])
+    if metadata.get("schema") != "biojepa.FeatureBank/1": return metadata
+    return metadata | dict(schema=_SCHEMA, **{k: json.loads(metadata[k]) for k in ("keys", "provenance")})
 
 @patch(cls_method=True)
 def load(
@@ -125,13 +131,11 @@ def load(
         raise ValueError(f"{path}: no such file; make the bank with featurize and save it there")
     try:
         with safe_open(path, framework="numpy") as f:
-            about, values = f.metadata() or {}, f.get_tensor("values") if "values" in f.keys() else None
-    except SafetensorError as error:
+            about, values = _header(f.metadata()), f.get_tensor("values") if "values" in f.keys() else None
+    except (SafetensorError, ValueError) as error:
         raise ValueError(
             f"{path}: found a broken safetensors file ({error}); delete it and make it again") from error
     if about.get("schema") != _SCHEMA or values is None:
         raise ValueError(f"{path}: found schema {about.get('schema')!r}, expected {_SCHEMA!r}; this is not a "
-                         f"feature bank of "
-                         "this version")
-    keys, provenance = json.loads(about["keys"]), json.loads(about["provenance"])
-    return cls(tuple(keys), values, Modality[about["modality"]], provenance)
+                         "feature bank of this version")
+    return cls(tuple(about["keys"]), values, Modality[about["modality"]], about["provenance"])

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save as to_bytes
 from tqdm import tqdm
 
 from ..core import atomic_path
@@ -69,7 +69,9 @@ def _write_chunk(
     keys = sorted(rows)
     tensors = dict(keys=np.array([list(bytes.fromhex(k)) for k in keys], dtype=np.uint8),
                    values=np.stack([rows[k] for k in keys]).astype(np.float32))
-    with atomic_path(folder/f"{text_hash(''.join(keys))[:16]}.safetensors") as part: save_file(tensors, part)
+    content = to_bytes(tensors)
+    path = folder/f"{text_hash(''.join(keys))[:16]}.safetensors"
+    with atomic_path(path, f"{len(keys)} cached features", len(content)) as part: part.write_bytes(content)
 
 def rows_of(
     made,                      # SequenceFeaturizer that computes

@@ -32,7 +32,8 @@ from ..data.conditions import condition_name
 from ..data.means import match_groups, matched_means
 from ..model.biojepa import BioJEPA, Context, latents_of
 from ..model.readout import decode
-from ..predict.anndata import model_and_genes
+from ..model.saving import check_space
+from ..predict.anndata import model_and_genes, trained_on
 from ..predict.many import predict_many
 from ..predict.model import check_model
 from ..predict.sets import expression_space
@@ -65,15 +66,14 @@ def target_state(
     batch_size:int=64,              # cells encoded at once
 )->TargetState:
     "A state to search for."
-    model, genes = model_and_genes(model)
-    latent = state_latents(model, _ready(model, genes, cells, "target_state"), not each, batch_size)
+    given, (model, _) = model, model_and_genes(model)
+    latent = state_latents(model, _ready(given, cells, "target_state"), not each, batch_size)
     if reference is None: return TargetState(latent, False, cells.n_obs)
-    return TargetState(
-        latent - state_latents(model, _ready(model, genes, reference, "reference"), True, batch_size), True,
-        cells.n_obs)
+    before = state_latents(model, _ready(given, reference, "reference"), True, batch_size)
+    return TargetState(latent - before, True, cells.n_obs)
 
-def _ready(model:BioJEPA, genes, cells, what:str)->AnnData:
-    "Prepared cells with the model's genes in its order."
+def _ready(given, cells, what:str)->AnnData:
+    "Prepared cells with a model's genes in its order, in its scale where that is known."
     if not isinstance(cells, AnnData):
         raise ValueError(f"{what}: found {type(cells).__name__}; give an AnnData of prepared cells")
     if not cells.n_obs:
@@ -83,8 +83,10 @@ def _ready(model:BioJEPA, genes, cells, what:str)->AnnData:
         raise ValueError(
             f"{what}.obs: no column 'log_library_size'; call prepare(adata) on all cells before choosing some"
         )
+    (model, genes), space = model_and_genes(given), trained_on(given)
     cells = align_genes(cells, cells.var_names if genes is None else genes)
     check_model(model, cells, genes)
+    if space: check_space(space, cells)
     return cells
 
 # %% ../../nbs/7_explore/08_search.ipynb #75113944
@@ -383,8 +385,8 @@ def rank_actions(
     "Rank actions, and pairs of them, by how near they bring cells to a state (report §2.1)."
     actions, table = _candidates(model, actions, table)
     states = _states(model, target_state, reference, each, batch_size)
-    module, order = model_and_genes(model)
-    cells = _ready(module, order, source_cells, "source_cells")
+    module, _ = model_and_genes(model)
+    cells = _ready(model, source_cells, "source_cells")
     x, library = _source(cells, n_cells, seed)
     actions = _in_line_of(module, cells, actions)
     options = dict(measure=measure_of(module, space, _places(cells, genes)),
@@ -523,8 +525,8 @@ def optimise_action(
     "The action latent with the lowest energy that gradient descent finds, and the real actions beside it."
     actions, table = _candidates(model, actions, table)
     (state,) = _states(model, target_state, reference, False, 64).values()
-    module, order = model_and_genes(model)
-    cells = _ready(module, order, source_cells, "source_cells")
+    module, _ = model_and_genes(model)
+    cells = _ready(model, source_cells, "source_cells")
     x, library = _source(cells, n_cells, seed)
     device, actions = next(module.parameters()).device, _in_line_of(module, cells, actions)
     context = Context(module, x.to(device), library.to(device))

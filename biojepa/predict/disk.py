@@ -39,7 +39,7 @@ def to_anndata(self:PredictionSet)->AnnData:  # X observed; layers control, cell
 @patch
 def save(self:PredictionSet, path:Path)->Path:  # the same path
     "Write an .h5ad file; it appears complete or not at all."
-    with atomic_path(path) as part: self.to_anndata().write_h5ad(part, compression="lzf")
+    with atomic_path(path, f"predictions of {self.name}") as part: self.to_anndata().write_h5ad(part, compression="lzf")
     return Path(path)
 
 @patch(cls_method=True)

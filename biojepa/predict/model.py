@@ -21,6 +21,7 @@ from ..core import return_freed_memory
 from ..data.batches import ActionBatch, dense_rows, row_source
 from ..data.conditions import parse_condition
 from ..model.biojepa import BioJEPA, Context
+from ..model.saving import cell_space, check_space
 from .sets import PredictionSet, check_template, test_set
 
 # %% ../../nbs/5_predict/03_model.ipynb #0d378f33
@@ -139,6 +140,7 @@ def predictions(
         run, model = model, model.model
         about = dict(run=run.folder.name, experiment=config_hash(run.experiment),
                      train_seed=run.experiment.seed)
+        if adata is not None and adata is not run.adata: check_space(cell_space(run.adata), adata)
         needed = {k: getattr(run, k) if v is None else v for k, v in needed.items()}
     if missing := [k for k, v in needed.items() if v is None]:
         raise ValueError(f"{', '.join(missing)}: missing; give them, or a finished Run")

@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['StepFunction', 'StepOutput', 'Stage', 'train_only', 'one_cycle', 'Meter', 'choose_precision', 'make_fabric',
-           'size_of', 'pieces_of', 'FitOptions', 'Training', 'take_step', 'log_row', 'should_stop', 'resume_',
-           'save_checkpoint', 'fit']
+           'size_of', 'pieces_of', 'FitOptions', 'Training', 'take_step', 'DivergedError', 'Progress', 'diverged',
+           'log_row', 'should_stop', 'resume_', 'save_checkpoint', 'fit']
 
 # %% ../../nbs/4_training/02_loop.ipynb #0fb1416c
 import json
 import math
 import sys
 import time
+from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Callable, Iterator, NamedTuple
 
 import numpy as np
@@ -250,15 +252,61 @@ def take_step(t:Training, batch:NamedTuple)->None:
     if t.done < t.total: t.scheduler.step()
     if t.stage.after_step: t.stage.after_step(t.model, t.done, t.total)
 
+# %% ../../nbs/4_training/02_loop.ipynb #e5b00002
+class DivergedError(FloatingPointError):
+    "A stage that gets worse instead of better."
+
+class Progress:
+    "How a stage goes, row by row of its log: the same rows have the same verdict, in one go or resumed."
+    def __init__(self,
+        config:StageConfig,     # `loss_limit`, `gradient_limit`, `end_limit`
+        rows:list[dict]=(),     # of the log so far
+    ):
+        self.config, self.first, self.last, self.n = config, [], deque(maxlen=3), 0
+        self.best = self.gentlest = math.inf    # smallest loss and gradient norm
+        for row in rows: self.add(row)
+
+    @property
+    def size(self)->float:  # of the loss
+        start = median(self.first)
+        return max(abs(start), abs(self.best), start - self.best)
+
+    def add(self, row:dict)->str|None:
+        "Why a stage with this row has diverged, if it has."
+        if "loss" not in row: return None
+        (loss, norm), c, why = (row["loss"], row.get("grad_norm", 0)), self.config, None
+        if self.first and c.loss_limit and loss - self.best > c.loss_limit*self.size:
+            why = f"the loss is {loss:.4g}, its best was {self.best:.4g}, a rise of more than {c.loss_limit:g} sizes"
+        elif c.gradient_limit and norm > c.gradient_limit*self.gentlest:
+            why = f"the gradient norm is {norm:.4g}, more than {c.gradient_limit:g} times its best {self.gentlest:.4g}"
+        self.n += 1; self.last.append(loss); self.best = min(self.best, loss)
+        if len(self.first) < 3: self.first.append(loss)
+        if norm: self.gentlest = min(self.gentlest, norm)
+        return why
+
+    def ended(self)->str|None:
+        "Why a stage that ends here has diverged, if it has."
+        if self.n < 2 or not self.config.end_limit: return None
+        k = min(3, self.n//2)   # rows that do not overlap
+        start, end = median(self.first[:k]), median([*self.last][-k:])
+        if end - start <= self.config.end_limit*self.size: return None
+        return f"the loss ends at {end:.4g}, above its start of {start:.4g}"
+
+def diverged(t:Training, why:str)->DivergedError:
+    "The error that says what happened, what is left, and what to change."
+    name, c, steps = t.stage.name, t.stage.config, t.checkpoints.steps()
+    kept = "no checkpoint yet"
+    if steps: kept = f"the checkpoint of step {steps[-1]} in {t.checkpoints.folder} is from before"
+    return DivergedError(f"stage {name!r}: {why} at step {t.done}; {kept}. Lower {name}.lr (now {c.lr:g}), clip "
+                         f"gradients with {name}.clip_norm (now {c.clip_norm}), or use precision='32-true'; "
+                         f"{name}.loss_limit, .gradient_limit and .end_limit say what is refused")
+
 # %% ../../nbs/4_training/02_loop.ipynb #cab7fb6c
 def log_row(t:Training, validating:bool)->dict:  # empty but for step and epoch if nothing was measured
     "A row of the log."
     values, (first, *_) = t.meter.read(t.fabric), t.stage.trains.values()
     if bad := [name for name, v in values.items() if not math.isfinite(v)]:
-        raise FloatingPointError(
-            f"stage {t.stage.name!r}: {bad[0]} is {values[bad[0]]} at step {t.done}; the last checkpoint "
-            f"is from "
-            "before. Lower the learning rate, or use precision='32-true'")
+        raise diverged(t, f"{bad[0]} is {values[bad[0]]}")
     row = dict(step=t.done, epoch=t.loader.epoch + 1)
     if values:
         by_part = zip(t.stage.trains.items(), t.rates)
@@ -305,8 +353,10 @@ def resume_(t:Training)->bool:  # whether the stage is finished
             )
         restore_(found, t.model, t.optimizer, t.scheduler, t.loader)
         t.done = found.step
-    t.log = TrainingLog(path if t.fabric.is_global_zero else None, rows)
-    return bool(found) and found.state["finished"]
+    t.log, t.progress = TrainingLog(path if t.fabric.is_global_zero else None, rows), Progress(t.stage.config, rows)
+    finished = bool(found) and found.state["finished"]
+    if finished and (why := t.progress.ended()): raise diverged(t, why)
+    return finished
 
 def save_checkpoint(t:Training, finished:bool)->None:
     "Everything `resume_` needs, written by rank 0."
@@ -371,6 +421,7 @@ def _train(t:Training)->None:
         def record(validating):
             row = log_row(t, validating)
             if len(row) > 2: t.log.append(row); write(row)
+            if why := t.progress.add(row): raise diverged(t, why)
             shown = {k: f"{v:.4g}" for k, v in row.items() if k not in ("step", "epoch", "grad_norm")}
             bar.set_postfix({k: v for k, v in shown.items() if not k.startswith("lr")}, refresh=False)
             t.meter.clear()
@@ -381,5 +432,7 @@ def _train(t:Training)->None:
             validating, saving = t.due(every.validate_every), t.due(every.checkpoint_every)
             if validating or saving or t.due(every.log_every): record(validating)
             stop = validating and should_stop(t.log.rows, every.early_stop)
-            if saving or stop: save_checkpoint(t, finished=stop or t.done == t.total)
+            finished = stop or t.done == t.total
+            if finished and (why := t.progress.ended()): raise diverged(t, why)
+            if saving or stop: save_checkpoint(t, finished)
             if stop: return
