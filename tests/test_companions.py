@@ -189,7 +189,8 @@ def test_the_library_of_the_screen(shared):
     says."""
     with h5py.File(shared/"k562_essential_twin.h5ad") as f: obs = ad.io.read_elem(f["obs"])
     twin = ad.AnnData(sp.csr_matrix(np.ones((len(obs), 2), "float32")), obs, pd.DataFrame(index=["x", "y"]))
-    plain = load_dataset(twin, batch="gem_group", cell_type="cell_type", unknown_targets="allow")
+    names = dict(batch="gem_group", cell_type="cell_type", values="counts", unknown_targets="allow")
+    plain = load_dataset(twin, **names)
     path = shared/"k562_essential_guides_day6.csv.gz"
     adata = join_guides(plain, read_guides(path, read_card("replogle_k562_essential").companions["guides"]))
     assert "652 of 652 targets by gene" in history(adata)[-1]

@@ -24,7 +24,7 @@ from biojepa.config import Columns, parse_settings, preset, with_settings
 from biojepa.data import datasets
 from biojepa.data.companions import join_proteins, read_edges, read_guides, read_proteins, read_table
 from biojepa.data.conditions import SchemaError
-from biojepa.data.datasets import load_dataset
+from biojepa.data.datasets import _free_memory, load_dataset
 from biojepa.data.download import Download, DownloadError, fetch_file
 from biojepa.data.matrix import row_blocks
 from biojepa.data.values import lacking_counts, steps_of
@@ -437,6 +437,17 @@ def test_a_file_is_measured_before_it_is_read(what, tmp_path):
         with pytest.raises(SchemaError, match=f"lab.h5ad: .*({message})"): load(tmp_path/"lab.h5ad")
         assert tracemalloc.get_traced_memory()[1] < 5e7
     finally: tracemalloc.stop()
+
+
+def test_free_memory_is_what_a_container_leaves_and_files_in_memory_do_not_count(tmp_path):
+    machine = pytest.approx(_free_memory(tmp_path/"nowhere"), rel=0.3)
+    assert _free_memory(tmp_path) == machine
+    for name, text in {"memory.max": "5000000", "memory.current": "4000000",
+                       "memory.stat": "anon 9\nfile_mapped 7\nfile 3000000\nshmem 500000\n"}.items():
+        (tmp_path/name).write_text(f"{text}\n")
+    assert _free_memory(tmp_path) == 5_000_000 - 4_000_000 + 3_000_000 - 500_000
+    (tmp_path/"memory.max").write_text("max\n")
+    assert _free_memory(tmp_path) == machine
 
 
 @pytest.mark.parametrize("layout", [sp.csr_matrix, sp.csc_matrix, lambda x: x.toarray()])

@@ -72,14 +72,15 @@ def _check_axes(x:sp.csr_matrix, source:Source)->None:
 # %% ../../nbs/1_data/10_datasets.ipynb #c0600003
 SHRUNK = 2000   # declared bytes out of one that is stored: gzip reaches 1032
 
-def _free_memory()->float:  # bytes; infinite where the system does not say
-    "Memory that can still be had, within the limits of a container."
-    def number(path, key=""):
-        try: found = re.search(rf"{key}\s*(\d+)", Path(path).read_text())
+def _free_memory(group:Path=Path("/sys/fs/cgroup"))->float:  # bytes; infinite where the system does not say
+    "Memory that can still be had, within the limits of a container; what only holds files is given back on demand."
+    def number(path, key="", otherwise=np.inf):
+        try: found = re.search(rf"(?m)^{key}\s*(\d+)", Path(path).read_text())
         except OSError: found = None
-        return int(found[1]) if found else np.inf
-    group = number("/sys/fs/cgroup/memory.max") - min(number("/sys/fs/cgroup/memory.current"), 2**62)
-    return min(1024*number("/proc/meminfo", "MemAvailable:"), max(group, 0))
+        return int(found[1]) if found else otherwise
+    cache = number(group/"memory.stat", "file", 0) - number(group/"memory.stat", "shmem", 0)
+    left = number(group/"memory.max") - number(group/"memory.current", otherwise=0) + cache
+    return min(1024*number("/proc/meminfo", "MemAvailable:"), max(left, 0))
 
 def _parts_of(f:h5py.File, where:str):  # h5py datasets
     "Every dataset of a file; what lies outside it is an error."
