@@ -221,7 +221,7 @@ class ExperimentConfig(Frozen):
     seed:int = 0
 
 # %% ../nbs/0_base/02_config.ipynb #eb5dfe2e
-MEANING_OF_DEFAULTS = 2  # rises when what a configuration stands for changes: no older run is then taken for it
+MEANING_OF_DEFAULTS = 3  # rises when what a configuration stands for changes: no older run is then taken for it
 
 def config_hash(
     config:BaseModel,  # any configuration

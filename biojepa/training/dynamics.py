@@ -23,6 +23,7 @@ from ..actions.recall import line_slots
 from ..actions.vocabulary import Mode
 from ..config import StageConfig
 from ..data.batches import ActionBatch, PairBatch, dense_rows, row_source
+from ..data.controls import by_name
 from ..data.loaders import Roster, pair_loader
 from ..data.means import group_means, groups_of
 from ..data.own_gene import own_gene_effects
@@ -95,7 +96,7 @@ def training_maps(
 )->GeneMaps:
     "`gene_maps` of some training cells."
     cells = Roster.of(adata, split)["train"].seen
-    some = np.random.default_rng(seed).permutation(cells)[:config.map_cells]
+    some = np.random.default_rng(seed).permutation(by_name(adata, cells))[:config.map_cells]
     return gene_maps(model, adata, some, config.map_ridge)
 
 # %% ../../nbs/4_training/06_dynamics.ipynb #528f3269
@@ -261,7 +262,7 @@ def held_out_changes(
     X, size = row_source(adata), adata.obs["log_library_size"].to_numpy(np.float32)
     maps, said = GeneMaps(*(t.to(device) for t in maps)), np.empty_like(means.delta)
     for line, groups in means.groups.groupby("cell_type", sort=True):
-        some = np.sort(rng.permutation(controls[lines[controls] == line])[:n_cells])
+        some = np.sort(rng.permutation(by_name(adata, controls[lines[controls] == line]))[:n_cells])
         slot = torch.from_numpy(line_slots(model.config.lines, lines[some])).to(device)
         context = Context(model, dense_rows(X, some).to(device), torch.from_numpy(size[some]).to(device), slot=slot)
         for g, condition in groups["condition"].items():
