@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+from pydantic import (
+    BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, field_validator, model_validator
+)
 
 from .core import object_hash
 
@@ -59,6 +61,8 @@ class ModelConfig(Frozen):
     initial_values:Literal["released", "fan_in"] = "released"  # of gene embeddings, mask token and composer
     predicts:Literal["latent", "change"] = "latent"  # what the action predictor gives
     intervenes:bool = False                  # change the targeted gene's own value first
+    n_recalled:NonNegativeInt = 0            # numbers of an action's remembered change; set by the data, 0: no memory
+    lines:tuple[str, ...] = ()               # cell lines that are remembered apart; the last number set is for others
     readout:Literal["shared", "per_gene"] = "shared"
     delta_from: Literal["encoder",
                         "teacher"] = "encoder"  # whose latents of the control cell Δ is decoded against
@@ -74,6 +78,9 @@ class ModelConfig(Frozen):
         if self.intervenes and self.predicts != "change":
             raise ValueError(f"intervenes: needs predicts='change', found {self.predicts!r}; "
                              "what follows is added to the changed cell's latents")
+        if self.n_recalled and (self.predicts, self.delta_from) != ("change", "teacher"):
+            raise ValueError("n_recalled: a memory needs predicts='change' and delta_from='teacher', found "
+                             f"{self.predicts!r} and {self.delta_from!r}; what is predicted is added to it")
         if self.logvar_min >= self.logvar_max:
             raise ValueError(f"logvar_min: found {self.logvar_min}, not below logvar_max {self.logvar_max}")
         return self
@@ -104,6 +111,8 @@ class StageConfig(Frozen):
     action_noise:float = Field(0., ge=0)     # dynamics, "mean": noise on action latents, relative to their size
     side_weight: float = Field(
         0.1, ge=0)  # dynamics, "mean": latent distance and likelihood, beside the decoded change
+    keeps:Literal["confirmed", "all", "none"] = "confirmed"    # dynamics: of what is learned beside a memory
+    least_held_out:PositiveInt = 5           # dynamics: conditions that can confirm what is learned beside a memory
     map_cells:PositiveInt = 2000             # dynamics, readout: cells that genes' linear maps are learned from
     map_ridge:float = Field(1e-3, gt=0)      # dynamics, readout: added to the covariance of the latents
     latents: Literal["predicted",
@@ -116,25 +125,35 @@ def _names(text):  # "a, b" as ["a", "b"]; anything else as it is
 class Columns(Frozen):
     "How to read a file: what its columns are called, and what they hold."
     condition:str|None = None      # obs: what was done to the cell; `condition` if there is one
-    control:str|None = None        # its label for control cells; `ctrl`
+    control:str|tuple[str, ...]|None = None     # its label for control cells, or several; `ctrl`
+    separator:str|None = None      # between the targets of a pair; `+`
+    like:Literal["scperturb", "pertpy"]|None = None     # names as files of this collection have them
     batch:str|None = None          # obs: lane or gem group; one batch for all
     batch_pattern: str | None = None  # instead: regular expression with one group on the cells' names, e.g. r"-(\d+)$"
     cell_type:str|None = None      # obs: cell line; `unknown`
     guide:str|None = None          # obs: name of the guide (pair), kept as `guide_id`
     guide_seq:tuple[str, ...]|None = None  # obs: guide DNA, kept as `guide_seq_a`, `guide_seq_b`, …
     gene_name:str|None = None      # var: gene names; the index
+    gene_versions:Literal["keep", "strip"]|None = None  # of Ensembl identifiers, as in ENSG00000075624.17; kept
     library_size:str|None = None   # obs: total counts over all genes, kept as `total_counts`
     mode:str|None = None           # obs: how targets were acted on, or one mode for all, e.g. "crispri"
     values:Literal["counts", "log1p"]|None = None             # what X holds; looked at, or checked if given
     layer:str|None = None          # read this layer instead of X
     duplicate_genes:Literal["error", "rename"]|None = None    # a gene name that occurs again; an error
     unknown_targets:Literal["allow", "warn", "error"]|None = None  # targets that are not measured; a warning
-    keep:tuple[str, ...]|None = None       # further columns of obs, or entries of uns, to carry over
-    drop:tuple[str, ...]|None = None       # targets whose cells are left out
+    keep: tuple[str,
+                ...] | None = None  # further columns of obs, entries of uns, or labels such as "negative"
+    drop:tuple[str, ...]|None = None       # targets, or labels such as "unassigned", whose cells are left out
     drop_absent:Literal["error", "warn"]|None = None          # a name of `drop` that does not occur; an error
     relabel:dict[str, str]|None = None     # wrong cell types in the file -> the published ones
 
     _split = field_validator("guide_seq", "keep", "drop", mode="before")(_names)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_a_collection(cls, fields):
+        "The name of a collection stands for its column names."
+        return dict(like=fields) if isinstance(fields, str) else fields
 
     def over(self, below:"Columns")->"Columns":
         "`below`, with everything that is said here."
@@ -152,7 +171,8 @@ class DataConfig(Frozen):
     pooling: Literal["residues",
                      "tokens"] = "residues"  # of ESM-2: without start and end, or, as released, with
     relations: str | None = None  # table of gene pairs; a target's place in this graph then stands for its protein
-    relations_db:str|None = None    # only the pairs with this value in a column `db`
+    relations_db:str|None = None    # only the pairs with this value in a column `db`; several, separated by commas
+    relation_features:Literal["diffused", "spectral"] = "diffused"  # heat over each database, or eigenvectors of all
     expression_space:Literal["log1p", "log1p_twice"] = "log1p"
     n_top_genes:PositiveInt|None = None     # variable genes to keep, chosen on training cells; all if None
     split:Literal["simulation", "guide", "combination", "cell_type", "custom"] = "simulation"
@@ -175,16 +195,17 @@ class DataConfig(Frozen):
 # %% ../nbs/0_base/02_config.ipynb #57564291
 class MemoryConfig(Frozen):
     "What `actions.memory` chooses among; every choice is made by leaving out one training perturbation at a time."
-    components:PositiveInt = 15                             # directions of the responses that are remembered
-    noises: tuple[float, ...] = (
-        .05, .1, .2, .3, .5, .8, 1.5)  # variance of the noise, beside a prior variance of 1
-    block_weights: tuple[float,
-                         ...] = (0., .5, 1., 2.)  # of a block of features in the distance of two genes
-    prototypes: tuple[PositiveInt,
-                      ...] = (17, 25, 40)  # clusters of responses, one member of the stack in all
+    components:tuple[PositiveInt, ...] = (10, 15, 20)       # directions of the responses that members answer in
+    noises:tuple[float, ...] = (.05, .1, .2, .3, .5, .8, 1.5)   # variance of the noise, beside a prior variance of 1
+    block_weights:tuple[float, ...] = (0., .5, 1., 2.)      # of a block of features in the distance of two genes
+    prototypes:tuple[PositiveInt, ...] = (17, 25, 40)       # clusters of responses, one member of the stack in all
+    members:tuple[Literal["process", "prototypes"], ...] = ("process", "prototypes")    # of the stack
     sharpness:float = Field(1.6, gt=0)                      # power of a target's shares in the clusters
-    pooled: float = Field(.5, ge=0, le=1)  # how far each component's stack weights go to the common ones
-    amplitude: float = Field(1., gt=0)  # of what is added to the train mean: 1 for r, about 1.25 for PDS
+    pooled:float = Field(.5, ge=0, le=1)                    # how far a component's stack weights go to the common ones
+    directions:PositiveInt = 128                            # kept, for what was measured of combinations' members
+    least_combinations:PositiveInt = 8                      # in training, for anything but the sum of their members
+    least_targets:PositiveInt = 12                          # of a cell line, for a memory of its own
+    coverage:float = Field(.95, gt=0, lt=1)                 # of intervals, by left-out answers
 
 # %% ../nbs/0_base/02_config.ipynb #6695553a
 class ExperimentConfig(Frozen):
@@ -196,6 +217,7 @@ class ExperimentConfig(Frozen):
     align:StageConfig
     dynamics:StageConfig
     readout:StageConfig
+    memory:MemoryConfig|None = None      # what training perturbations say of a new one, added to; None: nothing
     seed:int = 0
 
 # %% ../nbs/0_base/02_config.ipynb #eb5dfe2e
@@ -246,7 +268,7 @@ def preset(
                        dynamics=dict(lr=3e-3, target="mean", action_noise=2.))
         stages = _stages((2, 100, 4, 1), (32, 128, 16, 32), **further)
         return ExperimentConfig(name=name, model=ModelConfig(n_genes=600, d_model=32, **small, **switches),
-                                data=DataConfig(tokens=("protein", "dna")), **stages)
+                                data=DataConfig(tokens=("protein", "dna")), memory=MemoryConfig(), **stages)
     if name == "smoke":
         return ExperimentConfig(name=name, model=ModelConfig(n_genes=600, d_model=16, **small),
                                 **_stages((1, 2, 1, 1), (64, 64, 64, 64)))

@@ -473,7 +473,7 @@ def test_relations_need_no_sequences_and_fetch_none(elsewhere, monkeypatch):
         warnings.simplefilter("error")
         adata, split = data_of(config, elsewhere)
         described = describe_actions(adata, split, data=config)
-    assert config.features == "pretrained" and described.widths == dict(protein=320)
+    assert config.features == "pretrained" and described.widths == dict(protein=128)
     assert described.actions.present.any(1).sum() == 5
 
 

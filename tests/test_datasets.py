@@ -29,7 +29,7 @@ import scipy.sparse as sp
 from hypothesis import given, settings, strategies as st
 
 from biojepa.core import PATHS
-from biojepa.data import download, matrix
+from biojepa.data import download, matrix, values as values_module
 from biojepa.data.conditions import SchemaError, condition_name, parse_condition
 from biojepa.data.datasets import load_dataset
 from biojepa.data.download import DatasetCard, DownloadError, fetch, list_cards, read_card
@@ -152,6 +152,7 @@ class Server:
     to all further ones."""
     def __init__(self, body, script):
         self.body, self.script, self.requests, self.halfway = body, list(script), 0, threading.Event()
+        self.sent = 0
         outer = self
         class Handler(BaseHTTPRequestHandler):
             def log_message(self, *args): pass
@@ -168,6 +169,12 @@ class Server:
         if isinstance(what, int):
             handler.send_response(what); handler.end_headers(); return handler.wfile.write(b"<html>no</html>")
         if what == "reset": return handler.connection.close()
+        if what == "endless":
+            handler.send_response(200)
+            handler.end_headers()
+            try:
+                while True: self.sent += handler.wfile.write(self.body)
+            except OSError: return
         body = {"page": b"<html>Are you a robot?</html>", "short zip":
                 self.body[:len(self.body) // 2]}.get(what, self.body)
         handler.send_response(202 if what == "page" else 200)
@@ -363,6 +370,31 @@ def test_archives_without_the_cells(tmp_path, members, message):
     with Server(archive(b"", members), ["ok"]) as server:
         with pytest.raises(DownloadError, match=message): get(toy(server.url), tmp_path)
     assert "perturb_processed.h5ad" not in files(tmp_path) and not CANARY.exists()
+
+
+def test_no_more_bytes_are_kept_than_the_card_says(tmp_path, zipped, monkeypatch):
+    with Server(zipped, ["ok"]) as server:
+        with pytest.raises(DownloadError,
+                           match=r"toy: the server sends more than the 1,000 bytes the card says.*kept"):
+            get(toy(server.url, bytes=1000), tmp_path)
+        assert server.requests == 1 and files(tmp_path) == []
+        assert get(toy(server.url, bytes=len(zipped)), tmp_path).is_file()
+    with Server(b"PK" + bytes(10**6), ["endless"]) as server:
+        for card, most in ((toy(server.url, bytes=3_000_000), "3,000,000"), (toy(server.url), "2,000,000")):
+            monkeypatch.setattr(download, "MOST", 2_000_000)
+            with pytest.raises(DownloadError, match=f"more than the {most} bytes"): get(card, tmp_path/most)
+            assert files(tmp_path/most) == []
+        assert server.requests == 2 and server.sent < 10**8
+
+
+def test_an_archive_is_not_unpacked_to_more_than_data_ever_compress_to(tmp_path, monkeypatch):
+    monkeypatch.setattr(download.shutil, "copyfileobj", lambda *args: pytest.fail("something was unpacked"))
+    bomb = archive(b"", {"toy/perturb_processed.h5ad": bytes(100_000_001)})
+    with Server(bomb, ["ok"]) as server:
+        with pytest.raises(DownloadError,
+                           match=r"toy.zip: [\d,]+ bytes would unpack to 100,000,001, more than 200 times"):
+            get(toy(server.url), tmp_path)
+    assert files(tmp_path) == ["toy.zip"]
 
 
 def in_directory(zipped, at):
@@ -612,7 +644,8 @@ def test_only_named_columns_are_used_and_the_history_says_so():
     assert list(adata.obs) == ["condition", "batch", "cell_type", "perturbation"]
     assert set(adata.obs["batch"]) == {"0"} and set(adata.obs["cell_type"]) == {"unknown"}
     text = "\n".join(adata.uns["biojepa"]["history"])
-    for said in ("columns not used: condition, lane, line, guide", "'unknown'", "counts, detected"): assert said in text
+    for said in ("columns not used: condition, lane, line, guide", "'unknown'", "counts, detected"):
+        assert said in text
     assert "as declared" in "\n".join(load(screen(), values="counts").uns["biojepa"]["history"])
 
 
@@ -719,8 +752,9 @@ MALFORMED = {  # what: (accident, names given, message)
                                                         r"'condition'; the most frequent labels are G1"),
     "wrong control label": (nothing, dict(control="NT"), r"no label 'NT' in column 'condition'; the most "
                                                          r"frequent labels are ctrl"),
-    "control label without a condition": 
-        (lambda a: a.obs.drop(columns="condition", inplace=True), dict(control="NT"), r"no condition= was named"),
+    "control label without a condition":
+        (lambda a: a.obs.drop(columns="condition", inplace=True), dict(control="NT"), r"no condition= "
+                                                                                      r"was named"),
     "unknown condition column": (nothing, dict(condition="pert"), r"condition='pert' is no column; there are "
                                                                   r"condition, lane, line, guide"),
     "unknown batch column": (nothing, dict(batch="gem"), r"batch='gem' is no column; there are"),
@@ -734,11 +768,11 @@ MALFORMED = {  # what: (accident, names given, message)
     "unknown mode": (nothing, dict(mode="crispr"), r"mode='crispr' is neither a column nor a mode; .*crispri"),
     "column with an unknown mode": (nothing, dict(mode="lane"), r"mode='lane' holds a, b; the modes "
                                                                 r"are crispri"),
-    "missing condition": (column("condition", None, 2), {}, r"condition='condition' has no value in 1 rows, "
-                                                            r"the first is 'c2-3'"),
+    "missing condition": (column("condition", None, 2), {},
+                          r"column 'condition': 'nan' \(1 cells without a label\) name no single perturbation"),
     "missing batch": (column("lane", None, [0, 4]), dict(batch="lane"), r"batch='lane' has no value in 2 rows, "
                                                                         r"the first is 'c0-1'"),
-    "missing gene name": 
+    "missing gene name":
         (lambda a: a.var.replace({"symbol": {"G3": None}}, inplace=True), dict(gene_name="symbol"),
          r"gene_name='symbol' has no value in 1 rows, the first is 'G3'"),
     "malformed condition": (column("condition", "A++B", 2), {}, r"column 'condition': condition 'A\+\+B': an "
@@ -747,7 +781,7 @@ MALFORMED = {  # what: (accident, names given, message)
                                                                    r"target twice"),
     "unknown target": (column("condition", "XYZ", 1), dict(unknown_targets="error"), r"1 of 3 targets are not "
                                                                                      r"among the genes: XYZ"),
-    "cell names without a batch": 
+    "cell names without a batch":
         (rename("obs_names", 0, "c0"), dict(batch_pattern=r"-(\d+)$"),
          r"batch_pattern=.* must capture one group in every cell name"),
     "two sources of batches": (nothing, dict(batch="lane", batch_pattern="-(.)"), r"give batch= or "
@@ -763,7 +797,7 @@ MALFORMED = {  # what: (accident, names given, message)
                                                                                     r"a positive number in 40 "
                                                                                     r"cells, the first "
                                                                                     r"is 'c0-1'"),
-    "library size below the counts": 
+    "library size below the counts":
         (lambda a: a.obs.insert(0, "n", 1), dict(library_size="n"),
          r"library_size='n' is less than the counts in X in \d+ cells"),
     "X of text": (lambda a: setattr(a, "X", a.X.toarray().astype(str)), {}, r"X holds <U\d+, not numbers"),
@@ -824,8 +858,8 @@ def test_the_peak_is_bounded_by_the_size_of_the_result(tmp_path, layout, bound, 
         pd.DataFrame({"condition": np.resize(["ctrl", "A"], 4000)}, index=[f"c{i}" for i in range(4000)]))
     adata.layers["counts"] = counts
     adata.write_h5ad(tmp_path/"big.h5ad")
-    monkeypatch.setattr(matrix, "PIECE",
-                        1 << 17)  # pieces as small beside this matrix as the real ones beside a real screen
+    for module in (matrix, values_module):  # pieces as small beside this matrix as real ones beside a real screen
+        monkeypatch.setattr(module, "PIECE", 1 << 17)
     tracemalloc.start()
     x = load(tmp_path/"big.h5ad").X
     peak = tracemalloc.get_traced_memory()[1]

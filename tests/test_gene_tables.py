@@ -74,13 +74,15 @@ def test_genes_outside_are_an_error_or_are_listed():
 
 @pytest.mark.parametrize(
     "edges,options,message",
-    [(pd.DataFrame({"x": ["A"], "y": ["B"]}), {}, "found columns \\['x', 'y'\\]; give 'a', 'b'"),
-     (pd.DataFrame({"a": ["A", None], "b": ["B", "C"]}), {}, "missing names"),
-     (pd.DataFrame({"a": ["A"], "b": ["B"], "weight": [-1.]}), {}, "weight: found negative"),
-     (pd.DataFrame({"a": ["A"], "b": ["B"], "weight": [np.nan]}), {}, "weight: found negative, NaN"),
+    [(pd.DataFrame({"x": ["A"], "y": ["B"]}), {}, "relations: found columns x, y, and no a and no b; give"),
+     (pd.DataFrame({"a": ["A", None], "b": ["B", "C"]}), {}, "1 rows without a name in column 'a', the first "
+                                                             "is row 1"),
+     (pd.DataFrame({"a": ["A"], "b": ["B"], "weight": [-1.]}), {}, "1 rows whose weight is no number.*'-1.0' "
+                                                                   "in row 0"),
+     (pd.DataFrame({"a": ["A"], "b": ["B"], "weight": [np.nan]}), {}, "1 rows whose weight is no number.*nan"),
      (random_graph(), {"width": 40}, "found 40 for a largest connected component of 40 genes"),
      (random_graph(), {}, "found 320 for"),
-     (pd.DataFrame({"a": [], "b": []}), {}, "component of 0 genes"),
+     (pd.DataFrame({"a": [], "b": []}), {}, "relations: found no row"),
      ("nowhere.csv", {}, "nowhere.csv: no "
       "such file")])
 def test_bad_edges_are_named(edges, options, message):

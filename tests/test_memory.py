@@ -4,8 +4,7 @@
 2. Left-out answers are those of a process fitted without the row; clusters' means leave the row out, too.
 3. A combination is the sum of its members; a gene without relations gets the train mean and says so.
 4. Relations dealt anew give the train mean's answers.
-5. A saved memory answers as before.
-6. On the twin: above what nearest neighbours, forest and Gaussian process of raw features reach.
+5. Combinations, intervals and further tables are weighed by left-out answers.
 """
 import numpy as np
 import pandas as pd
@@ -17,8 +16,8 @@ from sklearn.gaussian_process.kernels import RBF
 from biojepa.actions.banks import FeatureBank
 from biojepa.actions.diffusion import adjacency, diffused_features, heat_columns, relation_components
 from biojepa.actions.memory import (
-    apart, cluster_labels, fit_memory, kernel_of, load_memory, process_weights, prototype_weights,
-    row_correlations, save_memory, stack_weights
+    apart, cluster_labels, fit_memory, kernel_of, left_out_answers, process_weights, prototype_weights,
+    row_correlations, stack_weights
 )
 from biojepa.actions.vocabulary import Modality
 from biojepa.config import MemoryConfig
@@ -108,7 +107,7 @@ def test_unseen_targets_are_answered_better_than_by_the_mean(planted):
     answer = memory.answer([(genes[a],) for a in asked])
     r = row_correlations(answer.delta, planted["response"][asked]).mean()
     assert r > row_correlations(np.tile(memory.mean, (len(asked), 1)), planted["response"][asked]).mean() + .15
-    assert abs(row_correlations(memory.left_out(), planted["response"][planted["seen"]]).mean() - r) < .1
+    assert abs(row_correlations(memory.change(memory.left_out()), planted["response"][planted["seen"]]).mean() - r) < .1
 
 
 def test_a_training_target_is_surer_than_an_unseen_one_and_a_stranger_is_not_known(planted):
@@ -122,9 +121,12 @@ def test_a_training_target_is_surer_than_an_unseen_one_and_a_stranger_is_not_kno
 def test_a_combination_is_the_sum_of_its_members(planted):
     a, b = (planted["genes"][i] for i in planted["asked"][:2])
     memory = planted["memory"]
-    K = memory._kernel([(a,), (b,), (a, b)])
+    K, _ = memory.kernel([(a,), (b,), (a, b)])
     np.testing.assert_allclose(K[2], K[0] + K[1])
-    assert memory.answer([(a, b)]).known[0]
+    single, pair = memory.answer([(a,), (b,)]), memory.answer([(a, b)])
+    assert pair.known[0]
+    np.testing.assert_allclose(pair.delta[0], single.delta.sum(0))  # no combination was trained on: their sum
+    np.testing.assert_allclose(memory.change(pair.recall), pair.delta)
 
 
 def test_an_answer_leans_on_targets_that_are_related(planted):
@@ -147,41 +149,84 @@ def test_relations_dealt_anew_give_the_train_mean(planted):
 def test_a_bank_of_sequences_is_one_block(planted):
     rng = np.random.default_rng(0)
     bank = FeatureBank(("a", "b", "c"), rng.normal(size=(3, 5)), Modality.PROTEIN, dict(featurizer="kmer"))
-    distance = apart(bank, ["a", "b", "z"], ["a", "b", "c"])["features"]
+    distance = apart([bank], ["a", "b", "z"], ["a", "b", "c"])["kmer"]
     assert np.diag(distance)[:2].tolist() == [0, 0] and distance[2].tolist() == [1, 1, 1]
     assert kernel_of({"features": distance}, {"features": 2.})[2, 0] == pytest.approx(np.exp(-1))
 
 
-def test_a_saved_memory_answers_as_before(planted, tmp_path):
+def test_left_out_answers_take_the_mean_without_the_row_too():
+    rng = np.random.default_rng(4)
+    delta, W = rng.normal(size=(9, 6)), rng.random((9, 9))/9
+    np.fill_diagonal(W, 0)
+    added = left_out_answers(W, delta - delta.mean(0))
+    for i in range(9):
+        rest = np.delete(np.arange(9), i)
+        mean = delta[rest].mean(0)
+        np.testing.assert_allclose(added[i], W[i, rest] @ (delta[rest] - mean), atol=1e-12)
+
+
+def test_a_left_out_answer_does_not_know_its_own_response(planted):
+    """What is said of a left-out target does not move along its own response, but for choices shared by all."""
+    genes, seen, response = planted["genes"], planted["seen"], planted["response"].copy()
     memory = planted["memory"]
-    again = load_memory(save_memory(memory, tmp_path/"memory.safetensors"))
-    asked = [(planted["genes"][a],) for a in planted["asked"]]
-    before, after = memory.answer(asked), again.answer(asked)
-    np.testing.assert_allclose(after.delta, before.delta, atol=5e-3)
-    np.testing.assert_allclose(after.reliability, before.reliability, atol=5e-3)
+    fixed = MemoryConfig(noises=(memory.noise,), components=(memory.stack.shape[1],), pooled=1.)
+    def said(response):
+        m = fit_memory([(genes[s],) for s in seen], response[seen], planted["bank"], fixed)
+        return m.change(m.left_out())[7], m.answer([(genes[seen[7]],)]).delta[0]
+    before = said(response)
+    response[seen[7]] += 3*np.random.default_rng(0).normal(size=150)
+    moved = [np.linalg.norm(after - b) for after, b in zip(said(response), before)]
+    assert moved[0] < moved[1]/3
 
 
-def test_amplitude_stretches_what_is_added_to_the_mean(planted):
+def test_combinations_are_weighed_by_left_out_training_combinations():
+    "Planted: a pair does half of the sum of what its members do; with pairs in training, that is found."
+    rng = np.random.default_rng(6)
+    genes = [f"g{i}" for i in range(20)]
+    single, bank = rng.normal(size=(20, 80)), FeatureBank(tuple(genes), rng.normal(size=(20, 8)), Modality.PROTEIN, {})
+    pairs = [(genes[i], genes[j]) for i in range(0, 12) for j in range(i + 1, 12)]
+    both = np.stack([.5*(single[genes.index(a)] + single[genes.index(b)]) for a, b in pairs])
+    memory = fit_memory([(g,) for g in genes] + pairs[:40], np.concatenate([single, both[:40]]), bank)
+    r = row_correlations(memory.answer(pairs[40:]).delta, both[40:])
+    assert r.mean() > .97 and memory.sums[3] == pytest.approx(.5, abs=.1)
+    np.testing.assert_allclose(memory.answer(pairs[40:]).delta, both[40:], atol=1.2)
+
+
+def test_intervals_hold_what_they_promise(planted):
+    genes, asked, memory = planted["genes"], planted["asked"], planted["memory"]
+    said = memory.answer([(genes[a],) for a in asked])
+    inside = np.abs(said.delta - planted["response"][asked]) <= 1.96*said.sd
+    assert .91 < inside.mean() < .99
+    assert not memory.spread.min() < 0 and (memory.growth >= 0).all()
+
+
+def test_another_table_joins_as_a_further_kernel(planted):
+    "What relations do not say is in a second bank; left-out answers give each its weight, noise gets none."
+    rng = np.random.default_rng(8)
     genes, seen, asked = planted["genes"], planted["seen"], planted["asked"]
-    plain = planted["memory"].answer([(genes[asked[0]],)]).delta
-    wide = fit_memory([(genes[s], ) for s in seen], planted["response"][seen], planted["bank"],
-                      MemoryConfig(amplitude=1.25))
-    mean = planted["memory"].mean
-    np.testing.assert_allclose(wide.answer([(genes[asked[0]],)]).delta - mean, 1.25*(plain - mean))
+    kind = rng.integers(3, size=100)
+    response = planted["response"] + 1.5*rng.normal(size=(3, 150))[kind]
+    told = FeatureBank(tuple(genes), np.eye(3)[kind] + .1*rng.normal(size=(100, 3)), Modality.PROTEIN,
+                       dict(featurizer="kind"))
+    noise = FeatureBank(tuple(genes), rng.normal(size=(100, 6)), Modality.PROTEIN, dict(featurizer="noise"))
+    def r(*banks):
+        memory = fit_memory([(genes[s],) for s in seen], response[seen], banks)
+        said = memory.answer([(genes[a],) for a in asked]).delta
+        return memory, row_correlations(said, response[asked]).mean()
+    (_, one), (memory, both) = r(planted["bank"]), r(planted["bank"], told, noise)
+    assert both > one + .03 and memory.block_weights["noise"] < memory.block_weights["kind"]
+    with pytest.raises(ValueError, match="two blocks are called 'kind'"): r(told, told)
 
 
 @pytest.mark.parametrize("wrong, message", [
     (dict(delta=np.zeros((3, 5))), "found shape"),
     (dict(perturbations=[("a",)]*3, delta=np.zeros((3, 5))), "at least 4"),
     (dict(delta=np.full((4, 5), np.nan)), "NaN or infinite"),
+    (dict(perturbations=[("a",), ("b",), ("a",), ("c",)]), "a stands twice"),
+    (dict(perturbations=[("a",), ("b",), (), ("c",)]), "without a target"),
 ])
 def test_what_cannot_be_remembered_is_refused(planted, wrong, message):
     given = dict(perturbations=[("a", ), ("b", ), ("c", ), ("d", )],
                  delta=np.zeros((4, 5)),
                  features=planted["bank"]) | wrong
     with pytest.raises(ValueError, match=message): fit_memory(**given)
-
-
-def test_what_is_no_memory_is_refused(tmp_path):
-    (tmp_path/"x.safetensors").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="not a memory"): load_memory(tmp_path/"x.safetensors")

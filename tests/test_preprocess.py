@@ -12,7 +12,8 @@ import scipy.sparse as sp
 
 from biojepa.data.conditions import SchemaError
 from biojepa.data.datasets import load_dataset
-from biojepa.data.preprocess import _blocks, _row_sums, cells_hash, prepare
+from biojepa.data.matrix import row_blocks
+from biojepa.data.preprocess import _row_sums, cells_hash, prepare
 from biojepa.data.schema import validate
 
 
@@ -101,7 +102,7 @@ def test_blocks_cover_every_row_once(entries):
     X = sp.vstack([sp.csr_matrix((3, 20)), X, sp.csr_matrix((2, 20))],
                   format="csr")  # rows without values at both ends
     rows, owner = [], np.zeros(X.nnz, int) - 1
-    for r, at, row in _blocks(X, entries):
+    for r, at, row in row_blocks(X, entries):
         rows += range(r.start, r.stop); owner[at] = row + r.start
     assert rows == list(range(X.shape[0]))
     np.testing.assert_array_equal(owner, X.tocoo().row)
@@ -111,7 +112,7 @@ def test_blocks_cover_every_row_once(entries):
 def test_many_blocks_equal_one(monkeypatch):
     adata = screen()
     expected = prepare(adata, expression_space="log1p_twice").X.toarray()
-    monkeypatch.setattr(_blocks, "__defaults__", (50,))
+    monkeypatch.setattr(row_blocks, "__defaults__", (50,))
     np.testing.assert_array_equal(prepare(adata, expression_space="log1p_twice").X.toarray(), expected)
 
 

@@ -9,16 +9,17 @@ from training_cases import small_data
 
 from biojepa.actions.action_tokens import action_batch
 from biojepa.actions.featurizers import featurize
+from biojepa.actions.recall import remember, with_recall
 from biojepa.actions.vocabulary import ActionTable, Modality, Mode
-from biojepa.config import ModelConfig, StageConfig
+from biojepa.config import MemoryConfig, ModelConfig, StageConfig
 from biojepa.data.batches import dense_rows
 from biojepa.data.datasets import load_dataset
 from biojepa.data.loaders import cell_loader
 from biojepa.data.preprocess import prepare
 from biojepa.data.splits import make_split
-from biojepa.model.biojepa import BioJEPA
+from biojepa.model.biojepa import BioJEPA, Context
 from biojepa.training.align import align_stage, retrieval_report
-from biojepa.training.dynamics import dynamics_stage, gene_maps, mean_changes, mean_targets, noisy
+from biojepa.training.dynamics import GeneMaps, dynamics_stage, gene_maps, mean_targets, noisy, settle_
 from biojepa.training.loop import fit
 from biojepa.training.monitor import CollapseMonitor
 from biojepa.training.pretrain import pretrain_stage
@@ -116,21 +117,37 @@ def test_no_stage_sees_a_held_out_perturbation(screen):
     assert {t for b in screen.stage("align", model).loader for t in b.target.tolist()} < codes
 
 
-def test_mean_changes_against_a_loop_over_cells(screen):
-    model, adata, split = small(), screen.adata, screen.split
-    found = mean_changes(model, adata, split, len(screen.table), batch_size=100)
-    code, size = screen.table.codes(adata), adata.obs["log_library_size"].to_numpy(np.float32)
+def test_mean_targets_against_a_loop_over_cells(screen):
+    adata, split = screen.adata, screen.split
+    maps = GeneMaps(torch.ones(60, 4), torch.arange(240.).reshape(60, 4))
+    found = mean_targets(adata, split, torch.zeros(adata.n_obs, dtype=torch.long), maps)
+    code, X = screen.table.codes(adata), adata.X.toarray().astype(float)
     controls, batch = split.controls(adata, "train"), adata.obs["batch"].astype(str).to_numpy()
-    latent = lambda rows: model.teacher(dense_rows(adata.X, rows), torch.from_numpy(size[rows])).genes(
-    ).double()
-    for p in (screen.train[0], screen.train[-1]):
-        rows = split.cells(adata, "train"); rows = rows[code[rows] == p]
-        naive = torch.stack([
-            latent(np.array([r]))[0] - latent(controls[batch[controls] == batch[r]]).mean(0) for r in rows
-        ]).mean(0)
-        torch.testing.assert_close(found[p].double(), naive, rtol=2**-11 + 1e-4,
-                                   atol=1e-5)  # kept in half precision
-    assert not found[np.setdiff1d(np.arange(len(screen.table)), screen.train)].any()
+    squares = []
+    for p in screen.train:
+        rows = split.cells(adata, "train")
+        rows = rows[code[rows] == p]
+        naive = np.mean([X[r] - X[controls[batch[controls] == batch[r]]].mean(0) for r in rows], 0)
+        np.testing.assert_allclose(found.delta[p, 0], naive, atol=1e-5)
+        squares.append(naive**2)
+    assert not found.delta[np.setdiff1d(np.arange(len(screen.table)), screen.train)].any()
+    assert found.scale.item() == pytest.approx(np.mean(squares), rel=1e-4)
+    lifted = np.mean(squares, 0)[:, None]*maps.lift.numpy()**2
+    assert found.lift_scale.item() == pytest.approx(lifted.mean(), rel=1e-4)
+    codes = torch.tensor([screen.train[1], 0, screen.train[1]])
+    assert torch.equal(found.rows(codes, torch.zeros(3, dtype=torch.long)), found.delta[codes, 0])
+
+
+def test_each_line_has_targets_of_its_own(screen):
+    adata = screen.adata.copy()
+    adata.obs["cell_type"] = np.where(np.arange(adata.n_obs) % 2, "x", "y")
+    slots = torch.from_numpy((adata.obs["cell_type"] == "y").to_numpy().astype(int))
+    maps = GeneMaps(torch.ones(60, 4), torch.ones(60, 4))
+    found, p = mean_targets(adata, screen.split, slots, maps).delta, screen.train[0]
+    for slot, line in enumerate("xy"):
+        own = adata[adata.obs["cell_type"] == line]
+        alone = mean_targets(own, screen.split, torch.zeros(own.n_obs, dtype=torch.long), maps).delta
+        torch.testing.assert_close(found[p, slot], alone[p, 0])
 
 
 class Largest(TorchDispatchMode):
@@ -144,28 +161,22 @@ class Largest(TorchDispatchMode):
         return out
 
 
-def test_mean_changes_are_held_once_and_in_half_precision(screen):
-    model, n = small(), len(screen.table)
-    with Largest() as seen: change = mean_changes(model, screen.adata, screen.split, n, batch_size=4)
-    assert change.dtype == torch.float16 and seen.bytes == change.numel()*2 == n*60*model.config.d_model*2
-    with Largest() as seen: targets = mean_targets(change, torch.ones(60, model.config.d_model))
-    assert seen.bytes <= 4*change[0].numel()
-    used = change[screen.train].double()
-    torch.testing.assert_close(targets.scale.double(), used.square().mean(), rtol=1e-5, atol=0)
-    torch.testing.assert_close(targets.delta_scale.double(), used.sum(-1).square().mean(), rtol=1e-5, atol=0)
-    codes = torch.tensor([screen.train[1], 0, screen.train[1]])
-    assert torch.equal(targets.rows(codes), change.float()[codes])
+def test_no_target_is_as_large_as_perturbations_by_genes_by_latent(screen):
+    maps, P = GeneMaps(torch.ones(60, 16), torch.ones(60, 16)), len(screen.table)
+    with Largest() as seen: mean_targets(screen.adata, screen.split, torch.zeros(1500, dtype=torch.long), maps)
+    assert seen.bytes <= P*60*8     # double precision, one number for each perturbation and gene
 
 
 def test_gene_maps_are_ridge_regressions(screen):
     from sklearn.linear_model import Ridge
     model, rows = small(), screen.split.cells(screen.adata, "train")[:300]
-    found = gene_maps(model, screen.adata, rows, ridge=1e-2)
+    decode, lift = gene_maps(model, screen.adata, rows, ridge=1e-2)
     size = screen.adata.obs["log_library_size"].to_numpy(np.float32)[rows]
     z = model.teacher(dense_rows(screen.adata.X, rows), torch.from_numpy(size)).genes()
     x = screen.adata.X[rows].toarray()
     for g in (0, 17, 59):
-        np.testing.assert_allclose(found[g],
+        np.testing.assert_allclose(lift[g], np.polyfit(x[:, g], z[:, g].detach(), 1)[0], rtol=2e-2, atol=2e-3)
+        np.testing.assert_allclose(decode[g],
                                    Ridge(alpha=1e-2*len(rows)).fit(z[:, g].double(), x[:, g]).coef_,
                                    rtol=2e-2,
                                    atol=2e-3)
@@ -176,6 +187,90 @@ def test_predicting_no_change_costs_one(screen):
     stage = screen.stage("dynamics", model, SHORT.changed(target="mean", batch_size=4000))
     out = stage.step(model, next(iter(stage.loader)), torch.Generator().manual_seed(0))
     assert abs(out.logs["delta"].item() - 1) < .25 and abs(out.logs["change"].item() - 1) < .25
+
+
+@pytest.fixture(scope="module")
+def remembering(screen):
+    "A model with a memory, its actions, and the memories."
+    screen.adata.obs["mode"] = "crispri"
+    memories = remember(screen.adata, screen.split, [screen.protein], MemoryConfig())
+    actions = action_batch(screen.table, screen.protein, genes=screen.adata.var_names)
+    actions = with_recall(actions, screen.table.targets, memories, left_out=True)
+    model = small(predicts="change", mask_context=False, delta_from="teacher", readout="per_gene", intervenes=True,
+                  n_recalled=len(memories.responses))
+    model.responses.copy_(torch.from_numpy(memories.responses))
+    config = SHORT.changed(target="mean", batch_size=64)
+    stage = dynamics_stage(model, screen.adata, screen.split, actions, config)
+    return model, actions, memories, config, stage
+
+
+def test_a_model_with_a_memory_starts_exactly_there(screen, remembering):
+    "Δ before training: what is remembered, and at the targeted gene what the mode does to it."
+    model, actions, memories, _, _ = remembering
+    rows = screen.split.controls(screen.adata, "train")[:6]
+    x = dense_rows(screen.adata.X, rows)
+    size = torch.from_numpy(screen.adata.obs["log_library_size"].to_numpy(np.float32)[rows])
+    context = Context(model, x, size)
+    for p in (screen.train[0], screen.table.rows(screen.adata, screen.split, "test")[0]):
+        own = actions.take(torch.full((6,), int(p)))
+        with torch.no_grad():
+            moved = model.shift(context, own).mean
+            delta = model.delta(context, moved, None, own)
+        targets = screen.table.targets[p]
+        said = memories.of[0].answer([targets]).delta[0]
+        if p == screen.train[0]:    # as if it had not been seen
+            memory = memories.of[0]
+            said = memory.change(memory.left_out())[memory.perturbations.index(targets)]
+        others = np.flatnonzero(~np.isin(screen.adata.var_names, targets))
+        alone = model.delta(context, model.shift(context, own._replace(genes=own.genes*0 - 1)).mean, None, own)
+        np.testing.assert_allclose(alone.detach().numpy(), np.tile(said, (6, 1)), atol=2e-4)
+        assert np.abs((delta - alone).detach().numpy()[:, others]).max() < .2  # attention carries a little of it
+
+
+def test_the_lift_is_how_latents_move_with_expression(remembering, screen):
+    model, actions, _, config, stage = remembering
+    own = actions.take(torch.tensor([screen.train[0]]))
+    context = Context(model, torch.rand(1, 60), torch.tensor([8.]))
+    bare = own._replace(genes=own.genes*0 - 1)
+    with torch.no_grad(): moved = model.shift(context, bare).mean[0]
+    torch.testing.assert_close(moved, model.remembered(context, bare)[0, :, None]*model.lift)
+    assert model.lift.abs().sum() > 0
+
+
+def test_what_held_out_perturbations_do_not_confirm_is_dropped(screen, remembering):
+    model, actions, _, config, _ = remembering
+    last = model.predictor.mean
+    def settled(weight):
+        with torch.no_grad(): last.weight.copy_(weight)
+        return settle_(model, screen.adata, screen.split, actions, config)
+    junk = .3*torch.randn(last.weight.shape, generator=torch.Generator().manual_seed(1))
+    assert settled(junk).share == 0 and not last.weight.any()
+    found = settled(torch.zeros_like(junk))
+    assert found.share == 0 and found.gain == 0 and found.n > 0
+
+
+def test_what_held_out_perturbations_confirm_is_kept(screen, remembering, monkeypatch):
+    "Twice of what is right is halved; the last layer is scaled by the share."
+    model, actions, _, config, _ = remembering
+    right, start = np.random.default_rng(0).normal(size=(2, 9, 60))
+    last = model.predictor.mean
+    with torch.no_grad(): last.weight.fill_(1.)
+    answers = iter([(start + right, start + 2*right), (start + right, start)])
+    monkeypatch.setattr("biojepa.training.dynamics.held_out_changes", lambda *_: next(answers))
+    found = settle_(model, screen.adata, screen.split, actions, config)
+    assert found.share == pytest.approx(.5) and found.n == 9 and found.gain == pytest.approx(1)
+    torch.testing.assert_close(last.weight, torch.full_like(last.weight, .5))
+    with torch.no_grad(): last.weight.zero_()
+
+
+def test_a_memory_needs_actions_that_know_it(remembering, screen):
+    model, actions, _, _, _ = remembering
+    context, own = Context(model, torch.rand(1, 60), torch.tensor([8.])), actions.take(torch.tensor([1]))
+    for wrong, said in ((None, "missing"), (own.recall[..., :2], "2 numbers")):
+        with pytest.raises(ValueError, match=f"actions.recall: {said}"):
+            model.shift(context, own._replace(recall=wrong))
+    with pytest.raises(ValueError, match="n_recalled: a memory needs predicts='change'"):
+        ModelConfig(n_recalled=3)
 
 
 def test_noise_leaves_absent_tokens_and_no_noise_leaves_all():
@@ -220,7 +315,10 @@ def test_what_is_refused(screen):
     with pytest.raises(ValueError, match="actions: found 3 rows"):
         dynamics_stage(model, screen.adata, screen.split, screen.actions.take(torch.arange(3)), SHORT)
     with pytest.raises(ValueError, match="every perturbation's mean change is zero"):
-        mean_targets(torch.zeros(3, 2, 4), torch.ones(2, 4))
+        still = screen.adata.copy()
+        still.X = still.X*0
+        maps = GeneMaps(torch.ones(60, 4), torch.ones(60, 4))
+        mean_targets(still, screen.split, torch.zeros(still.n_obs, dtype=torch.long), maps)
     with pytest.raises(ValueError, match="held_out\\n.*less than 1"): SHORT.changed(held_out=1)
 
 
@@ -259,8 +357,8 @@ def test_a_finished_readout_is_read_on_a_machine_that_rounds_otherwise(screen, t
     "Where the readout begins is computed from latents; a finished stage must not depend on the last bit of it."
     begun, weights = [], []
     monkeypatch.setattr(
-        "biojepa.training.readout.training_maps", lambda model, *_: begun.append(1) or torch.full(
-            (60, model.config.d_model), .5 + 1e-3*len(begun)))
+        "biojepa.training.readout.training_maps", lambda model, *_: begun.append(1) or GeneMaps(
+            torch.full((60, model.config.d_model), .5 + 1e-3*len(begun)), None))
     for _ in range(2):
         torch.manual_seed(0)
         model = small(readout="per_gene")

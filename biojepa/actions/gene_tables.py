@@ -19,22 +19,15 @@ from .banks import FeatureBank
 from .featurizers import default_width, featurizer
 from .vocabulary import Modality
 from ..core import object_hash
-from ..data.companions import read_table
+from ..data.companions import read_edges
 
 # %% ../../nbs/2_actions/07_gene_tables.ipynb #09c4de00
 def _adjacency(
-    edges:pd.DataFrame,  # columns a, b and optional weight
+    edges:pd.DataFrame,  # of `read_edges`
 )->tuple:                # (n, n) symmetric weights of the largest component, its n gene names
     "Repeated edges add up (seen in two databases counts twice), loops are dropped."
-    if not {"a", "b"} <= set(edges.columns):
-        raise ValueError(f"edges: found columns {list(edges.columns)}; give 'a', 'b' and, if known, 'weight'")
     weight = edges["weight"].to_numpy(float) if "weight" in edges else np.ones(len(edges))
-    if edges[["a", "b"]].isna().any(axis=None):
-        raise ValueError("edges: found missing names in columns 'a' or 'b'; drop these rows")
-    if not (np.isfinite(weight) & (weight >= 0)).all():
-        raise ValueError(
-            "weight: found negative, NaN or infinite values; give a strength of 0 or more per edge")
-    code, names = pd.factorize(pd.concat([edges["a"], edges["b"]]).astype(str), sort=True)
+    code, names = pd.factorize(pd.concat([edges["a"], edges["b"]]), sort=True)
     i, j = np.split(code, 2)
     kept = (i != j) & (weight > 0)
     A = sparse.coo_matrix((weight[kept], (i[kept], j[kept])), (len(names), len(names))).tocsr()
@@ -53,7 +46,7 @@ def spectral_embedding(
     modality:Modality=Modality.PROTEIN,        # which projection takes it; ModelConfig.d_protein is its width
 )->FeatureBank:
     "Unit-length rows of the leading eigenvectors of the normalised adjacency."
-    A, names = _adjacency(read_table(edges))
+    A, names = _adjacency(read_edges(edges))
     width = width or default_width(modality)
     if width >= len(names):
         raise ValueError(

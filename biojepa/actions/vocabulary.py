@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 from fastcore.basics import patch
+from pyarrow import ArrowInvalid
 
 from ..core import atomic_path
 from ..data.conditions import condition_name, listed, parse_condition
@@ -252,7 +253,9 @@ def save(self:ActionTable, path:str|Path)->None:
 def load(cls:ActionTable, path:str|Path)->ActionTable:
     "Read what `save` wrote; a gene called NA stays a gene."
     csv = _kind(path) == ".csv"
-    frame = pd.read_csv(path, dtype=str, keep_default_na=False) if csv else pd.read_parquet(path)
+    try: frame = pd.read_csv(path, dtype=str, keep_default_na=False) if csv else pd.read_parquet(path)
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, ArrowInvalid) as error:
+        raise ValueError(f"{path}: not a readable action table ({error}); write it again with save") from error
     names = list(cls.__dataclass_fields__)
     if list(frame.columns) != names:
         raise ValueError(f"{path}: found columns {', '.join(frame.columns)}; an action table has "
@@ -260,5 +263,10 @@ def load(cls:ActionTable, path:str|Path)->ActionTable:
     columns = {name: tuple(frame[name].astype(str)) for name in names}
     split = lambda text: tuple(filter(None, text.split("+")))
     for name in ("targets", "guide_seqs"): columns[name] = tuple(map(split, columns[name]))
-    columns |= dict(mode=tuple(map(Mode.parse, columns["mode"])), n_cells=tuple(map(int, columns["n_cells"])))
+    try:
+        columns |= dict(mode=tuple(map(Mode.parse, columns["mode"])),
+                        n_cells=tuple(map(int, columns["n_cells"])))
+    except ValueError as error:
+        raise ValueError(
+            f"{path}: a mode or n_cells cannot be read ({error}); write the table again") from error
     return cls(**columns)

@@ -15,7 +15,7 @@ import pandas as pd
 import scipy.sparse as sp
 from anndata import AnnData
 
-from ..data.companions import read_table
+from ..data.companions import read_edges
 
 # %% ../../nbs/7_explore/04_relations.ipynb #6f8cb48f
 @dataclass(frozen=True, eq=False)
@@ -146,7 +146,7 @@ def gene_relation(
     if source is not None and str(source):
         path = Path(source)
         if path.suffix == ".gmt": return set_relation(read_gmt(path), path.name, sizes)
-        return edge_relation(read_table(path), db or None, f"{path.name}{f', {db}' if db else ''}")
+        return edge_relation(read_edges(path), db or None, f"{path.name}{f', {db}' if db else ''}")
     if not (modules := planted_modules(adata)):
         raise ValueError(
             "source: none given, and adata.uns['truth'] holds no planted modules; give a GMT file or a "

@@ -23,6 +23,7 @@ from anndata import AnnData
 from torch import Tensor
 from tqdm import tqdm
 
+from ..actions.recall import line_slots, with_recall
 from ..actions.vocabulary import ActionTable, Mode
 from ..config import config_hash
 from ..core import atomic_path, object_hash
@@ -194,7 +195,8 @@ def pair_actions(
     if not pairs:
         raise ValueError(f"rows: {len(rows)} actions make no pair of different targets; give more of them")
     first, second = (actions.take(torch.tensor([p[i] for p in pairs])) for i in (0, 1))
-    joined = ActionBatch(*(None if a is None else torch.cat([a, b], 1) for a, b in zip(first, second)))
+    joined = ActionBatch(*(None if a is None else torch.cat([a, b], 1) for a, b in zip(first[:-1], second)))
+    if actions.recall is not None: joined = joined._replace(recall=first.recall + second.recall)
     return joined, ActionTable(
         **{
             name:
@@ -386,6 +388,7 @@ def rank_actions(
     module, _ = model_and_genes(model)
     cells = _ready(model, source_cells, "source_cells")
     x, library = _source(cells, n_cells, seed)
+    actions = _in_line_of(module, cells, actions)
     options = dict(measure=measure_of(module, space, _places(cells, genes)),
                    batch_size=batch_size,
                    block=block,
@@ -420,6 +423,7 @@ def _candidates(model, actions:ActionBatch|None, table:ActionTable|None)->tuple[
         )
     rows = np.flatnonzero(~table.is_control)
     if not len(rows): raise ValueError("table: found only controls; give at least one action")
+    if actions.recall is None: actions = with_recall(actions, table.targets, getattr(model, "memories", None))
     return actions.take(torch.from_numpy(rows)), table.select(rows)
 
 def _states(model, given, reference, each:bool, batch_size:int)->dict[str, TargetState]:
@@ -430,6 +434,11 @@ def _states(model, given, reference, each:bool, batch_size:int)->dict[str, Targe
         str(k): s if isinstance(s, TargetState) else target_state(model, s, reference, each, batch_size)
         for k, s in given.items()
     }
+
+def _in_line_of(model:BioJEPA, cells:AnnData, actions:ActionBatch)->ActionBatch:
+    "The actions as remembered in the line of some cells, the one that most belong to."
+    line = cells.obs["cell_type"].astype(str).mode()[0] if "cell_type" in cells.obs else ""
+    return actions.answered_by(int(line_slots(model.config.lines, [line])[0]))
 
 def _source(cells:AnnData, n:int|None, seed:int)->tuple[Tensor, Tensor]:
     "Expression and library size of some cells."
@@ -517,8 +526,9 @@ def optimise_action(
     actions, table = _candidates(model, actions, table)
     (state,) = _states(model, target_state, reference, False, 64).values()
     module, _ = model_and_genes(model)
-    x, library = _source(_ready(model, source_cells, "source_cells"), n_cells, seed)
-    device = next(module.parameters()).device
+    cells = _ready(model, source_cells, "source_cells")
+    x, library = _source(cells, n_cells, seed)
+    device, actions = next(module.parameters()).device, _in_line_of(module, cells, actions)
     context = Context(module, x.to(device), library.to(device))
     state = state._replace(latent=state.latent.to(device))
     actions = actions.to(device)

@@ -46,6 +46,9 @@ class BioJEPA(nn.Module):
             for p in self.predictor.mean.parameters(): nn.init.zeros_(p)
         self.readout = LinearReadout(c.d_model, c.n_genes, c.readout)
         if c.intervenes: self.register_buffer("intervention", torch.tensor([1., 0.]).repeat(c.n_modes, 1))
+        if c.n_recalled:
+            self.register_buffer("responses", torch.zeros(c.n_recalled, c.n_genes))
+            self.register_buffer("lift", torch.zeros(c.n_genes, c.d_model))
 
     def hide(self,
         x:Tensor,                             # (B, G)
@@ -64,6 +67,7 @@ class Context:
     log_library_size:Tensor     # (C,)
     mask:Tensor|None=None       # (C, G) bool, genes that the encoder does not see; none if None
     collapse:bool=True          # compute equal tokens once; False shows the naive form
+    slot:Tensor|None=None       # (C,) int64 memory that answers for each cell's line; the first if None
 
     @cached_property
     @torch.no_grad()
@@ -98,6 +102,23 @@ def intervened(self:BioJEPA,
     (factor, summand), at = self.intervention[mode].to(x_ctrl.dtype).unbind(1), (row, actions.genes[row, k])
     return x_ctrl.index_put(at, (factor*x_ctrl[at] + summand).clamp(min=0))
 
+# %% ../../nbs/3_model/12_biojepa.ipynb #3e3e0002
+@patch
+def remembered(self:BioJEPA,
+    context:Context,            # C control cells, whose lines say which memory answers
+    actions:ActionBatch|None,   # N actions that know what is remembered of them
+    cell:Tensor|None=None,      # (N,) the cell of each; the n-th if None
+)->Tensor|None:                 # (N, G) change of expression; None where the model has no memory
+    "The change that an action is remembered with."
+    if not self.config.n_recalled or actions is None: return None
+    if actions.recall is None or actions.recall.shape[2] != self.config.n_recalled:
+        found = "missing" if actions.recall is None else f"{actions.recall.shape[2]} numbers"
+        raise ValueError(f"actions.recall: {found}, the model reads {self.config.n_recalled}; make the actions with "
+                         "with_recall and the memories of the same run (notebook actions/recall)")
+    if context.slot is None: return actions.recall[:, 0] @ self.responses
+    slot = context.slot if cell is None else context.slot[cell]
+    return actions.recall[torch.arange(len(slot), device=slot.device), slot] @ self.responses
+
 # %% ../../nbs/3_model/12_biojepa.ipynb #14d09ff4
 @patch
 def placed(self:BioJEPA,
@@ -109,6 +130,8 @@ def placed(self:BioJEPA,
 )->Tensor:                      # (N, G, D)
     "What the predictor says, as `predicts` and `intervenes` mean it."
     c, whole = self.config, slice(None) if cell is None else cell
+    if (remembered := self.remembered(context, actions, cell)) is not None:
+        says = says + remembered[..., None].to(says.dtype)*self.lift.to(says.dtype)
     if c.intervenes and actions is not None:
         x, size = context.x[whole], context.log_library_size[whole]
         done = self.intervened(x, actions)
@@ -151,8 +174,11 @@ def delta(self:BioJEPA,
     context:Context,            # C control cells
     moved:Tensor,               # (N, G, D) shift of each gene's latent
     cell:Tensor|None=None,      # (N,) the cell of each; the n-th if None
+    actions:ActionBatch|None=None,  # N actions that moved them; what is remembered of them needs no decoding
 )->Tensor:                      # (N, G) change of expression
     "What a shift means for expression, against the control latents of `delta_from` (report §6.1)."
+    if (remembered := self.remembered(context, actions, cell)) is not None:
+        return self.readout.shift(moved - remembered[..., None]*self.lift) + remembered
     if self.config.delta_from == "teacher": return self.readout.shift(moved)
     z, h = (context.z, context.h) if cell is None else (context.z.take(cell), context.h[cell])
     return self.readout.delta(h + moved, z.x, None, z.index)

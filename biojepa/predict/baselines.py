@@ -16,8 +16,9 @@ import pandas as pd
 from anndata import AnnData
 
 from ..data.conditions import parse_condition
+from ..data.controls import by_name
 from ..data.means import group_means
-from ..data.own_gene import cell_modes, own_gene_effects
+from ..data.own_gene import cell_modes, own_gene_changes, own_gene_effects
 from .sets import PredictionSet, check_template, test_set
 
 # %% ../../nbs/5_predict/06_baselines.ipynb #50bd69d3
@@ -122,11 +123,9 @@ def with_own_gene(
     check_template(method, adata, split)
     if effects is None: effects = own_gene_effects(adata, split)
     mode = dict(zip(adata.obs["condition"].astype(str), cell_modes(adata)))
-    place, delta = {g: i for i, g in enumerate(method.genes)}, method.delta.copy()
-    for i, condition in enumerate(method.groups["condition"]):
-        if mode[condition] not in effects.index: continue
-        at, own = [place[t] for t in parse_condition(condition) if t in place], effects.loc[mode[condition]]
-        delta[i, at] += (own.factor - 1)*method.control_mean[i, at] + own.summand
+    conditions = method.groups["condition"]
+    delta = method.delta + own_gene_changes([parse_condition(c) for c in conditions], [mode[c] for c in conditions],
+                                            method.control_mean, method.genes, effects)
     return method.with_prediction(name or f"{method.name}, own gene",
                                   delta,
                                   delta_variance=method.delta_variance,
@@ -180,7 +179,7 @@ def _halves(
     rng:np.random.Generator,
 )->np.ndarray:                  # (n,) bool, True for the first half
     "Deal the members of each label into two halves; the first gets the smaller."
-    labels, first = pd.factorize(labels)[0], np.zeros(len(labels), bool)
+    labels, first = pd.factorize(labels, sort=True)[0], np.zeros(len(labels), bool)
     for label in range(labels.max() + 1):
         rows = rng.permutation(np.flatnonzero(labels == label))
         first[rows[:len(rows)//2]] = True
@@ -193,7 +192,7 @@ def half_of_the_cells(
 )->PredictionSet:                       # on the second half of the cells; groups of one cell are left out
     "One half of the cells predicts the other, with controls of its own."
     part, pairing, control = (template.provenance[k] for k in ("part", "seed", "control"))
-    rows, controls = np.sort(split.cells(adata, part)), np.sort(split.controls(adata, part))
+    rows, controls = (by_name(adata, of(adata, part)) for of in (split.cells, split.controls))
     obs = adata.obs.astype({c: str for c in ("perturbation", "cell_type", "batch")})
     def labels(at, column): return (obs[column].iloc[at] + "\n" + obs["cell_type"].iloc[at]).to_numpy()
     rng, group = np.random.default_rng(seed), labels(rows, "perturbation")

@@ -15,10 +15,10 @@ import pandas as pd
 import scipy.sparse as sp
 from anndata import AnnData
 
-from ..actions.banks import FeatureBank
-from ..actions.memory import fit_memory
-from ..data.companions import read_table
-from .baselines import Guess, guess_by_line, mean_guess, training_deltas
+from ..actions.recall import Memories
+from ..data.companions import read_edges
+from .baselines import Guess, guess_by_line, mean_guess, training_deltas, with_own_gene
+from .model import remembered_answers
 from .regressors import components_of
 from .sets import PredictionSet
 
@@ -27,10 +27,8 @@ def related(
     relations:pd.DataFrame|str|Path,    # gene pairs: columns a, b; repeated pairs count once
 )->tuple[sp.csr_matrix, pd.Index]:      # (n, n) 0/1 symmetric, without loops; names
     "Which genes are related."
-    pairs = read_table(relations)
-    if not {"a", "b"} <= set(pairs.columns):
-        raise ValueError(f"relations: found columns {list(pairs.columns)}; give 'a' and 'b'")
-    code, names = pd.factorize(pd.concat([pairs["a"], pairs["b"]]).astype(str), sort=True)
+    pairs = read_edges(relations)
+    code, names = pd.factorize(pd.concat([pairs["a"], pairs["b"]]), sort=True)
     i, j = np.split(code, 2)
     A = sp.coo_matrix((np.ones((i != j).sum()), (i[i != j], j[i != j])), shape=(len(names),)*2).tocsr()
     A = A + A.T
@@ -140,16 +138,14 @@ def gaussian_process(
 # %% ../../nbs/5_predict/08_processes.ipynb #470b1a72
 def remembered(
     template:PredictionSet, adata:AnnData, split,
-    features:FeatureBank,       # of every target, and of any other gene that may be asked about
-    name:str="memory",
+    memories:Memories,          # of `actions.recall.remember`, which leaves the targeted gene's own change aside
+    name:str="memory, own gene",
 )->PredictionSet:
-    "What the memory of training perturbations says, line by line; fewer than four are no memory."
-    def guess(targets, delta, asked):
-        if len(targets) < 4: return mean_guess(delta, len(asked))
-        memory = fit_memory(targets, delta, features)
-        said = memory.answer(asked)
-        about = dict(block_weights=memory.block_weights,
-                     noise=memory.noise,
-                     stack=memory.stack.mean(1).tolist())
-        return Guess(said.delta, said.known, about=about)
-    return guess_by_line(name, template, training_deltas(template, adata, split), guess)
+    "What the memory of training perturbations says, and what the mode does to the targeted gene itself."
+    told = remembered_answers(memories, template.groups)
+    learned = {line: dict(block_weights=m.block_weights, noise=m.noise, stack=m.stack.mean(1).tolist())
+               for line, m in zip(memories.lines, memories.of)}
+    alone = template.with_prediction("memory", np.stack(told["delta"]), lines=learned,
+                                     delta_variance=np.square(np.stack(told["sd"])),
+                                     fallback=sorted(set(told["condition"][~told["known"]])))
+    return with_own_gene(alone, adata, split, name)

@@ -20,7 +20,7 @@ from fastcore.basics import patch
 
 from ..data.batches import row_source
 from ..data.conditions import parse_condition
-from ..data.controls import counter_uniform, match_controls
+from ..data.controls import counter_uniform, match_controls, name_ranks
 from biojepa.data.means import (
     expression_blocks, group_means, groups_of, means_of_groups, sparse_rows, train_mean_delta
 )
@@ -136,8 +136,9 @@ def test_set(
             "part or split")
     controls = np.sort(split.controls(adata, part))
     means = group_means(adata, rows, controls, "perturbation", control)
-    drawn = counter_uniform(adata.n_obs, seed, 0, stream=1)[rows]
-    paired = match_controls(adata, rows, controls).draw(drawn)
+    rank = name_ranks(adata.obs_names)
+    drawn = counter_uniform(adata.n_obs, seed, 0, stream=1)[rank[rows]]
+    paired = match_controls(adata, rows, controls, rank).draw(drawn)
     cells = adata.obs.iloc[rows][[c for c in (*_CELL[:4], "guide_id") if c in adata.obs]].astype(str)
     cells = cells.assign(group=means.code, control=adata.obs_names[paired].astype(str))
     X, genes = row_source(adata), tuple(map(str, adata.var_names))

@@ -11,7 +11,9 @@ from typing import Literal
 
 import torch
 from anndata import AnnData
+from torch import Tensor
 
+from ..actions.recall import line_slots
 from ..config import StageConfig
 from ..data.batches import ActionBatch, PairBatch
 from ..data.loaders import Roster, pair_loader
@@ -25,14 +27,17 @@ def readout_step(
     batch:PairBatch,            # B control and perturbed cells
     generator:torch.Generator|None=None,    # not used: nothing is drawn
     actions:ActionBatch|None=None,          # (P, A, F) the table of actions, for "predicted"
+    slots:Tensor|None=None,                 # see `actions_of`
     latents:Literal["predicted", "observed"]="predicted",  # what stands for the perturbed cell
 )->StepOutput:
     "Mean squared error between decoded and observed Δ (report §5.4); latents get no gradient."
     context = Context(model, batch.x_ctrl, batch.log_library_size_ctrl)
     with torch.no_grad():
-        if latents == "predicted": moved = model.shift(context, actions_of(batch, actions)).mean
-        else: moved = context.look(batch.x_pert, batch.log_library_size_pert) - context.h
-    loss = (model.delta(context, moved) - (batch.x_pert - batch.x_ctrl)).square().mean()
+        if latents == "predicted":
+            own = actions_of(batch, actions, slots)
+            moved = model.shift(context, own).mean
+        else: own, moved = None, context.look(batch.x_pert, batch.log_library_size_pert) - context.h
+    loss = (model.delta(context, moved, None, own) - (batch.x_pert - batch.x_ctrl)).square().mean()
     return StepOutput(loss, dict(mse=loss.detach()), len(batch.x_ctrl))
 
 # %% ../../nbs/4_training/07_readout.ipynb #57678abd
@@ -44,7 +49,7 @@ def start_at_least_squares_(
     seed:int=0,             # of the choice of cells
 )->BioJEPA:                 # itself
     "Set a per-gene readout to the ridge regression from the teacher's latents; a shared one to its average."
-    maps = training_maps(model, adata, split, config, seed)
+    maps = training_maps(model, adata, split, config, seed).decode
     if model.readout.kind == "shared": maps = maps.mean(0, keepdim=True)
     with torch.no_grad(): model.readout.linear.weight.copy_(maps)
     return model
@@ -62,14 +67,15 @@ def readout_stage(
     begin = None
     if config.latents == "observed":
         begin = partial(start_at_least_squares_, adata=adata, split=split, config=config, seed=seed)
-    step = partial(readout_step, actions=actions, latents=config.latents)
+    slots = torch.from_numpy(line_slots(model.config.lines, adata.obs["cell_type"].astype(str)))
+    step = partial(readout_step, actions=actions, slots=slots, latents=config.latents)
     loader = pair_loader(adata, split, "train", batch_size=config.batch_size, seed=seed,
                          fixed_controls=config.fixed_controls, drop_last=config.drop_last)
     def validate(model):
         if not len(Roster.of(adata, split)["val"]): return {}
         pairs = next(iter(pair_loader(adata, split, "val", batch_size=128, seed=seed, training=True)))
         pairs = pairs.to(next(model.parameters()).device)
-        error = {f"val_mse_{k}": readout_step(model, pairs, actions=actions, latents=k).loss.item()
+        error = {f"val_mse_{k}": readout_step(model, pairs, actions=actions, slots=slots, latents=k).loss.item()
                  for k in ("predicted", "observed")}
         return error | dict(val_mse_no_change=(pairs.x_pert - pairs.x_ctrl).square().mean().item())
     return Stage("readout", config, step, {"readout": config.lr}, loader, validate=validate, begin=begin)

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+import torch
 from anndata import AnnData
 from lightning_fabric import Fabric
 from scipy.sparse import csr_matrix
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from ..actions.banks import FeatureBank
 from ..actions.describe import Actions, describe_actions, sized_to
+from ..actions.recall import Memories, load_memories, remember, save_memories
 from ..actions.vocabulary import ActionTable
 from ..config import DataConfig, ExperimentConfig, config_hash
 from ..core import PATHS, atomic_path, content_hash, object_hash, sweep
@@ -43,7 +45,7 @@ from ..model.biojepa import BioJEPA
 from ..model.saving import cell_space, require_memory, save_pretrained
 from .align import align_stage
 from .checkpoints import own_randomness
-from .dynamics import actions_of, dynamics_stage
+from .dynamics import Settled, actions_of, dynamics_stage, scale_residual_, settle_
 from .loop import Stage, fit, make_fabric
 from .monitor import watched
 from .pretrain import pretrain_stage
@@ -113,6 +115,8 @@ class Run(NamedTuple):
     table:ActionTable               # P perturbations
     experiment:ExperimentConfig     # as used
     features:tuple[FeatureBank, ...]    # of targets and guides, one bank per modality
+    memories:Memories|None = None       # what training perturbations say of others, where the model has a memory
+    settled:Settled|None = None         # how much of what was learned beside it was kept
 
     @property
     def label(self)->str:
@@ -218,17 +222,21 @@ def run_stages(
     adata, split = _data(experiment, adata, split, Path(runs), fabric)
     actions = describe_actions(adata, split, features, experiment.data)
     _check_pairs(actions, adata, split, experiment.align.pairs)
-    experiment = sized_to(experiment, adata, actions)
+    memories = None
+    if experiment.memory:
+        memories = remember(adata, split, actions.banks, experiment.memory, experiment.model.intervenes)
+    experiment = sized_to(experiment, adata, actions, memories)
     require_memory(experiment.model, fabric.device, training=True)
     folder, roster = run_folder(experiment, runs), Roster(adata, split)
     with only_one(folder) if fabric.is_global_zero else nullcontext():
-        return _run_in(folder, experiment, roster, actions, stages, fabric, **options)
+        return _run_in(folder, experiment, roster, actions, memories, stages, fabric, **options)
 
 def _run_in(
     folder:Path,                    # of this run, and of no other process
     experiment:ExperimentConfig,
     roster:Roster,
     actions:Actions,
+    memories:Memories|None,
     stages:Sequence[str],
     fabric:Fabric,
     **options,                      # of `FitOptions`
@@ -242,16 +250,23 @@ def _run_in(
         sweep(folder, deep=True)
         open_folder(folder, experiment, run_identity(roster, actions), about)
         split.save(folder/"split.json")
+    if memories: memories = _as_begun(memories, folder/"memory.safetensors", actions, fabric)
+    actions = actions.remembering(memories)
     with own_randomness(experiment.seed): model = BioJEPA(experiment.model)
+    settled = None
+    if memories: model.responses.copy_(torch.from_numpy(memories.responses))
     for name in stages:
         if stage := build_stage(name, model, experiment, roster, actions):
             logs[name] = fit(model, stage, folder/name, seed=experiment.seed, fabric=fabric, **options)
+        if memories and name == "dynamics": settled = _settled(model, experiment, roster, actions, folder, fabric)
     if fabric.is_global_zero:
+        if memories: save_memories(memories, folder/"model"/"memory.safetensors")  # before the folder is sealed
         save_pretrained(model, folder/"model", adata.var_names, actions.table.perturbation, actions.banks,
                         cell_space(adata, roster["train"].seen))
     fabric.barrier()
     log = pd.concat(logs, names=["stage"]).reset_index("stage").reset_index(drop=True)
-    return Run(model, folder, log, adata, split, actions.actions, actions.table, experiment, actions.banks)
+    return Run(model, folder, log, adata, split, actions.actions, actions.table, experiment, actions.banks,
+               memories, settled)
 
 # %% ../../nbs/4_training/08_run.ipynb #54ff0ba6
 def _data(experiment:ExperimentConfig, adata:AnnData|None, split:Split|None, runs:Path, fabric:Fabric)->tuple:
@@ -265,6 +280,27 @@ def _data(experiment:ExperimentConfig, adata:AnnData|None, split:Split|None, run
             split = make_split(adata, data.split, data.split_seed, held_out=data.held_out)
         split = fabric.broadcast(split)
     return (adata, split) if adata is not None else load_data(data, split, runs)
+
+def _as_begun(memories:Memories, path:Path, actions:Actions, fabric:Fabric)->Memories:
+    "The memories that the run began with: another machine may round them to other directions."
+    if fabric.is_global_zero and not path.is_file(): save_memories(memories, path)
+    fabric.barrier()
+    return load_memories(path, actions.banks)
+
+def _settled(
+    model:BioJEPA, experiment:ExperimentConfig, roster:Roster, actions:Actions, folder:Path, fabric:Fabric,
+)->Settled:
+    "Keep of what was learned beside the memory as much as held-out perturbations say; decided once in a run."
+    path = folder/"settled.json"
+    if path.is_file():
+        settled = Settled(**json.loads(path.read_text()))
+        scale_residual_(model, settled.share)
+        return settled
+    settled = settle_(model, roster.adata, roster, actions.actions, experiment.dynamics, experiment.seed)
+    fabric.barrier()
+    if fabric.is_global_zero:
+        with atomic_path(path) as part: part.write_text(json.dumps(settled._asdict(), indent=1))
+    return settled
 
 def _check_pairs(actions:Actions, adata:AnnData, split:Split, which:str)->None:
     "Nothing held out is trained on; pairs of held-out perturbations only where `align.pairs` says so."

@@ -1,0 +1,152 @@
+"""The order of cells and genes in a file means nothing.
+
+1. A place by name is one of n, whatever the order, and looks random.
+2. A simulated screen and the same screen with cells and genes permuted give the same batches, pairs, test sets, halves,
+   baselines and variable genes, cell by cell and gene by gene."""
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy.stats import kstest
+
+from biojepa.data.controls import by_name, match_controls, name_ranks
+from biojepa.data.datasets import load_dataset
+from biojepa.data.loaders import Roster, cell_loader, pair_loader
+from biojepa.data.network import SimulationSpec
+from biojepa.data.preprocess import prepare
+from biojepa.data.simulate import simulate_perturb_seq
+from biojepa.data.splits import make_split
+from biojepa.predict.baselines import additive, half_of_the_cells, train_mean, with_own_gene
+from biojepa.predict.sets import test_set as held_out_set  # a name that pytest does not collect
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    spec = SimulationSpec(n_genes=80, n_cells=900, n_targets=12, n_modules=4, n_batches=3)
+    return load_dataset(simulate_perturb_seq(spec), unknown_targets="allow")
+
+
+@pytest.fixture(scope="module", params=["cells", "genes", "both"])
+def two(loaded, request):
+    "The screen and its permutation, prepared, and a split of each."
+    rng, names = np.random.default_rng(5), sorted(set(loaded.obs["condition"]) - {"ctrl"})
+    cells, genes = np.arange(loaded.n_obs), np.arange(loaded.n_vars)
+    if request.param != "genes": cells = rng.permutation(cells)
+    if request.param != "cells": genes = rng.permutation(genes)
+    parts = dict(train=names[:7], val=names[7:9], test=names[9:])
+    screens = prepare(loaded), prepare(loaded[cells][:, genes].copy())
+    return [(a, make_split(a, "custom", held_out=parts)) for a in screens]
+
+
+def by_gene(adata, x): return pd.DataFrame(np.asarray(x), columns=adata.var_names).sort_index(axis=1).to_numpy()
+
+
+def same(make, two, exact=True):
+    "What `make` says of both, which must be equal."
+    one, other = (make(adata, split) for adata, split in two)
+    for a, b in zip(one, other, strict=True):
+        if exact: np.testing.assert_array_equal(a, b)
+        else: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+# --- names
+# -----------------------------------------------------------------------------------------------------------
+
+def test_a_place_by_name_follows_the_name_and_looks_random():
+    names = np.array([f"cell{i}" for i in range(5000)])
+    rank, order = name_ranks(names), np.random.default_rng(0).permutation(5000)
+    np.testing.assert_array_equal(np.sort(rank), np.arange(5000))
+    np.testing.assert_array_equal(name_ranks(names[order]), rank[order])
+    assert abs(np.corrcoef(rank, np.arange(5000))[0, 1]) < 4/5000**.5
+    assert kstest(rank[:500]/5000, "uniform").pvalue > 1e-3
+    assert name_ranks(["b", "a"]).tolist() == [1 - x for x in name_ranks(["a", "b"]).tolist()]
+    assert len(name_ranks([])) == 0
+
+
+def test_rows_by_name_are_the_same_rows(loaded):
+    rows = np.arange(3, 400, 2)
+    found = by_name(loaded, rows)
+    np.testing.assert_array_equal(np.sort(found), rows)
+    np.testing.assert_array_equal(by_name(loaded, rows[::-1]), found)
+    np.testing.assert_array_equal(by_name(loaded, rows, name_ranks(loaded.obs_names)), found)
+
+
+# --- two orders of one screen
+# --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("part", ["train", "val"])
+@pytest.mark.parametrize("fixed", [False, True])
+def test_training_batches_hold_the_same_pairs(two, part, fixed):
+    def batches(adata, split):
+        loader = pair_loader(adata, split, part, batch_size=32, seed=2, fixed_controls=fixed, training=True)
+        for epoch in (0, 3):
+            loader.set_epoch(epoch)
+            for b in loader:
+                yield from (adata.obs_names[b.pert].tolist(), adata.obs_names[b.ctrl].tolist())
+                yield from (by_gene(adata,
+                                    b.x_pert), by_gene(adata,
+                                                       b.x_ctrl), b.log_library_size_ctrl, b.perturbation)
+    same(batches, two)
+
+
+def test_evaluation_pairs_each_cell_with_the_same_control(two):
+    def pairs(adata, split):
+        batches = list(pair_loader(adata, split, "test", batch_size=50, seed=2))
+        rows = (torch.cat([getattr(b, name) for b in batches]) for name in ("pert", "ctrl"))
+        return zip(*sorted(zip(*(adata.obs_names[r] for r in rows))))
+    same(pairs, two)
+
+
+@pytest.mark.parametrize("options", [dict(part="train"), dict(part="val", training=True, with_controls=True)])
+def test_batches_of_cells_are_the_same(two, options):
+    def batches(adata, split):
+        for b in cell_loader(adata, split, batch_size=64, seed=4, **options):
+            yield from (adata.obs_names[b.cell].tolist(), by_gene(adata, b.x))
+    same(batches, two)
+    same(lambda adata, split: [adata.obs_names[next(iter(cell_loader(adata, seed=1))).cell].tolist()], two)
+
+
+def test_a_roster_and_a_split_draw_alike(two):
+    for adata, split in two:
+        a, b = (next(iter(pair_loader(adata, s, batch_size=20, seed=1))) for s in (Roster(adata, split), split))
+        assert torch.equal(a.ctrl, b.ctrl) and torch.equal(a.pert, b.pert)
+
+
+def test_pools_hold_their_controls_in_one_order(two):
+    def pools(adata, split):
+        p = match_controls(adata, split.cells(adata, "train"), split.controls(adata, "train"))
+        of = lambda start, n: adata.obs_names[p.pool[start:start + n]].tolist()
+        found = {adata.obs_names[c]: of(start, n) for c, start, n in zip(p.cells, p.start, p.size)}
+        return [sorted(found), *(found[k] for k in sorted(found))]
+    same(pools, two)
+
+
+def test_test_sets_and_baselines_say_the_same(two):
+    def answers(adata, split):
+        template = held_out_set(adata, split, "test", seed=3)
+        yield template.cells.sort_index()["control"].tolist()
+        methods = [template, train_mean(template, adata, split), additive(template, adata, split),
+                   with_own_gene(train_mean(template, adata, split), adata, split)]
+        for ps in (*methods, half_of_the_cells(template, adata, split, seed=1)):
+            yield ps.groups.drop(columns="n_cells").to_numpy().astype(str).tolist()
+            for x in (ps.delta, ps.control_mean): yield by_gene(adata, x).round(6).tolist()
+    one, other = (list(answers(adata, split)) for adata, split in two)
+    for a, b in zip(one, other, strict=True):
+        if isinstance(a[0], list) and isinstance(a[0][0], float): np.testing.assert_allclose(a, b, atol=3e-6)
+        else: assert a == b
+
+
+@pytest.mark.parametrize("values", ["counts", "log1p"])
+def test_variable_genes_are_the_same(loaded, values):
+    "Of logarithms, twenty genes are copies of others, so that equals have to be told apart by name."
+    adata = loaded.copy()
+    if values == "log1p":
+        adata.X[:, 60:] = adata.X[:, 40:60]
+        adata.X = prepare(adata).X
+        adata.uns["biojepa"] = {**adata.uns["biojepa"], "expression_space": "log1p"}
+    order = np.random.default_rng(1).permutation(adata.n_vars)
+    names = sorted(set(adata.obs["condition"]) - {"ctrl"})
+    split = make_split(adata, "custom", held_out=dict(train=names[2:], val=names[:1], test=names[1:2]))
+    for n in (5, 40) if values == "counts" else range(1, 60, 3):
+        kept = [set(prepare(a, n_top_genes=n, split=split).var_names) for a in (adata, adata[:, order].copy())]
+        assert kept[0] == kept[1] and len(kept[0]) == n
