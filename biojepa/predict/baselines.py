@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['control_mean', 'train_mean', 'Training', 'training_deltas', 'Guess', 'mean_guess', 'guess_by_line', 'additive',
-           'with_own_gene', 'oracle', 'HalvesError', 'half_of_the_cells', 'noise_ceiling']
+           'with_own_gene', 'oracle', 'HalvesError', 'halves', 'half_of_the_cells', 'noise_ceiling']
 
 # %% ../../nbs/5_predict/06_baselines.ipynb #f75f2e99
 from collections.abc import Callable
@@ -175,7 +175,7 @@ def oracle(
 class HalvesError(ValueError):
     "Too few cells to be halved."
 
-def _halves(
+def halves(
     labels:np.ndarray,          # (n,) what is dealt evenly
     rng:np.random.Generator,
 )->np.ndarray:                  # (n,) bool, True for the first half
@@ -197,7 +197,7 @@ def half_of_the_cells(
     obs = adata.obs.astype({c: str for c in ("perturbation", "cell_type", "batch")})
     def labels(at, column): return (obs[column].iloc[at] + "\n" + obs["cell_type"].iloc[at]).to_numpy()
     rng, group = np.random.default_rng(seed), labels(rows, "perturbation")
-    first, own = _halves(group, rng), _halves(labels(controls, "batch"), rng)
+    first, own = halves(group, rng), halves(labels(controls, "batch"), rng)
     for some, what in ((first, "perturbation of this part has two cells"), (own, "gem group has two controls")):
         if not some.any(): raise HalvesError(f"adata: no {what} to be halved; leave out half_of_the_cells")
     rest, others = rows[~first & np.isin(group, group[first])], controls[~own]
