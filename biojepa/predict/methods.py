@@ -23,7 +23,8 @@ from ..actions.vocabulary import Modality
 from ..data.conditions import parse_condition
 from ..data.own_gene import own_gene_effects
 from biojepa.predict.baselines import (
-    additive, control_mean, half_of_the_cells, oracle, train_mean, training_deltas, with_own_gene
+    additive, control_mean, half_of_the_cells, nearest_line, oracle, same_elsewhere, train_mean,
+    training_deltas, with_own_gene
 )
 from .model import predictions
 from .peers import Gears, gears_predictions
@@ -31,7 +32,7 @@ from biojepa.predict.processes import (
     diffusion_kernel, feature_kernel, gaussian_process, graph_neighbours, remembered
 )
 from biojepa.predict.regressors import (
-    nearest_neighbours, random_forest, ridge, shuffle_features, target_features
+    bilinear, nearest_neighbours, random_forest, ridge, shuffle_features, target_features
 )
 from .sets import PredictionSet, test_set
 from ..training.run import Run
@@ -57,9 +58,17 @@ def baseline_plan(
         bank = FeatureBank(tuple(table.index), table.to_numpy(), Modality.PROTEIN, dict(featurizer=kind))
         return remembered(*asked, bank, name)
     def on_heat(*args, name): return remembered(*args, diffused_features(relations, genes), name)
+    @cache
+    def heat():
+        bank = diffused_features(relations, genes)
+        known = [g for g in genes if g in bank]
+        return pd.DataFrame(bank.rows(known), index=known)
+    def add_on_heat(make):
+        add(f"{make.__name__}, diffusion", lambda *args, name: make(*args, heat(), name=name))
     add_informed("train_mean")
     for kind, table in features.items():
-        for make in (ridge, nearest_neighbours, random_forest): add(f"{make.__name__}, {kind}", make, table)
+        for make in (ridge, bilinear, nearest_neighbours, random_forest):
+            add(f"{make.__name__}, {kind}", make, table)
         for name in ("nearest_neighbours", "random_forest"): add_informed(f"{name}, {kind}")
         add(f"gaussian_process, {kind}", on_features, table)
         add(f"shuffled ridge, {kind}", ridge, shuffle_features(table, seed))
@@ -71,6 +80,10 @@ def baseline_plan(
         add("gaussian_process, graph", on_graph)
         add("memory, diffusion", on_heat)
         add_informed("memory, diffusion")
+        for make in (ridge, bilinear, random_forest): add_on_heat(make)
+    lines = adata.obs["cell_type"].astype(str).iloc[split.cells(adata, "train")]
+    if lines.nunique() > 1 or not set(template.groups["cell_type"]) <= set(lines):
+        for make in (same_elsewhere, nearest_line): add(make.__name__, make)
     if any(len(parse_condition(c)) > 1 for c in template.groups["condition"]): add("additive", additive)
     plan["half_of_the_cells"] = lambda: half_of_the_cells(template, adata, split, seed)
     if {"truth", "true_log_fold"} & set(adata.uns): plan["oracle"] = lambda: oracle(template, adata, split)
