@@ -134,12 +134,19 @@ def test_noise_of_mean_logs_is_their_variance_over_cells():
 
 
 def test_drawn_cells_keep_the_intended_means_and_whole_numbers():
-    counts = sp.csr_matrix(np.random.default_rng(5).poisson(3, (4000, 6)).astype(np.float32))
+    counts = sp.csr_matrix(np.random.default_rng(5).poisson(3, (1600, 6)).astype(np.float32))
     fold = np.array([[1, 1, 1, 1, 1, 1], [0, .3, .9, 1.1, 2.5, 4]])
-    drawn = drawn_counts(counts, fold, np.repeat([0, 1], 2000), seed=1)
-    assert not (drawn.data % 1).any() and (drawn[:2000] != counts[:2000]).nnz == 0
-    ratio = np.asarray(drawn[2000:].sum(0)/counts[2000:].sum(0)).ravel()
-    np.testing.assert_allclose(ratio, fold[1], atol=.03)
+    drawn = drawn_counts(counts, fold, np.repeat([0, 1], 800), seed=1)
+    assert not (drawn.data % 1).any() and (drawn[:800] != counts[:800]).nnz == 0
+    ratio = np.asarray(drawn[800:].sum(0)/counts[800:].sum(0)).ravel()
+    np.testing.assert_allclose(ratio, fold[1], atol=.12)
+    empty = np.asarray((drawn[800:].toarray() == 0).mean(0))   # as of cells with more or less of a transcript
+    np.testing.assert_allclose(empty, np.exp(-3*fold[1]), atol=.04)
+    deep = sp.csr_matrix(np.c_[np.repeat([1, 9], 800), np.repeat([10, 90], 800)].astype(np.float32))
+    more = drawn_counts(deep, np.array([[2., 1]]), np.zeros(1600, int))[:, [0]].toarray().ravel()
+    assert more[:800].mean() == pytest.approx(2, abs=.15) and more[800:].mean() == pytest.approx(18, abs=.5)  # by depth
+    half = drawn_counts(counts*.3, fold, np.repeat([0, 1], 800))    # no whole numbers: scaled
+    np.testing.assert_allclose(half[800:].toarray(), .3*counts[800:].toarray()*fold[1], rtol=1e-5)
 
 
 def test_the_oracle_is_read_as_the_planted_fold(case):
@@ -357,7 +364,7 @@ def test_table_runs_from_the_mean_to_the_repeat(case):
     assert s.loc["oracle", "all"] > .5 > s.loc["control_mean", "all"] and s["expression_error"].between(
         0, 1).all()
     u = scores.query("method == 'oracle' and metric == 'lfc_error'")["value"].mean()
-    assert table["lfc_error", "u"]["oracle"] == u
+    assert table["lfc_error", "u"]["oracle"] == pytest.approx(u)
     again = scores.query("method == 'replicate' and metric == 'pds_cosine'").groupby("seed")["value"].mean()
     assert len(again) == 2 and table["pds_cosine", "u"]["replicate"] == pytest.approx(again.mean())
     assert s.loc["oracle", "all"] == pytest.approx(s.loc["oracle", list(c.CHALLENGE)].mean())

@@ -88,14 +88,14 @@ def lines_of(
         lines.append(Line(rows, at, code, counts_of(adata, own[at]), counts_of(adata, beside[at]), pool))
     return lines
 
-# %% ../../nbs/6_evaluate/18_counted.ipynb #cbb32233
+# %% ../../nbs/6_evaluate/18_counted.ipynb #b35165a2
 def predicted_side(
     ps:PredictionSet,
     lines:Sequence[Line],
     observed:Side,      # whose control cells are the origin of both
     seed:int=0,         # of rounding
 )->Side:
-    "What a method says on counts: scaled controls, without noise as profiles, drawn as cells for the calls."
+    "What a method says on counts: changed controls, without noise as profiles, drawn as cells for the calls."
     bulk, fold, (table, code) = pseudobulk(ps), folds_of(ps), groups_of(ps.groups, "condition")
     share = ps.groups["n_cells"].to_numpy(float)/table["n_cells"].to_numpy()[code]
     of_condition = sp.csr_matrix((share, (code, np.arange(len(code))))) @ fold

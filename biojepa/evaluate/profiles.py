@@ -110,7 +110,7 @@ def mean_profiles(
         if size > 1: noise[g] = (x.multiply(x).sum() - size*(mean[g]**2).sum())/(size - 1)/size
     return Profiles("log cells", mean, noise, np.bincount(code, minlength=n))
 
-# %% ../../nbs/6_evaluate/16_profiles.ipynb #7caa9e17
+# %% ../../nbs/6_evaluate/16_profiles.ipynb #88ded22a
 def folds_of(
     ps:PredictionSet,
 )->np.ndarray:      # (P, G) factor of each group's counts; 1 where the control shows nothing
@@ -123,20 +123,25 @@ def scaled_profiles(
     pool:sp.csr_matrix,     # (M, G) control cells
     fold:np.ndarray,        # (C, G)
 )->Profiles:
-    "Profiles of infinitely many scaled control cells: a method that predicts means owes no sampling noise."
+    "Profiles of infinitely many changed control cells: a method that predicts means owes no sampling noise."
     summed = np.asarray(pool.sum(0, dtype=np.float64)).ravel()*fold
     return Profiles("summed counts", log_share(summed), np.zeros(len(fold)), np.zeros(len(fold), np.int64))
 
 def drawn_counts(
-    counts:sp.csr_matrix,   # (N, G) control cells, one for each cell that is predicted
+    counts:sp.csr_matrix,   # (N, G) control cells of one line, one for each cell that is predicted
     fold:np.ndarray,        # (P, G)
     group:np.ndarray,       # (N,) row of `fold` of each
     seed:int=0,
-)->sp.csr_matrix:           # (N, G) whole numbers where the counts are
-    "Scaled control cells; fractions become a count by chance, so that means are kept."
-    made = sp.csr_matrix(counts, dtype=np.float64, copy=True)
-    made.data *= fold[np.repeat(group, np.diff(made.indptr)), made.indices]
-    if not (counts.data % 1).any():
-        made.data = np.floor(made.data + np.random.default_rng(seed).random(made.nnz))
-    made.eliminate_zeros()
-    return made
+)->sp.csr_matrix:           # (N, G) whole numbers where the counts are, else scaled
+    "Control cells with molecules taken away or added by chance, so that each group's mean is its fold of the controls'."
+    if (counts.data % 1).any():
+        made = sp.csr_matrix(counts, dtype=np.float64, copy=True)
+        made.data *= fold[np.repeat(group, np.diff(made.indptr)), made.indices]
+        return made
+    rng, depth, rows = np.random.default_rng(seed), totals_of(counts), []
+    share = np.asarray(counts.sum(0, dtype=np.float64)).ravel()/depth.sum()     # of a cell's molecules, by gene
+    for i, own in enumerate(fold[g] for g in group):
+        x = counts[[i]].toarray().ravel()
+        kept = rng.binomial(x.astype(np.int64), np.minimum(own, 1.))
+        rows.append(sp.csr_matrix(kept + rng.poisson(np.maximum(own - 1., 0.)*share*depth[i])))
+    return sp.csr_matrix(sp.vstack(rows), dtype=np.float64)
