@@ -133,7 +133,7 @@ def drawn_counts(
     group:np.ndarray,       # (N,) row of `fold` of each
     seed:int=0,
 )->sp.csr_matrix:           # (N, G) whole numbers where the counts are, else scaled
-    "Control cells with molecules taken away or added by chance, so that each group's mean is its fold of the controls'."
+    "Control cells with molecules taken away or added by chance, so that a group's mean is its fold of theirs."
     if (counts.data % 1).any():
         made = sp.csr_matrix(counts, dtype=np.float64, copy=True)
         made.data *= fold[np.repeat(group, np.diff(made.indptr)), made.indices]
