@@ -14,12 +14,9 @@ import pytest
 import scipy.sparse as sp
 from anndata import AnnData
 from scipy import stats
+from screens import held_out_screen
 
-from biojepa.data.datasets import load_dataset
 from biojepa.data.network import SimulationSpec
-from biojepa.data.preprocess import prepare
-from biojepa.data.simulate import simulate_perturb_seq
-from biojepa.data.splits import make_split
 from biojepa.evaluate import challenge as c, counted as k
 from biojepa.evaluate.calls import Calls, rank_test, response_calls
 from biojepa.evaluate.metrics import METRICS, evaluate, own_targets
@@ -35,22 +32,8 @@ SPACES = ("summed counts", "log cells")
 @pytest.fixture(scope="module")
 def case():
     "A screen of two lines with eight held-out targets."
-    spec = SimulationSpec(n_genes=80,
-                          n_cells=2400,
-                          n_targets=16,
-                          n_cell_types=2,
-                          n_modules=6,
-                          zero_fraction=.2,
-                          seed=2)
-    screen = simulate_perturb_seq(spec)
-    adata = prepare(load_dataset(screen, batch="batch", cell_type="cell_type", guide="guide_id"))
-    adata.uns["truth"] = screen.uns["truth"]
-    targets = sorted(set(adata.obs["condition"]) - {"ctrl"})
-    split = make_split(adata,
-                       "custom",
-                       held_out=dict(train=targets[8:], test=targets[:8]),
-                       allow_empty_val=True)
-    return adata, split, test_set(adata, split)
+    spec = dict(n_genes=80, n_cells=2400, n_targets=16, n_cell_types=2, n_modules=6, zero_fraction=.2, seed=2)
+    return held_out_screen(SimulationSpec(**spec), 8)
 
 
 @pytest.fixture(scope="module")

@@ -11,13 +11,10 @@ import scanpy as sc
 import scipy.sparse as sp
 from anndata import AnnData
 from scipy import stats
+from screens import held_out_screen
 from sklearn.metrics import r2_score
 
-from biojepa.data.datasets import load_dataset
 from biojepa.data.network import SimulationSpec
-from biojepa.data.preprocess import prepare
-from biojepa.data.simulate import simulate_perturb_seq
-from biojepa.data.splits import make_split
 from biojepa.evaluate.metrics import METRICS, evaluate
 from biojepa.evaluate.weighted import (
     dynamic_range, interpolated_duplicate, r2_weighted, response_weights, t_against_others, wmse
@@ -28,21 +25,8 @@ from biojepa.predict.sets import pseudobulk, test_set
 
 @pytest.fixture(scope="module")
 def case():
-    spec = SimulationSpec(n_genes=120,
-                          n_cells=2400,
-                          n_targets=24,
-                          n_cell_types=2,
-                          n_modules=6,
-                          effect_size=.7,
-                          seed=4)
-    adata = prepare(
-        load_dataset(simulate_perturb_seq(spec), batch="batch", cell_type="cell_type", guide="guide_id"))
-    targets = sorted(set(adata.obs["condition"]) - {"ctrl"})
-    split = make_split(adata,
-                       "custom",
-                       held_out=dict(train=targets[8:], test=targets[:8]),
-                       allow_empty_val=True)
-    return adata, split, test_set(adata, split)
+    spec = dict(n_genes=120, n_cells=2400, n_targets=24, n_cell_types=2, n_modules=6, effect_size=.7, seed=4)
+    return held_out_screen(SimulationSpec(**spec), 8)
 
 
 def test_t_is_that_of_scanpy():
