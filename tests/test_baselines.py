@@ -25,7 +25,8 @@ from biojepa.predict.baselines import (
     Training, additive, control_mean, half_of_the_cells, line_likeness, nearest_line, noise_ceiling, oracle,
     same_elsewhere, train_mean, training_deltas, with_own_gene
 )
-from biojepa.predict.methods import run_baselines
+from biojepa.predict.methods import amplified, run_baselines
+from biojepa.predict.model import error_of_mean
 from biojepa.predict.processes import (
     diffusion_kernel, feature_kernel, gaussian_process, graph_neighbours, leave_one_out, related
 )
@@ -714,3 +715,18 @@ def test_known_answers_of_the_twin(shared):
     assert r(process) == pytest.approx(.439, abs=.02) and r(process, beyond=True) == pytest.approx(.310,
                                                                                                    abs=.03)
     assert r(oracle(template, adata, log_fold=fold, as_delta=False)) == pytest.approx(.500, abs=.02)
+
+
+def test_a_wider_amplitude_is_further_from_the_train_mean_in_the_same_direction(case):
+    adata, split, template, features, _ = case
+    made = ridge(template, adata, split, features)
+    wide = amplified(made, 1.25)
+    np.testing.assert_allclose(wide.delta - template.train_delta, 1.25*(made.delta - template.train_delta))
+    assert wide.name == f"{made.name} × 1.25" and told("biojepa × 1.25") == told("biojepa")
+
+
+def test_the_error_of_a_mean_holds_what_was_added_to_the_memory_but_not_at_targeted_genes():
+    added = np.array([[3., 0, 4]])
+    found = error_of_mean(np.array([[4., 1, 3]]), added, [("a",)], ["a", "b", "c"])
+    np.testing.assert_allclose(found, [[4., 1, 5]])
+    assert added[0, 0] == 3     # left as it was
