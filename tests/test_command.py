@@ -3,13 +3,21 @@
 1. Every command's help shows an example, and is there before torch would be imported.
 2. `data` says what a file holds and how it would be read; labels that name no perturbation are status 1, by name.
 3. `train`, `predict`, `eval`, `screen` and `card` say what the library says of the same run, and no more is trained.
-4. What is wrong with the input is one line and status 1."""
+4. What is wrong with the input is one line and status 1.
+5. The wheel declares what it imports, holds cards and command, and keeps downloads in the user's cache folder."""
+import ast
 import json
+import os
+import re
+import shutil
 import subprocess
 import sys
+import tomllib
+import zipfile
 from pathlib import Path
 
 import anndata as ad
+import house
 import numpy as np
 import pandas as pd
 import pytest
@@ -211,3 +219,55 @@ def test_runs_that_are_none_are_refused(run, place):
     assert ask("eval", run, "-s", "seed=2")[0] == 1
     assert ask("eval", "none.h5ad", "--preset", "huge")[0] == 1
     assert ask("data", "none.h5ad")[2].startswith("error: 'none.h5ad': neither a file nor a dataset")
+
+
+# the wheel
+
+NAMES = dict(sklearn="scikit-learn", skmisc="scikit-misc", PIL="pillow", lightning_fabric="lightning-fabric",
+             IPython="ipython", esm="fair-esm", gears="cell-gears")
+WITH = dict(httpx="transformers", huggingface_hub="transformers")     # installed with another
+OF_A_CHECKOUT = {"nbconvert", "nbformat", "nbdev", "execnb", "latex2mathml", "yaml"}    # make docs, make figures
+
+
+def imported(path):
+    "Packages that a file imports, at any depth, but for those of Python."
+    for node in ast.walk(house.tree_of(path)):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and not node.level: names = [node.module]
+        yield from {n.split(".")[0] for n in names} - sys.stdlib_module_names - {"biojepa"}
+
+
+def test_every_package_that_is_imported_is_declared():
+    project = tomllib.loads((PATHS.root/"pyproject.toml").read_text())["project"]
+    name = lambda requirement: re.match(r"[\w-]+", requirement)[0]
+    extras = set(map(name, sum(project["optional-dependencies"].values(), [])))
+    declared = set(map(name, project["dependencies"])) | extras
+    for path in house.modules():
+        outside = OF_A_CHECKOUT if path.name in ("site.py", "paper.py") else set()
+        lost = {n for n in imported(path) if NAMES.get(n, WITH.get(n, n)) not in declared} - outside
+        assert not lost, f"{path.name} imports {lost}, which pyproject.toml does not name"
+
+
+@pytest.mark.slow
+def test_the_wheel_works_in_an_empty_folder(tmp_path):
+    source, empty = tmp_path/"source", tmp_path/"empty"
+    shutil.copytree(PATHS.root/"biojepa", source/"biojepa", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"): shutil.copy(PATHS.root/name, source/name)
+    make = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, source]
+    subprocess.run(make, check=True, capture_output=True)
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel: wheel.extractall(tmp_path/"installed")
+    cards = {p.stem for p in (tmp_path/"installed"/"biojepa"/"data"/"cards").glob("*.toml")}
+    entry = next((tmp_path/"installed").glob("*.dist-info"))/"entry_points.txt"
+    assert cards == set(list_cards()) and "biojepa = biojepa.report.command:main" in entry.read_text()
+    empty.mkdir()
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("BIOJEPA_")}
+    environment |= dict(PYTHONPATH=str(tmp_path/"installed"), XDG_CACHE_HOME=str(tmp_path/"cache"))
+    code = ("from biojepa.core import PATHS; from biojepa.data.datasets import load_dataset\n"
+            "print(PATHS.raw, PATHS.runs, load_dataset('simulated').n_obs)")
+    for words in (["-c", code], ["-m", "biojepa", "data"]):
+        done = subprocess.run([sys.executable, *words], capture_output=True, text=True, cwd=empty, env=environment)
+        assert done.returncode == 0, done.stderr
+        if "-c" in words:
+            assert done.stdout.split() == [str(tmp_path/"cache"/"biojepa"/"raw"), str(empty/"runs"), "5000"]
+        else: assert {line.split()[0] for line in done.stdout.splitlines()} == cards
+    assert not list(empty.iterdir()), "nothing is written where nothing was asked for"
