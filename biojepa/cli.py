@@ -18,11 +18,14 @@ from .training.loop import FitOptions, make_fabric
 from .training.run import STAGES, run_stages
 
 # %% ../nbs/4_training/09_cli.ipynb #612d49b8
-def parser()->argparse.ArgumentParser:
+def parser(
+    name:str="python -m biojepa.cli",   # of the command
+)->argparse.ArgumentParser:
     "Options of the command line."
     p = argparse.ArgumentParser(
-        "python -m biojepa.cli",
-        description="Train the four stages of BioJEPA-AC, or go on with an interrupted run.")
+        name,
+        description="Train the four stages of BioJEPA-AC, or go on with an interrupted run.",
+        epilog=f"Example: {name} --data screen.h5ad --condition perturbation --control control --set layer=counts")
     p.add_argument("--preset", default="laptop", choices=["smoke", "laptop", "paper"],
                    help="configuration to begin from")
     p.add_argument("--config", type=Path, metavar="JSON", help="a saved config.json, instead of a preset")
@@ -30,7 +33,7 @@ def parser()->argparse.ArgumentParser:
                    nargs="+",
                    default=[],
                    metavar="FIELD=VALUE",
-                   help="fields of the configuration, e.g. pretrain.epochs=3 data.columns.layer=counts")
+                   help="fields of the configuration, as pretrain.epochs=3; of the data by name, as layer=counts")
     p.add_argument("--data", metavar="NAME|H5AD", help="a dataset card or an .h5ad file")
     for name, text in dict(condition="what was done to a cell",
                            batch="its gem group or replicate",
@@ -114,10 +117,11 @@ def experiment_of(
 
 # %% ../nbs/4_training/09_cli.ipynb #d99d483d
 def main(
-    argv:Sequence[str]|None=None,   # options; those of the process if None
+    argv:Sequence[str]|None=None,       # options; those of the process if None
+    name:str="python -m biojepa.cli",   # of the command
 )->None:
     "The command: what is wrong with the input is one line, not a traceback."
-    p = parser()
+    p = parser(name)
     args = p.parse_args(argv)
     options = {name: getattr(args, name) for name in FitOptions.model_fields}
     try:

@@ -392,7 +392,7 @@ def with_settings(
 def parse_settings(
     settings:str|Sequence[str], # "part.field=value", separated by spaces if one text; a value is JSON, or else a word
 )->dict:                        # "part.field" -> value, for `with_settings`
-    "Fields of the configuration as they are written on a command line."
+    "Fields of the configuration as they are written on a command line; those of the data need no `data.` before."
     fields = {}
     for text in settings.split() if isinstance(settings, str) else settings:
         field, equals, value = text.partition("=")
@@ -400,6 +400,8 @@ def parse_settings(
             raise ValueError(
                 f"settings (--set): found {text!r}; write field=value without spaces in it, as model.d_model=16"
             )
+        if field in Columns.model_fields: field = f"data.columns.{field}"
+        if field in DataConfig.model_fields: field = f"data.{field}"
         try: fields[field] = json.loads(value)
         except json.JSONDecodeError: fields[field] = value
     return fields

@@ -29,6 +29,7 @@ from types import SimpleNamespace
 import numpy as np
 import scipy.sparse as sp
 import torch
+from platformdirs import user_cache_path
 from torch import nn
 
 # %% ../nbs/0_base/01_core.ipynb #e08d08da
@@ -51,8 +52,9 @@ def project_paths(
 )->SimpleNamespace:    # root, nbs, cards, splits, raw, processed, figures, runs
     "Every folder of the project, absolute; `BIOJEPA_CARDS`, `_SPLITS`, `_RAW` and `_PROCESSED` move those of the data."
     package = Path(__file__).resolve().parent if "__file__" in globals() else root/"biojepa"
-    data = dict(cards=package/"data"/"cards", splits=root/"data"/"splits", raw=root/"data"/"raw",
-                processed=root/"data"/"processed")
+    inside = (root/"settings.ini").is_file() or "BIOJEPA_ROOT" in os.environ
+    kept = root/"data" if inside else user_cache_path("biojepa")
+    data = dict(cards=package/"data"/"cards", splits=kept/"splits", raw=kept/"raw", processed=kept/"processed")
     data = {
         name: Path(os.environ.get(f"BIOJEPA_{name.upper()}") or path).resolve()
         for name, path in data.items()

@@ -189,7 +189,7 @@ def house(root=ROOT):
         "library notebooks with a picture": sum(has_picture(path) for path in library_),
         f"modules over {MAX_MODULE} lines": sum(n > MAX_MODULE for n in lengths.values()),
         f"repeated blocks of {BLOCK} or more lines": len(repeated(root)),
-        "files: modules": len([p for p in lengths if p.name != "__init__.py"]),
+        "files: modules": len([p for p in lengths if p.name not in ("__init__.py", "__main__.py")]),
         "files: library notebooks": len(library_),
         "files: other notebooks": len(notebooks(root)) - len(library_),
         "files: tests": len(tests(root)),
