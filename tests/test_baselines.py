@@ -22,17 +22,20 @@ from biojepa.data.simulate import simulate_perturb_seq
 from biojepa.data.splits import make_split
 from biojepa.predict import baselines, regressors
 from biojepa.predict.baselines import (
-    Training, additive, control_mean, half_of_the_cells, noise_ceiling, oracle, train_mean, training_deltas,
-    with_own_gene
+    Training, additive, control_mean, half_of_the_cells, line_likeness, nearest_line, noise_ceiling, oracle,
+    same_elsewhere, train_mean, training_deltas, with_own_gene
 )
-from biojepa.predict.methods import run_baselines
+from biojepa.predict.methods import amplified, run_baselines
+from biojepa.predict.model import error_of_mean
 from biojepa.predict.processes import (
     diffusion_kernel, feature_kernel, gaussian_process, graph_neighbours, leave_one_out, related
 )
 from biojepa.predict.regressors import (
-    Forest, choose, nearest_neighbours, random_forest, ridge, shuffle_features, sum_features, target_features
+    Bilinear, Forest, bilinear, choose, nearest_neighbours, random_forest, response_rows, ridge,
+    shuffle_features, sum_features, tanimoto, tanimoto_neighbours, target_features
 )
 from biojepa.predict.sets import PredictionSet, pseudobulk, test_set
+from biojepa.predict.told import METHODS, told, told_table
 
 
 def simulated(**options):
@@ -72,7 +75,12 @@ def case():
 def makers(features, relations):
     return dict(train_mean=train_mean,
                 ridge=lambda *g: ridge(*g, features),
+                bilinear=lambda *g: bilinear(*g, features),
+                own_responses=bilinear,
                 nearest_neighbours=lambda *g: nearest_neighbours(*g, features),
+                tanimoto_neighbours=lambda *g: tanimoto_neighbours(*g, (features > 0).astype(float)),
+                same_elsewhere=same_elsewhere,
+                nearest_line=nearest_line,
                 random_forest=lambda *g: random_forest(*g, features, Forest(trees=10)),
                 gaussian_process=lambda *g: gaussian_process(*g, feature_kernel(features)),
                 graph=lambda *g: gaussian_process(*g, diffusion_kernel(relations, features.index)),
@@ -91,8 +99,9 @@ def blank(conditions, n_genes):
                          zero, zero, np.zeros(n_genes), "log1p")
 
 
-NAMES = ("train_mean", "ridge", "nearest_neighbours", "random_forest", "gaussian_process", "graph",
-         "graph_neighbours", "additive")
+NAMES = ("train_mean", "ridge", "bilinear", "own_responses", "nearest_neighbours", "tanimoto_neighbours",
+         "same_elsewhere", "nearest_line", "random_forest", "gaussian_process", "graph", "graph_neighbours",
+         "additive")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -336,6 +345,141 @@ def test_features_of_targets():
     np.testing.assert_allclose(X[1], both.loc[g] + both.iloc[0])
 
 
+# ---- the linear model with two embeddings, lines, compounds ----
+
+def bare(n, G, lines=("a",), seed=0, control=None):
+    "Training conditions T0, T1, … in some lines, with random effects."
+    rng = np.random.default_rng(seed)
+    table = pd.DataFrame([(f"T{i}+ctrl", l, 5) for l in lines for i in range(n)],
+                         columns=["condition", "cell_type", "n_cells"])
+    return Training(table, [(c.split("+")[0], ) for c in table["condition"]],
+                    rng.normal(size=(len(table), G)), control)
+
+
+def test_bilinear_is_the_equation():
+    "Y = G W P' + b with both embeddings, all matrices written out."
+    training, rng = bare(30, 50), np.random.default_rng(1)
+    features = pd.DataFrame(rng.normal(size=(34, 4)), index=[f"T{i}" for i in range(34)])
+    template = blank([f"T{i}+ctrl" for i in range(30, 34)], 50)
+    found = bilinear(template, training, None, features, Bilinear(components=6, penalties=(.7,)))
+    b = training.delta.mean(0)
+    Y = (training.delta - b).T                                          # genes × targets
+    G = np.linalg.svd(Y, full_matrices=False)[0][:, :6]
+    P = features[:30].to_numpy() - features[:30].to_numpy().mean(0)
+    scale = np.sqrt((P**2).sum(1).mean())
+    P, asked = P/scale, (features[30:].to_numpy() - features[:30].to_numpy().mean(0))/scale
+    W = np.linalg.inv(G.T@G + .7*np.eye(6))@G.T@Y@P@np.linalg.inv(P.T@P + .7*np.eye(4))
+    np.testing.assert_allclose(found.delta, (G@W@asked.T).T + b, atol=1e-8)
+    assert found.provenance["lines"]["a"]["chosen"] == .7 and found.provenance["components"] == 6
+
+
+def test_a_target_without_features_stands_where_its_gene_does():
+    training = bare(40, 12)
+    rows = response_rows(training, [f"T{i}" for i in range(10)] + ["g10", "g11"], 5)
+    V = np.linalg.svd(training.delta - training.delta.mean(0), full_matrices=False)[2][:5]
+    np.testing.assert_allclose(np.abs(rows.loc["T3"]), np.abs(V[:, 3]))
+    template = blank(["T3+ctrl", "T20+ctrl"], 12)
+    template = PredictionSet(template.name, tuple(rows.index), *[getattr(template, f) for f in (
+        "cells", "observed", "control", "groups", "control_mean", "delta", "train_delta", "expression_space")])
+    found = bilinear(template, training, None)
+    assert found.provenance["fallback"] == ["T20+ctrl"]     # not measured: the mean
+    np.testing.assert_allclose(found.delta[1], training.delta.mean(0))
+
+
+def three_lines():
+    "Lines a, b and c; b responds as a does, c otherwise; T0 is held out in a, T1 was seen in a alone."
+    training = bare(8, 20, "abc", control=np.random.default_rng(2).random((24, 20)))
+    delta = training.delta.copy()
+    delta[8:16] = delta[:8] + .1*np.random.default_rng(3).normal(size=(8, 20)) + 1.
+    keep = ~((training.groups["cell_type"] == "a") & (training.groups["condition"] == "T0+ctrl")).to_numpy()
+    keep &= ~((training.groups["cell_type"] != "a") & (training.groups["condition"] == "T1+ctrl")).to_numpy()
+    training = Training(training.groups[keep].reset_index(drop=True),
+                        [t for t, k in zip(training.targets, keep) if k], delta[keep],
+                        training.control[keep])
+    return blank(["T0+ctrl", "T1+ctrl", "T99+ctrl"], 20), training
+
+
+def test_other_lines_by_a_loop():
+    template, training = three_lines()
+    def of(line): return [i for i, l in enumerate(training.groups["cell_type"]) if l == line]
+    mean = {l: training.delta[of(l)].mean(0) for l in "abc"}
+    seen = {(training.targets[i][0], training.groups["cell_type"][i]): training.delta[i]
+            for i in range(len(training.delta))}
+    alike = line_likeness(template, training).loc["a"]
+    assert alike["b"] > .95 > .5 > alike["c"] and np.isnan(alike["a"])
+    apart = [seen["T0", l] - mean[l] for l in "bc"]
+    everywhere, near = same_elsewhere(template, training, None), nearest_line(template, training, None)
+    np.testing.assert_allclose(everywhere.delta[0], mean["a"] + np.mean(apart, 0))
+    np.testing.assert_allclose(near.delta[0], mean["a"] + apart[0])
+    for s in (everywhere, near):    # seen in its own line only, or nowhere: the mean of the line
+        np.testing.assert_allclose(s.delta[1:], [mean["a"]]*2)
+        assert s.provenance["fallback"] == ["T1+ctrl", "T99+ctrl"]
+
+
+def test_a_line_without_training_is_compared_by_its_controls():
+    template, training = three_lines()
+    rows = (training.groups["cell_type"] != "a").to_numpy()
+    control = np.where((training.groups["cell_type"] == "c").to_numpy()[:, None], np.arange(20.),
+                       np.arange(20.)[::-1])
+    rest = Training(training.groups[rows].reset_index(drop=True),
+                    [t for t, k in zip(training.targets, rows) if k], training.delta[rows], control[rows])
+    asked = PredictionSet("control_mean", template.genes, template.cells,
+                          template.observed, template.control, template.groups,
+                          np.tile(np.arange(20.)**1.1,
+                                  (3, 1)), template.delta, template.train_delta, "log1p")
+    assert line_likeness(asked, rest).loc["a"].idxmax() == "c"
+    near, c = nearest_line(asked, rest, None), rest.groups["cell_type"].to_numpy() == "c"
+    t0 = [t == ("T0",) for t in rest.targets]
+    home = np.mean([rest.delta[~c].mean(0), rest.delta[c].mean(0)], 0)
+    np.testing.assert_allclose(near.delta[0], home + rest.delta[c & t0][0] - rest.delta[c].mean(0))
+
+
+def test_what_is_carried_between_simulated_lines_beats_the_mean():
+    adata = simulated(n_cell_types=3, n_doubles=0, n_cells=3000)
+    held = sorted(set(adata.obs["cell_type"]))[-1]
+    split = make_split(adata, "cell_type", held_out=[held], allow_empty_val=True)
+    template = test_set(adata, split)
+    r = lambda s: np.mean(
+        [np.corrcoef(o, p)[0, 1] for b in [pseudobulk(s)] for o, p in zip(b.observed, b.predicted)])
+    assert min(r(f(template, adata, split))
+               for f in (same_elsewhere, nearest_line)) > r(train_mean(template)) + .05
+
+
+def test_tanimoto_is_that_of_rdkit():
+    from rdkit.DataStructs import CreateFromBitString, TanimotoSimilarity
+    bits = (np.random.default_rng(0).random((5, 64)) < .3).astype(float)
+    vectors = [CreateFromBitString("".join(str(int(x)) for x in row)) for row in bits]
+    expected = [[TanimotoSimilarity(a, b) for b in vectors] for a in vectors]
+    np.testing.assert_allclose(tanimoto(bits, bits), expected)
+    assert tanimoto(bits[:1]*0, bits[:2]*0).tolist() == [[0, 0]]
+
+
+def test_compounds_are_answered_by_the_most_alike():
+    training, rng = bare(30, 40), np.random.default_rng(5)
+    bits = pd.DataFrame((rng.random((33, 80)) < .2).astype(float), index=[f"T{i}" for i in range(33)])
+    bits.iloc[31] = bits.iloc[4].where(np.arange(80) > 3, 1 - bits.iloc[4])     # nearly the fourth
+    template = blank(["T30+ctrl", "T31+ctrl", "T32+ctrl", "T99+ctrl"], 40)
+    found = tanimoto_neighbours(template, training, None, bits, k=(1,), shrink=.25)
+    mean = training.delta.mean(0)
+    np.testing.assert_allclose(found.delta[1], mean + .75*(training.delta[4] - mean))
+    loop = [[(a*b).sum()/((a + b) > 0).sum() for b in bits[:30].to_numpy()] for a in bits[30:].to_numpy()]
+    three = tanimoto_neighbours(template, training, None, bits, k=(3,), shrink=0.)
+    for i in range(3):
+        nearest = np.argsort(-np.array(loop[i]), kind="stable")[:3]
+        np.testing.assert_allclose(three.delta[i], training.delta[nearest].mean(0))
+    assert three.provenance["fallback"] == ["T99+ctrl"]
+    np.testing.assert_allclose(three.delta[3], mean)
+
+
+def test_what_a_method_was_told_is_read_from_its_name():
+    assert told("shuffled ridge, graph").target == "another's features" and told(
+        "ridge, graph").features == "graph"
+    assert told("train_mean, own gene")[:2] == ("own gene", "all") and told("half_of_the_cells").cells == "half"
+    assert {n for n, m in METHODS.items() if m.cells} == {
+        "half_of_the_cells", "interpolated_duplicate", "noise_ceiling", "oracle"}
+    with pytest.raises(ValueError, match="found 'magic, graph'"): told("magic, graph")
+
+
 # ---- ceiling and oracle ----
 
 @pytest.mark.parametrize("control", ["cell_type", "batch"])
@@ -457,8 +601,11 @@ def test_run_baselines_makes_what_the_data_allow(case):
         "control_mean", "train_mean", "train_mean, own gene", "nearest_neighbours, random, own gene",
         "random_forest, random, own gene", "ridge, random", "nearest_neighbours, random",
         "random_forest, random", "gaussian_process, random", "shuffled ridge, random", "graph_neighbours",
-        "gaussian_process, graph", "additive", "half_of_the_cells", "oracle"
+        "gaussian_process, graph", "bilinear, random", "same_elsewhere", "nearest_line", "additive",
+        "half_of_the_cells", "oracle"
     }
+    about = told_table(list(sets))      # every method says what it was told
+    assert about.loc["ridge, random", "features"] == "random" and (about["does"] != "").all()
     assert all(s.name == name and s.provenance["split"] == split.hash for name, s in sets.items())
     some = ["half_of_the_cells", "train_mean"]
     assert list(run_baselines(template, adata, split, only=some, progress=False)) == some
@@ -568,3 +715,18 @@ def test_known_answers_of_the_twin(shared):
     assert r(process) == pytest.approx(.439, abs=.02) and r(process, beyond=True) == pytest.approx(.310,
                                                                                                    abs=.03)
     assert r(oracle(template, adata, log_fold=fold, as_delta=False)) == pytest.approx(.500, abs=.02)
+
+
+def test_a_wider_amplitude_is_further_from_the_train_mean_in_the_same_direction(case):
+    adata, split, template, features, _ = case
+    made = ridge(template, adata, split, features)
+    wide = amplified(made, 1.25)
+    np.testing.assert_allclose(wide.delta - template.train_delta, 1.25*(made.delta - template.train_delta))
+    assert wide.name == f"{made.name} × 1.25" and told("biojepa × 1.25") == told("biojepa")
+
+
+def test_the_error_of_a_mean_holds_what_was_added_to_the_memory_but_not_at_targeted_genes():
+    added = np.array([[3., 0, 4]])
+    found = error_of_mean(np.array([[4., 1, 3]]), added, [("a",)], ["a", "b", "c"])
+    np.testing.assert_allclose(found, [[4., 1, 5]])
+    assert added[0, 0] == 3     # left as it was

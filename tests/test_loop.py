@@ -565,6 +565,15 @@ def test_noise_about_a_falling_loss_of_any_sign_is_no_divergence(scale, shift, s
     assert progress.ended() is None
 
 
+def test_a_gradient_that_vanishes_and_returns_is_no_divergence():
+    "Pairs that are learned by heart leave no gradient; the next noise is a thousand times it."
+    progress = Progress(StageConfig(epochs=1, batch_size=1, lr=1))
+    values = [(4, 7.), (3, 6.), (.1, 1e-4), (.2, 3.)]
+    rows = [dict(step=n, loss=loss, grad_norm=norm) for n, (loss, norm) in enumerate(values)]
+    assert not any(progress.add(row) for row in rows)
+    assert "the gradient norm is 1000, more than" in progress.add(dict(step=9, loss=.2, grad_norm=1e3))
+
+
 def test_validation_runs_in_evaluation_mode_without_gradient(tmp_path):
     seen = []
     def validate(model):

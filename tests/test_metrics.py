@@ -484,10 +484,12 @@ def test_unrelated_prediction_is_chance(cells):
 def test_evaluate_gives_what_can_be_given(ps, guess, de):
     assert set(evaluate(ps)["metric"]) == {n for n, k in METRICS.items() if set(k.needs) <= {"ps"}}
     full = evaluate(guess, de=de)
-    assert set(full["metric"]) == set(METRICS) and set(full["method"]) == {"guess"}
+    plain = {n: k for n, k in METRICS.items()
+             if not {"counts", "weights"} & set(k.needs)}  # others stand in notebooks of their own
+    assert set(full["metric"]) == set(plain) and set(full["method"]) == {"guess"}
     assert list(full) == ["method", "metric", "condition", "cell_type", "value", "n_cells"]
     counts = full.groupby("metric").size()
-    assert all(counts[n] == (1 if k.level == "panel" else 10) for n, k in METRICS.items())
+    assert all(counts[n] == (1 if k.level == "panel" else 10) for n, k in plain.items())
     assert set(evaluate(guess, ["pds", "mse_delta"])["metric"]) == {"pds", "mse_delta"}
     with pytest.raises(ValueError, match="de_overlap_20 needs de"): evaluate(guess, ["de_overlap_20"])
     with pytest.raises(ValueError, match="cell_coverage_50 needs cell_variance"):
@@ -503,6 +505,20 @@ def test_registry_says_how_to_read_each_metric():
         assert k.direction != "nominal" or 0 < k.best < 1
     with pytest.raises(ValueError, match="'pds' is taken"):
         m.metric("perturbation", "another", name="pds")(lambda pb: 0)
+
+
+def test_a_metric_once_declared_keeps_its_meaning():
+    "The same declaration again is allowed, as when a cell is run twice; another direction, space or source is not."
+    before = METRICS["pds"]
+    same = dict(label=before.label, chance=.5, standard=before.standard, name="pds")
+    m.metric("perturbation", **same)(m.pds)
+    assert METRICS["pds"] == before
+    for other in (dict(direction="lower"), dict(standard=before.standard._replace(space="summed counts")),
+                  dict(best=0.)):
+        with pytest.raises(ValueError, match="means something else"):
+            m.metric("perturbation", **same | other)(m.pds)
+    with pytest.raises(AttributeError): METRICS["pds"].standard.space = "counts"
+    assert METRICS["pds"] == before
 
 
 # --- known answers

@@ -239,7 +239,7 @@ def test_maps_that_no_answer_shows_are_the_released_ones(converted):
 
 def test_sizes_are_those_of_the_file_and_switches_those_of_the_paper(tmp_path, decoder):
     path = written(tmp_path/"m.pt", random_state(encoder=2, masked=1, predictor=3))
-    model, genes, actions = convert_released(path, GENES, decoder, n_heads=2)
+    model, genes, actions, *_ = convert_released(path, GENES, decoder, n_heads=2)
     sizes = dict(n_genes=G,
                  d_model=D,
                  n_heads=2,
@@ -451,7 +451,7 @@ def test_an_absent_file_and_a_list_are_refused(tmp_path):
 
 @torch.no_grad()
 def test_saved_and_read_again_it_answers_the_same(tmp_path, decoder):
-    model, genes, actions = convert_released(written(tmp_path/"m.pt", SMALL), GENES, decoder)
+    model, genes, actions, *_ = convert_released(written(tmp_path/"m.pt", SMALL), GENES, decoder)
     again = from_pretrained(save_pretrained(model, tmp_path/"ours", genes, actions), genes=GENES)
     g = torch.Generator().manual_seed(5)
     x, size, guide = torch.rand(5, G, generator=g), torch.rand(5, generator=g), guides(2, g)

@@ -18,6 +18,7 @@ from biojepa.data.loaders import cell_loader
 from biojepa.data.preprocess import prepare
 from biojepa.data.splits import make_split
 from biojepa.model.biojepa import BioJEPA, Context
+from biojepa.predict.many import predict_many
 from biojepa.training.align import align_stage, retrieval_report
 from biojepa.training.dynamics import GeneMaps, dynamics_stage, gene_maps, mean_targets, noisy, settle_
 from biojepa.training.loop import fit
@@ -235,6 +236,16 @@ def test_the_lift_is_how_latents_move_with_expression(remembering, screen):
     with torch.no_grad(): moved = model.shift(context, bare).mean[0]
     torch.testing.assert_close(moved, model.remembered(context, bare)[0, :, None]*model.lift)
     assert model.lift.abs().sum() > 0
+
+
+def test_many_actions_in_one_context_remember_as_single_pairs_do(remembering, screen):
+    model, actions, _, _, _ = remembering
+    x, size, some = torch.rand(3, 60), torch.full((3,), 8.), actions.take(torch.from_numpy(screen.train[:2]))
+    shared = predict_many(model, Context(model, x, size), some, relative=True)
+    for p in range(2):
+        own = some.take(torch.full((3,), p))
+        with torch.no_grad(): moved = model.shift(Context(model, x, size), own).mean
+        torch.testing.assert_close(shared[p], moved, atol=1e-5, rtol=1e-4)
 
 
 def test_what_held_out_perturbations_do_not_confirm_is_dropped(screen, remembering):

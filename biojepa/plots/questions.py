@@ -195,7 +195,7 @@ def plot_reliability(
     left.axvline(intervals["nominal"].iloc[0], color="0.6", ls="--", lw=1)
     left.set(yticks=range(len(methods)), yticklabels=[look(m).label for m in methods], ylim=(len(methods) - .5, -.5),
              xlabel="share of measured changes inside 95 % intervals")
-    left.legend(loc="lower left")
+    left.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=.2)
     error = np.abs(quarters[["low", "high"]].to_numpy().T - quarters["r"].to_numpy())
     right.errorbar(quarters["part"], quarters["r"], yerr=error, fmt="o-", color=BLUE, capsize=2)
     names = [f"{row.reliability:.2f}\n(n = {row.n})" for row in quarters.itertuples()]

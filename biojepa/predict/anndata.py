@@ -255,9 +255,8 @@ def _as_anndata(
     values = _VALUES[space.expression_space].format(scaled=scaled)
     provenance |= dict(cells=space._asdict(), data=str(adata.uns["biojepa"].get("source", "unknown")),
                        biojepa=version("biojepa"))
-    about = dict(schema_version=1, source="biojepa.predict", expression_space=space.expression_space,
-                 level=level, values=f"predicted {values}; not counts, not changes",
-                 layers={k: _MEANING[k] for k in layers},
+    about = dict(schema_version=1, source="biojepa.predict", expression_space=space.expression_space, level=level,
+                 values=f"predicted {values}; not counts, not changes", layers={k: _MEANING[k] for k in layers},
                  provenance=json.dumps(provenance))
     return AnnData(layers["predicted"], obs=rows, var=adata.var[["gene_name"]].copy(), layers=layers,
                    uns=dict(biojepa=about))

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['control_mean', 'train_mean', 'Training', 'training_deltas', 'Guess', 'mean_guess', 'guess_by_line', 'additive',
-           'with_own_gene', 'oracle', 'HalvesError', 'half_of_the_cells', 'noise_ceiling']
+           'line_likeness', 'same_elsewhere', 'nearest_line', 'with_own_gene', 'oracle', 'HalvesError', 'halves',
+           'half_of_the_cells', 'noise_ceiling']
 
 # %% ../../nbs/5_predict/06_baselines.ipynb #f75f2e99
 from collections.abc import Callable
@@ -46,6 +47,7 @@ class Training(NamedTuple):
     groups:pd.DataFrame                 # C rows: condition, cell_type, n_cells
     targets:list[tuple[str, ...]]       # of each
     delta:np.ndarray                    # (C, G)
+    control:np.ndarray|None = None      # (C, G) mean of the controls beside each
 
 def training_deltas(
     template:PredictionSet,     # says what Δ refers to
@@ -57,7 +59,8 @@ def training_deltas(
     check_template(template, adata, split)
     rows, controls = split.cells(adata, "train"), split.controls(adata, "train")
     means = group_means(adata, rows, controls, "condition", template.provenance.get("control", "cell_type"))
-    return Training(means.groups, [parse_condition(c) for c in means.groups["condition"]], means.delta)
+    targets = [parse_condition(c) for c in means.groups["condition"]]
+    return Training(means.groups, targets, means.delta, means.control)
 
 # %% ../../nbs/5_predict/06_baselines.ipynb #e9343700
 class Guess(NamedTuple):
@@ -111,6 +114,73 @@ def additive(
         got = [sum(alone.get(g, mean) for g in t) if k else delta.mean(0) for t, k in zip(asked, known)]
         return Guess(np.stack(got), known, about=dict(n_singles=len(alone)))
     return guess_by_line(name, template, training_deltas(template, adata, split), guess)
+
+# %% ../../nbs/5_predict/06_baselines.ipynb #e15e0002
+def line_likeness(
+    template:PredictionSet,
+    training:Training,
+)->pd.DataFrame:        # line asked about × line of training, higher is more alike; NaN for a line and itself
+    "How alike lines are: by what the same conditions do in both, else by their controls."
+    own, trained = (x.groups["cell_type"].astype(str).to_numpy() for x in (template, training))
+    lines, asked = (pd.unique(x) for x in (trained, own))
+    base = {l: template.control_mean[own == l].mean(0) for l in asked}
+    if training.control is not None: base |= {l: training.control[trained == l].mean(0) for l in lines}
+    apart = {
+        l:
+        pd.DataFrame(training.delta[trained == l] - training.delta[trained == l].mean(0),
+                     index=["+".join(t) for t, x in zip(training.targets, trained) if x == l])
+        for l in lines
+    }
+    def of_responses(a, b):
+        both = apart[a].index.intersection(apart[b].index) if a in apart else []
+        return np.corrcoef(*(apart[l].loc[both].to_numpy().ravel()
+                             for l in (a, b)))[0, 1] if len(both) > 2 else np.nan
+    def of_controls(a, b):
+        if b not in base:
+            raise ValueError("training: has no controls to compare lines by; make it with training_deltas")
+        return np.corrcoef(base[a], base[b])[0, 1]
+    def row(a):
+        others = [b for b in lines if b != a]
+        found = {b: of_responses(a, b) for b in others}
+        if np.isnan(list(found.values())).any(): found = {b: of_controls(a, b) for b in others}
+        return found
+    return pd.DataFrame({a: row(a) for a in asked}).T.reindex(columns=lines)
+
+def _carried_over(
+    name:str,
+    template:PredictionSet,
+    training:Training,
+    nearest:int|None,   # lines that answer: so many of those most alike that have seen the condition; all if None
+)->PredictionSet:
+    "What a condition added to the mean of other lines, on the mean of its own."
+    own, trained = (x.groups["cell_type"].astype(str).to_numpy() for x in (template, training))
+    mean = {l: training.delta[trained == l].mean(0) for l in pd.unique(trained)}
+    seen = {(t, l): d - mean[l] for t, l, d in zip(training.targets, trained, training.delta)}
+    alike = line_likeness(template, training)
+    delta, known, source = template.delta.copy(), np.zeros(len(own), bool), {}
+    for i, (condition, line) in enumerate(zip(template.groups["condition"], own)):
+        targets = parse_condition(condition)
+        others = alike.loc[line].dropna().sort_values(ascending=False).index
+        answers = [l for l in others if (targets, l) in seen][:nearest]
+        home = mean.get(line, np.mean([mean[l] for l in others], 0) if len(others) else template.train_delta)
+        delta[i] = home + (np.mean([seen[targets, l] for l in answers], 0) if answers else 0.)
+        known[i], source[line] = bool(answers), list(others[:nearest])
+    fallback = sorted(set(template.groups["condition"][~known]))
+    return template.with_prediction(name, delta, n_fallback=len(fallback), fallback=fallback, lines=source)
+
+def same_elsewhere(
+    template:PredictionSet, adata:AnnData, split,
+    name:str="same_elsewhere",
+)->PredictionSet:
+    "The same perturbation in all other lines of training; the mean of its own line where no other has seen it."
+    return _carried_over(name, template, training_deltas(template, adata, split), None)
+
+def nearest_line(
+    template:PredictionSet, adata:AnnData, split,
+    name:str="nearest_line",
+)->PredictionSet:
+    "The same perturbation in the line most alike that has seen it."
+    return _carried_over(name, template, training_deltas(template, adata, split), 1)
 
 # %% ../../nbs/5_predict/06_baselines.ipynb #6522f142
 def with_own_gene(
@@ -174,7 +244,7 @@ def oracle(
 class HalvesError(ValueError):
     "Too few cells to be halved."
 
-def _halves(
+def halves(
     labels:np.ndarray,          # (n,) what is dealt evenly
     rng:np.random.Generator,
 )->np.ndarray:                  # (n,) bool, True for the first half
@@ -196,7 +266,7 @@ def half_of_the_cells(
     obs = adata.obs.astype({c: str for c in ("perturbation", "cell_type", "batch")})
     def labels(at, column): return (obs[column].iloc[at] + "\n" + obs["cell_type"].iloc[at]).to_numpy()
     rng, group = np.random.default_rng(seed), labels(rows, "perturbation")
-    first, own = _halves(group, rng), _halves(labels(controls, "batch"), rng)
+    first, own = halves(group, rng), halves(labels(controls, "batch"), rng)
     for some, what in ((first, "perturbation of this part has two cells"), (own, "gem group has two controls")):
         if not some.any(): raise HalvesError(f"adata: no {what} to be halved; leave out half_of_the_cells")
     rest, others = rows[~first & np.isin(group, group[first])], controls[~own]

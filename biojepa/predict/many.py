@@ -202,7 +202,9 @@ def time_forms(
     library = torch.full((n_cells,), 9., device=device)
     index = torch.zeros(n_actions, n_tokens, dtype=torch.long)
     genes = torch.randint(0, c.n_genes, (n_actions, 1), generator=generator)
-    actions = ActionBatch(random(n_actions, n_tokens, c.d_protein), index, index, index == 0, genes).to(device)
+    recall = random(n_actions, 1, c.n_recalled) if c.n_recalled else None
+    features = random(n_actions, n_tokens, c.d_protein)
+    actions = ActionBatch(features, index, index, index == 0, genes, recall).to(device)
     def shared():
         context = Context(model, x, library)
         for rows in torch.arange(n_actions, device=device).split(4):

@@ -22,7 +22,8 @@ from ..config import MemoryConfig
 from ..data.conditions import parse_condition
 from ..data.own_gene import own_gene_effects
 from biojepa.predict.baselines import (
-    additive, control_mean, half_of_the_cells, oracle, train_mean, training_deltas, with_own_gene
+    additive, control_mean, half_of_the_cells, nearest_line, oracle, same_elsewhere, train_mean,
+    training_deltas, with_own_gene
 )
 from .model import predictions
 from .peers import Gears, gears_predictions
@@ -30,7 +31,7 @@ from biojepa.predict.processes import (
     diffusion_kernel, feature_kernel, gaussian_process, graph_neighbours, remembered
 )
 from biojepa.predict.regressors import (
-    nearest_neighbours, random_forest, ridge, shuffle_features, target_features
+    bilinear, nearest_neighbours, random_forest, ridge, shuffle_features, target_features
 )
 from .sets import PredictionSet, test_set
 from ..training.run import Run
@@ -53,7 +54,8 @@ def baseline_plan(
     def on_graph(*args, name): return gaussian_process(*args, diffusion_kernel(relations, genes), name=name)
     add_informed("train_mean")
     for kind, table in features.items():
-        for make in (ridge, nearest_neighbours, random_forest): add(f"{make.__name__}, {kind}", make, table)
+        for make in (ridge, bilinear, nearest_neighbours, random_forest):
+            add(f"{make.__name__}, {kind}", make, table)
         for name in ("nearest_neighbours", "random_forest"): add_informed(f"{name}, {kind}")
         add(f"gaussian_process, {kind}", on_features, table)
         add(f"shuffled ridge, {kind}", ridge, shuffle_features(table, seed))
@@ -61,6 +63,9 @@ def baseline_plan(
         genes = sorted({g for c in conditions for g in parse_condition(c)})
         add("graph_neighbours", graph_neighbours, relations)
         add("gaussian_process, graph", on_graph)
+    lines = adata.obs["cell_type"].astype(str).iloc[split.cells(adata, "train")]
+    if lines.nunique() > 1 or not set(template.groups["cell_type"]) <= set(lines):
+        for make in (same_elsewhere, nearest_line): add(make.__name__, make)
     if any(len(parse_condition(c)) > 1 for c in template.groups["condition"]): add("additive", additive)
     plan["half_of_the_cells"] = lambda: half_of_the_cells(template, adata, split, seed)
     if {"truth", "true_log_fold"} & set(adata.uns): plan["oracle"] = lambda: oracle(template, adata, split)

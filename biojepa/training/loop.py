@@ -262,7 +262,7 @@ class Progress:
         config:StageConfig,     # `loss_limit`, `gradient_limit`, `end_limit`
         rows:list[dict]=(),     # of the log so far
     ):
-        self.config, self.first, self.last, self.n = config, [], deque(maxlen=3), 0
+        self.config, self.first, self.norms, self.last, self.n = config, [], [], deque(maxlen=3), 0
         self.best = self.gentlest = math.inf    # smallest loss and gradient norm
         for row in rows: self.add(row)
 
@@ -277,10 +277,10 @@ class Progress:
         (loss, norm), c, why = (row["loss"], row.get("grad_norm", 0)), self.config, None
         if self.first and c.loss_limit and loss - self.best > c.loss_limit*self.size:
             why = f"the loss is {loss:.4g}, its best was {self.best:.4g}, a rise of more than {c.loss_limit:g} sizes"
-        elif c.gradient_limit and norm > c.gradient_limit*self.gentlest:
+        elif self.norms and c.gradient_limit and norm > c.gradient_limit*max(self.gentlest, median(self.norms)/100):
             why = f"the gradient norm is {norm:.4g}, more than {c.gradient_limit:g} times its best {self.gentlest:.4g}"
         self.n += 1; self.last.append(loss); self.best = min(self.best, loss)
-        if len(self.first) < 3: self.first.append(loss)
+        if len(self.first) < 3: self.first.append(loss); self.norms.append(norm)
         if norm: self.gentlest = min(self.gentlest, norm)
         return why
 

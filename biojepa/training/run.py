@@ -47,7 +47,7 @@ from .align import align_stage
 from .checkpoints import own_randomness
 from .dynamics import Settled, actions_of, dynamics_stage, scale_residual_, settle_
 from .loop import Stage, fit, make_fabric
-from .monitor import watched
+from .monitor import AT_ONCE, watched
 from .pretrain import pretrain_stage
 from .readout import readout_stage
 
@@ -200,8 +200,10 @@ def predicted_latents(
     actions:ActionBatch,    # (P, A, F)
 )->dict[str, Tensor]:       # name -> (g, B, D)
     "Latents that the predictor gives to whole control cells under their actions."
-    mean = model.predict_latent(pairs.x_ctrl, pairs.log_library_size_ctrl, actions_of(pairs, actions)).mean
-    return dict(predicted=mean[:, genes].transpose(0, 1))
+    parts, own = (pairs.x_ctrl, pairs.log_library_size_ctrl), actions_of(pairs, actions)
+    rows = torch.arange(len(pairs.x_ctrl), device=genes.device).split(AT_ONCE)
+    mean = [model.predict_latent(*(t[at] for t in parts), own.take(at)).mean[:, genes] for at in rows]
+    return dict(predicted=torch.cat(mean).transpose(0, 1))
 
 # %% ../../nbs/4_training/08_run.ipynb #507983da
 def run_stages(
