@@ -570,3 +570,11 @@ def test_one_context_needs_less_arithmetic_than_many():
         "plain", "naive", "one context"
     ] and times.mflop[1] > 2*times.mflop[2]  # 2.36 times; seconds depend on the machine
     assert (times[["milliseconds", "processor_milliseconds"]] > 0).all(axis=None)
+
+
+def test_a_model_that_adds_nothing_to_its_memory_has_no_gradient_to_follow(data, model):
+    adata, _, table, actions = data
+    silent = BioJEPA(model.config.changed(predicts="change", delta_from="teacher", n_recalled=2))
+    remembered = actions._replace(recall=torch.rand(len(table), 1, 2))
+    with pytest.raises(ValueError, match="there is no gradient; rank real actions instead"):
+        optimise_action(silent, controls(adata), controls(adata), remembered, table, progress=False)

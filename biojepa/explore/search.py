@@ -526,6 +526,9 @@ def optimise_action(
     actions, table = _candidates(model, actions, table)
     (state,) = _states(model, target_state, reference, False, 64).values()
     module, _ = model_and_genes(model)
+    if module.config.n_recalled and not module.predictor.mean.weight.any():
+        raise ValueError("model: adds nothing to what it remembers of an action, so its answer does not depend on an "
+                         "action's latent and there is no gradient; rank real actions instead (rank_actions)")
     cells = _ready(model, source_cells, "source_cells")
     x, library = _source(cells, n_cells, seed)
     device, actions = next(module.parameters()).device, _in_line_of(module, cells, actions)
