@@ -226,6 +226,15 @@ def left_out(self:Memory)->np.ndarray:  # (P, 1 + R)
     return self.recall(self.perturbations, self.members(process, left_out=True), left_out=True)
 
 @patch
+def heaviest(self:Memory,
+    weights:np.ndarray,     # (P,) of an answer
+    n:int,
+)->list[tuple[str, float]]:
+    "The training perturbations that weigh most, and their weights."
+    order = np.argsort(-np.abs(weights), kind="stable")[:n]
+    return [("+".join(self.perturbations[p]), weights[p]) for p in order]
+
+@patch
 def leaning(self:Memory,
     perturbations:Sequence[tuple[str, ...]],
     n:int=5,                # rows for each
@@ -233,9 +242,8 @@ def leaning(self:Memory,
     "The training perturbations an answer rests on, the heaviest first."
     rows = []
     for targets, weights in zip(perturbations, self.answer(perturbations).weights):
-        for p in np.argsort(-np.abs(weights), kind="stable")[:n]:
-            on = "+".join(self.perturbations[p])
-            rows.append(dict(perturbation="+".join(targets), leans_on=on, weight=weights[p]))
+        for on, weight in self.heaviest(weights, n):
+            rows.append(dict(perturbation="+".join(targets), leans_on=on, weight=weight))
     return pd.DataFrame(rows, columns=["perturbation", "leans_on", "weight"])
 
 # %% ../../nbs/2_actions/09_memory.ipynb #a78f8f68

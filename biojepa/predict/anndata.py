@@ -220,9 +220,8 @@ def _with_reliability(
         said = memory.answer([asked[k] for k in some])
         own, added = [asked[k] for k in some], layers["delta"][at[some]] - said.delta
         error[at[some]] = error_of_mean(said.sd, added, own, genes)
-        order = np.argsort(-np.abs(said.weights), axis=1, kind="stable")[:, :n]
-        leans = [", ".join(f"{'+'.join(memory.perturbations[p])} {w[p]:.2f}" for p in best if w[p])
-                 for best, w in zip(order, said.weights)]
+        leans = [", ".join(f"{on} {weight:.2f}" for on, weight in memory.heaviest(w, n) if weight)
+                 for w in said.weights]
         told.append(pd.DataFrame(dict(reliability=said.reliability, known=said.known, leans_on=leans),
                                  index=rows.index[at[some]]))
     told = pd.concat(told).reindex(rows.index) if told else pd.DataFrame(index=rows.index)
