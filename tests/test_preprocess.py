@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
+import torch
 
 from biojepa.data.conditions import SchemaError
 from biojepa.data.datasets import load_dataset
@@ -435,3 +436,13 @@ def test_known_answers_of_the_twin(shared):
         assert np.mean((X[rows] - mean)**2) == pytest.approx(mse, abs=.02)
         assert np.mean([1 - np.sum((m - mean)**2)/np.sum((m - m.mean())**2)
                         for m in means.values()]) == pytest.approx(r2, abs=.02)
+
+
+def test_the_choice_of_genes_leaves_torchs_threads_alone():
+    "numba, which scanpy calls, takes all processors; runs beside each other would then wait for each other."
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        prepare(screen(), n_top_genes=20, split=split_of("A+ctrl"))
+        assert torch.get_num_threads() == 1
+    finally: torch.set_num_threads(before)

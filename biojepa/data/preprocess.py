@@ -9,6 +9,7 @@ __all__ = ['TARGET_SUM', 'cells_hash', 'prepare']
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
+import torch
 from anndata import AnnData
 
 from ..core import object_hash
@@ -137,6 +138,7 @@ def _seurat_v3(
 )->np.ndarray:              # (G,) True for the chosen ones
     "scanpy's choice on counts."
     import scanpy as sc  # seconds to import, and only needed here
+    threads = torch.get_num_threads()
     values = counts.data.astype(np.min_scalar_type(int(counts.data.max())))
     small = AnnData(sp.csr_matrix((values, counts.indices, counts.indptr), shape=counts.shape)[rows])
     del values
@@ -150,6 +152,7 @@ def _seurat_v3(
         raise SchemaError(f"variable genes: the loess fit failed on {len(rows)} training cells × "
                           f"{counts.shape[1]} genes "
                           f"({error}); use more cells or genes, or n_top_genes=None") from error
+    finally: torch.set_num_threads(threads)     # numba, which scanpy calls, takes all of them
     return table["highly_variable"].to_numpy()
 
 # %% ../../nbs/1_data/13_preprocess.ipynb #fa780b9c

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 from anndata import AnnData
 
 from ..config import ExperimentConfig
@@ -201,7 +200,7 @@ def case_data(
     runs:Path=PATHS.runs,       # where splits of datasets are kept
 )->tuple[AnnData, Split]:       # prepared cells, who is held out
     "The cells of a case."
-    data, threads = case.experiment.data, torch.get_num_threads()
+    data = case.experiment.data
     if case.screen is None: adata, split = load_data(data, runs=runs)
     else:
         card = read_card("simulated").changed(simulate=asdict(case.screen),
@@ -212,6 +211,5 @@ def case_data(
         if data.split == "custom": split = unseen_targets(loaded, data.split_seed)
         else: split = make_split(loaded, data.split, data.split_seed)
         adata = prepare(loaded, data.expression_space, data.n_top_genes, split)
-    torch.set_num_threads(threads)   # the choice of variable genes (numba) changes it
     if case.genes < 1: adata = some_genes(adata, case.genes, data.split_seed)
     return with_truth_of_its_genes(adata), split
