@@ -21,6 +21,12 @@ from biojepa.data.network import SimulationSpec
 from biojepa.data.preprocess import prepare
 from biojepa.data.simulate import simulate_perturb_seq
 from biojepa.data.splits import make_split
+from biojepa.evaluate import cases, retrieval, sheets
+from biojepa.explore import representations, search
+from biojepa.explore.gene_probes import gene_probe
+from biojepa.explore.probes import label_parts
+from biojepa.model.biojepa import BioJEPA
+from biojepa.predict import anndata as predict_module, peers
 from biojepa.predict.baselines import additive, half_of_the_cells, train_mean, with_own_gene
 from biojepa.predict.model import predictions
 from biojepa.predict.sets import test_set as held_out_set  # a name that pytest does not collect
@@ -144,6 +150,57 @@ def test_test_sets_and_baselines_say_the_same(two):
     for a, b in zip(one, other, strict=True):
         if isinstance(a[0], list) and isinstance(a[0][0], float): np.testing.assert_allclose(a, b, atol=3e-6)
         else: assert a == b
+
+
+DRAWS = dict(
+    controls_of_predict=lambda a, s: predict_module._draw_controls(a, predict_module.PredictOptions(n_cells=7)),
+    controls_of_a_sheet=lambda a, s: sheets.some_controls(a, s, "test", a.obs["cell_type"].iloc[0], 9, 0),
+    first_halves=lambda a, s: s.cells(a, "train")[retrieval._first_half(a, s.cells(a, "train"), "condition", 0)],
+    cells_of_a_component=lambda a, s: representations._some(a, s.cells(a, "train"), 50, 0),
+    probed_cells=lambda a, s: representations.probed_cells(a, s, "train", 60, 0)[0],
+    controls_of_gears=lambda a, s: peers._task(a, s, None, ["G001+ctrl"], peers.Gears())[0].train.base[:60])
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_draws_from_rows_follow_names(two, name):
+    one, other = ([*a.obs_names[DRAWS[name](a, s)]] for a, s in two)
+    if name in ("probed_cells", "controls_of_gears"): assert one == other   # in this order
+    assert sorted(one) == sorted(other) and len(set(one)) > 5
+
+
+def test_cells_that_are_probed_are_dealt_to_the_same_parts(two):
+    def dealt(adata, split):
+        rows, _ = representations.probed_cells(adata, split, "train", 100, 0)
+        return [f"{n} {p}" for n, p in zip(adata.obs_names[rows], label_parts(adata.obs["condition"].iloc[rows]))],
+    same(dealt, two)
+
+
+def test_a_search_starts_from_the_same_cells(two):
+    found = [search._source(adata, 12, 0) for adata, _ in two]
+    one, other = (np.sort(x.numpy().sum(1)) for x, _ in found)
+    np.testing.assert_allclose(one, other, rtol=1e-5)
+
+
+def test_sketches_of_latents_and_shares_of_genes_follow_names(two):
+    def seen(adata, split):
+        small = preset("smoke").model.changed(n_genes=adata.n_vars, library_norm=(8., 1.))
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = BioJEPA(small).follow_names_(adata.var_names)
+        rows = by_name(adata, np.arange(adata.n_obs))
+        z = representations.latent_components(model, adata, rows[:20], rows[20:200], 3, 100, progress=False)
+        return np.abs(z), sorted(cases.some_genes(adata, .3, 1).var_names)
+    one, other = (seen(*x) for x in two)
+    np.testing.assert_allclose(one[0], other[0], atol=1e-3*one[0].max())
+    assert one[1] == other[1]
+
+
+def test_folds_of_a_probe_of_genes_follow_names(two):
+    def asked(adata, split):
+        level = pd.Series(np.asarray(adata.X.mean(0)).ravel(), adata.var_names)
+        x = dict(level=level.to_numpy()[:, None])
+        return gene_probe(x, level, "level", n_shuffles=1, n_draws=20, progress=False).genes
+    pd.testing.assert_frame_equal(*(asked(*x) for x in two), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("values", ["counts", "log1p"])
