@@ -22,6 +22,7 @@ from biojepa.data.preprocess import prepare
 from biojepa.data.simulate import simulate_perturb_seq
 from biojepa.data.splits import make_split
 from biojepa.evaluate import cases, retrieval, sheets
+from biojepa.evaluate.counted import count_responses, replicate_responses
 from biojepa.explore import representations, search
 from biojepa.explore.gene_probes import gene_probe
 from biojepa.explore.probes import label_parts
@@ -193,6 +194,17 @@ def test_sketches_of_latents_and_shares_of_genes_follow_names(two):
     one, other = (seen(*x) for x in two)
     np.testing.assert_allclose(one[0], other[0], atol=1e-3*one[0].max())
     assert one[1] == other[1]
+
+
+def test_counts_of_a_prediction_and_of_halves_are_drawn_by_name(two):
+    def counted(adata, split):
+        template = held_out_set(adata, split, "test", seed=3)
+        said = count_responses(train_mean(template, adata, split), adata, split)
+        half = replicate_responses(template, adata, split)
+        for side in (said.predicted, half.predicted, half.observed):
+            p = side.profiles["summed counts"]
+            yield from (by_gene(adata, p.mean), by_gene(adata, np.nan_to_num(side.calls[0])))
+    same(counted, two, exact=False)
 
 
 def test_folds_of_a_probe_of_genes_follow_names(two):
