@@ -111,7 +111,7 @@ def test_the_cells_that_are_probed(adata):
                 adata.obs.condition == dict(train="G1+ctrl", val="X+ctrl", test="G2+ctrl")[part])
         def controls(self, adata, part): return np.flatnonzero(adata.obs.condition == "ctrl")[:20]
     rows, fit = r.probed_cells(adata, Split(), "test", 15)
-    assert len(rows) == 15 and set(adata.obs.condition.iloc[rows]) == {"G2+ctrl"} and (np.diff(rows) > 0).all()
+    assert len(set(rows)) == 15 and set(adata.obs.condition.iloc[rows]) == {"G2+ctrl"}
     assert set(adata.obs.condition.iloc[fit]) == {"G1+ctrl", "ctrl"} and len(
         r.probed_cells(adata, Split(), "all")[0]) == N
     with pytest.raises(ValueError, match="part: found 'held_out'"): r.probed_cells(adata, Split(), "held_out")

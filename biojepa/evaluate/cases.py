@@ -180,7 +180,8 @@ def some_genes(
     seed:int=0,
 )->AnnData:
     "A random share of the genes, in their order."
-    at = np.sort(np.random.default_rng(seed).permutation(adata.n_vars)[:max(1, round(share*adata.n_vars))])
+    named = np.argsort(adata.var_names.to_numpy(str), kind="stable")
+    at = np.sort(np.random.default_rng(seed).permutation(named)[:max(1, round(share*adata.n_vars))])
     return adata[:, at].copy()
 
 def with_truth_of_its_genes(

@@ -29,6 +29,7 @@ from ..config import config_hash
 from ..core import atomic_path, object_hash
 from ..data.batches import ActionBatch, align_genes, dense_rows, row_source
 from ..data.conditions import condition_name
+from ..data.controls import by_name
 from ..data.means import match_groups, matched_means
 from ..model.biojepa import BioJEPA, Context, latents_of
 from ..model.readout import decode
@@ -444,7 +445,7 @@ def _source(cells:AnnData, n:int|None, seed:int)->tuple[Tensor, Tensor]:
     "Expression and library size of some cells."
     if n is not None and n < 1:
         raise ValueError(f"n_cells: found {n}; give a positive number of source cells, or None for all")
-    rows = np.sort(np.random.default_rng(seed).permutation(cells.n_obs)[:n])
+    rows = np.sort(np.random.default_rng(seed).permutation(by_name(cells, np.arange(cells.n_obs)))[:n])
     return dense_rows(row_source(cells),
                       rows), torch.from_numpy(cells.obs["log_library_size"].to_numpy(np.float32)[rows])
 

@@ -6,7 +6,7 @@
 __all__ = ['BioJEPA', 'Context', 'latents_of']
 
 # %% ../../nbs/3_model/12_biojepa.ipynb #fd0ae15c
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -45,6 +45,7 @@ class BioJEPA(nn.Module):
         if c.predicts == "change":
             for p in self.predictor.mean.parameters(): nn.init.zeros_(p)
         self.readout = LinearReadout(c.d_model, c.n_genes, c.readout)
+        self.register_buffer("place", torch.arange(c.n_genes), persistent=False)
         if c.intervenes: self.register_buffer("intervention", torch.tensor([1., 0.]).repeat(c.n_modes, 1))
         if c.n_recalled:
             self.register_buffer("responses", torch.zeros(c.n_recalled, c.n_genes))
@@ -55,8 +56,22 @@ class BioJEPA(nn.Module):
         generator:torch.Generator|None=None,  # source of randomness, on the device of `x`
     )->Tensor:                                # (B, G) bool
         "Draw the genes to hide; devices that share a batch draw for all and take their rows."
-        (rank, n), (n_cells, n_genes), c = devices(), x.shape, self.config
-        return random_gene_mask(n*n_cells, n_genes, c.mask_ratio, c.mask_kind, generator, x.device)[rank::n]
+        (rank, n), c = devices(), self.config
+        mask = random_gene_mask(n*len(x), c.n_genes, c.mask_ratio, c.mask_kind, generator, x.device)
+        return mask[rank::n, self.place]
+
+# %% ../../nbs/3_model/12_biojepa.ipynb #a15d0002
+@patch
+@torch.no_grad()
+def follow_names_(self:BioJEPA,
+    genes:Sequence[str],    # G names, in the order of the model
+)->BioJEPA:                 # itself
+    "Deal what a new model drew for each gene, and the genes that it will hide, by the genes' names."
+    self.place.copy_(torch.from_numpy(np.argsort(np.argsort(np.asarray(genes, str), kind="stable"))))
+    tables = [self.encoder.tokenizer.gene.weight, self.teacher.model.tokenizer.gene.weight, self.predictor.query.weight]
+    if self.readout.kind == "per_gene": tables.append(self.readout.linear.weight)
+    for table in tables: table.copy_(table[self.place])
+    return self
 
 # %% ../../nbs/3_model/12_biojepa.ipynb #4321e4e8
 @dataclass(frozen=True, eq=False)

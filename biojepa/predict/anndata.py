@@ -23,6 +23,7 @@ from ..actions.recall import Memories, load_memories, with_recall
 from ..actions.vocabulary import ActionTable, Modality, Mode
 from ..config import config_hash
 from ..data.batches import ActionBatch, align_genes, row_source
+from ..data.controls import by_name
 from ..data.means import sparse_rows
 from ..data.schema import validate
 from ..model.biojepa import BioJEPA
@@ -152,7 +153,7 @@ def _described(model:BioJEPA, table:ActionTable, banks:Sequence[FeatureBank], ge
 
 def _draw_controls(adata:AnnData, options:PredictOptions)->np.ndarray:  # sorted rows
     "Some control cells of each line."
-    rows = np.flatnonzero(adata.obs["condition"].astype(str) == "ctrl")
+    rows = by_name(adata, np.flatnonzero(adata.obs["condition"].astype(str) == "ctrl"))
     rng = np.random.default_rng(options.seed)
     line = adata.obs["cell_type"].astype(str).to_numpy()[rows]
     return np.sort(

@@ -254,7 +254,7 @@ def _run_in(
         split.save(folder/"split.json")
     if memories: memories = _as_begun(memories, folder/"memory.safetensors", actions, fabric)
     actions = actions.remembering(memories)
-    with own_randomness(experiment.seed): model = BioJEPA(experiment.model)
+    with own_randomness(experiment.seed): model = BioJEPA(experiment.model).follow_names_(adata.var_names)
     settled = None
     if memories: model.responses.copy_(torch.from_numpy(memories.responses))
     for name in stages:
