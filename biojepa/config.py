@@ -62,6 +62,8 @@ class ModelConfig(Frozen):
     predicts:Literal["latent", "change"] = "latent"  # what the action predictor gives
     intervenes:bool = False                  # change the targeted gene's own value first
     n_recalled:NonNegativeInt = 0            # numbers of an action's remembered change; set by the data, 0: no memory
+    sees_relations:bool = False              # each gene's relation to the targets is an input of the predicted change
+    n_relations:PositiveInt = 1              # kinds of relations, which are blocks of features; set by the data
     lines:tuple[str, ...] = ()               # cell lines that are remembered apart; the last number set is for others
     readout:Literal["shared", "per_gene"] = "shared"
     delta_from: Literal["encoder",
@@ -81,6 +83,9 @@ class ModelConfig(Frozen):
         if self.n_recalled and (self.predicts, self.delta_from) != ("change", "teacher"):
             raise ValueError("n_recalled: a memory needs predicts='change' and delta_from='teacher', found "
                              f"{self.predicts!r} and {self.delta_from!r}; what is predicted is added to it")
+        if self.sees_relations and self.predicts != "change":
+            raise ValueError(f"sees_relations: needs predicts='change', found {self.predicts!r}; "
+                             "what a relation does is added to a change")
         if self.logvar_min >= self.logvar_max:
             raise ValueError(f"logvar_min: found {self.logvar_min}, not below logvar_max {self.logvar_max}")
         return self
@@ -206,6 +211,7 @@ class MemoryConfig(Frozen):
     forest_width:PositiveInt = 48                           # columns of each block of features that its trees look at
     sharpness:float = Field(1.6, gt=0)                      # power of a target's shares in the clusters
     folds:PositiveInt = Field(5, ge=2)                      # in which the stack must earn its place
+    confidence:float = Field(.95, ge=0, lt=1)               # with which it must; 0: it need not
     pooled:float = Field(.5, ge=0, le=1)                    # how far a component's stack weights go to the common ones
     directions:PositiveInt = 128                            # kept, for what was measured of combinations' members
     least_combinations:PositiveInt = 8                      # in training, for anything but the sum of their members

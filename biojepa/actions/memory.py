@@ -32,7 +32,7 @@ class MemoryAnswer(NamedTuple):
     delta:np.ndarray        # (Q, G) change
     recall:np.ndarray       # (Q, 1 + R) the same in few numbers: times the train mean, and along each direction
     variance:np.ndarray     # (Q,) of the process, between 0 (measured) and the prior's (nothing known)
-    reliability:np.ndarray  # (Q,) share of the prior's variance that is gone
+    reliability:np.ndarray  # (Q,) share of the prior's variance that is gone; 0 where the stack is all zero
     known:np.ndarray        # (Q,) bool: every target is related to something; without any the answer is the train mean
     weights:np.ndarray      # (Q, P) on training perturbations, over all components
     sd:np.ndarray           # (Q, G) of the error: 1.96 of it to each side held 95 % of left-out answers
@@ -135,7 +135,8 @@ def answer(self:Memory,
     size = np.linalg.norm(self.scores[:, :self.stack.shape[1]], axis=0)
     share = self.stack @ size/max(size.sum(), 1e-12)
     sd = np.sqrt(self.growth[0] + self.growth[1]*variance)[:, None]*self.spread
-    return MemoryAnswer(self.change(recall), recall, variance, 1 - variance/prior, known,
+    reliability = (1 - variance/prior)*self.stack.any()     # the train mean knows nothing of a target
+    return MemoryAnswer(self.change(recall), recall, variance, reliability, known,
                         sum(s*W for s, W in zip(share, weights)), sd)
 
 @patch
@@ -227,7 +228,7 @@ def stack_earns(
     basis:np.ndarray,               # (r, G)
     config:MemoryConfig,
 )->bool:
-    "Whether stacks that had not seen a row answer it better than the mean of the others, beyond doubt."
+    "Whether stacks that had not seen a row answer it better than the mean of the others, with `confidence`."
     n = len(Y)
     others = (responses.sum(0) - responses)/(n - 1)
     said, fold = np.zeros(Y.shape), np.arange(n) % min(config.folds, n)
@@ -236,7 +237,7 @@ def stack_earns(
         weights = stack_weights([L[rest] for L in left_out], Y[rest], config.pooled)
         said[held] = sum(w*L[held] for w, L in zip(weights, left_out))
     gain = row_correlations(others + said @ basis, responses) - row_correlations(others, responses)
-    return gain.mean() > t.ppf(.95, n - 1)*gain.std(ddof=1)/np.sqrt(n)
+    return gain.mean() > t.ppf(config.confidence, n - 1)*max(gain.std(ddof=1), 1e-12)/np.sqrt(n)
 
 def _sum_weights(
     memory:Memory,          # stacked; combinations are still sums

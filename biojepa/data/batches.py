@@ -96,6 +96,10 @@ class ActionBatch(NamedTuple):
         "Some rows, in the order of `index`: the actions of a PairBatch are `actions.take(batch.perturbation)`."
         return ActionBatch(*(x if x is None else x[index] for x in self))
 
+    def first_mode(self)->Tensor:  # (B,) int64
+        "The mode of the first token that is there."
+        return self.mode.gather(1, self.present.long().argmax(1, keepdim=True))[:, 0]
+
     def answered_by(self, slot)->"ActionBatch":
         "With what one memory says, or one for each row (B,): `recall` is then (B, 1, R)."
         if self.recall is None: return self

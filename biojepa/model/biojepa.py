@@ -17,6 +17,7 @@ from anndata import AnnData
 from fastcore.basics import patch
 from torch import Tensor, nn
 
+from ..actions.vocabulary import Modality
 from ..config import ModelConfig
 from ..data.batches import ActionBatch, dense_rows, row_source
 from .composer import ActionComposer
@@ -50,6 +51,7 @@ class BioJEPA(nn.Module):
         if c.n_recalled:
             self.register_buffer("responses", torch.zeros(c.n_recalled, c.n_genes))
             self.register_buffer("lift", torch.zeros(c.n_genes, c.d_model))
+        if c.sees_relations: self.register_buffer("gene_features", torch.zeros(c.n_genes, c.d_protein))
 
     def hide(self,
         x:Tensor,                             # (B, G)
@@ -113,7 +115,7 @@ def intervened(self:BioJEPA,
         raise ValueError("actions.genes: missing, but model.intervenes is on; make the actions with "
                          "action_batch(table, banks, genes=adata.var_names)")
     row, k = (actions.genes >= 0).nonzero(as_tuple=True)
-    mode = actions.mode.gather(1, actions.present.long().argmax(1, keepdim=True))[row, 0]
+    mode = actions.first_mode()[row]
     (factor, summand), at = self.intervention[mode].to(x_ctrl.dtype).unbind(1), (row, actions.genes[row, k])
     return x_ctrl.index_put(at, (factor*x_ctrl[at] + summand).clamp(min=0))
 
@@ -136,6 +138,16 @@ def remembered(self:BioJEPA,
 
 # %% ../../nbs/3_model/12_biojepa.ipynb #14d09ff4
 @patch
+def related(self:BioJEPA,
+    actions:ActionBatch,    # N actions with features of their targets
+)->Tensor:                  # (N, G, K) cosine of each gene's features and a target's, summed over targets
+    "How near each gene is to the targets, by each kind of relation."
+    c, own = self.config, actions.present & (actions.modality == Modality.PROTEIN)
+    targets = (own[..., None]*actions.features[..., :c.d_protein]).sum(1)
+    by_kind = (t.unflatten(-1, (c.n_relations, -1)) for t in (targets, self.gene_features.to(targets)))
+    return torch.einsum("nkf,gkf->ngk", *by_kind)
+
+@patch
 def placed(self:BioJEPA,
     says:Tensor,                # (N, G, D) means as the predictor gives them
     context:Context,            # C control cells
@@ -147,6 +159,8 @@ def placed(self:BioJEPA,
     c, whole = self.config, slice(None) if cell is None else cell
     if (remembered := self.remembered(context, actions, cell)) is not None:
         says = says + remembered[..., None].to(says.dtype)*self.lift.to(says.dtype)
+    if c.sees_relations and actions is not None:
+        says = says + self.predictor.neighbours(context.h[whole], self.related(actions), actions.first_mode())
     if c.intervenes and actions is not None:
         x, size = context.x[whole], context.log_library_size[whole]
         done = self.intervened(x, actions)

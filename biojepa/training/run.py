@@ -27,7 +27,7 @@ from scipy.sparse import csr_matrix
 from torch import Tensor
 
 from ..actions.banks import FeatureBank
-from ..actions.describe import Actions, describe_actions, sized_to
+from ..actions.describe import Actions, describe_actions, gene_features, sized_to
 from ..actions.recall import Memories, load_memories, remember, save_memories
 from ..actions.vocabulary import ActionTable
 from ..config import DataConfig, ExperimentConfig, config_hash
@@ -257,6 +257,8 @@ def _run_in(
     with own_randomness(experiment.seed): model = BioJEPA(experiment.model).follow_names_(adata.var_names)
     settled = None
     if memories: model.responses.copy_(torch.from_numpy(memories.responses))
+    if experiment.model.sees_relations:
+        model.gene_features.copy_(torch.from_numpy(gene_features(actions.banks, adata.var_names)))
     for name in stages:
         if stage := build_stage(name, model, experiment, roster, actions):
             logs[name] = fit(model, stage, folder/name, seed=experiment.seed, fabric=fabric, **options)
