@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PATHS', 'HOST', 'find_root', 'project_paths', 'seed_everything', 'default_device', 'n_params', 'keep_freed_memory',
            'return_freed_memory', 'free_memory', 'object_hash', 'file_hash', 'content_hash', 'sweep', 'free_space',
-           'in_words', 'writing', 'atomic_path']
+           'in_words', 'writing', 'atomic_path', 'atomic_folder']
 
 # %% ../nbs/0_base/01_core.ipynb #31a49d13
 import ctypes
@@ -187,7 +187,7 @@ def sweep(
     "Remove temporary files that killed processes left behind."
     found = Path(folder).rglob(".*.tmp*") if deep else Path(folder).glob(".*.tmp*")
     left = [part for part in found if _is_left(part)]
-    for part in left: part.unlink(missing_ok=True)
+    for part in left: shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink(missing_ok=True)
     return left
 
 # %% ../nbs/0_base/01_core.ipynb #a7c30002
@@ -254,3 +254,25 @@ def atomic_path(
             with open(part, "rb+") as f: os.fsync(f.fileno())
             os.replace(part, path)
         finally: part.unlink(missing_ok=True)
+
+# %% ../nbs/0_base/01_core.ipynb #a7c30005
+@contextmanager
+def atomic_folder(
+    path:Path,          # where the finished folder belongs; nothing may be there
+    what:str="a folder",    # what is written, for the messages
+    size:int|None=None, # bytes it will have, where that is known
+):
+    "Yield a folder beside `path` to write to; it becomes `path` on success, and is removed on an error."
+    path = Path(path)
+    if path.exists():
+        raise FileExistsError(errno.EEXIST, f"cannot write {what}: something is there already; remove it, or choose "
+                              "another place", str(path))
+    part = path.with_name(f".{path.stem}.{os.getpid()}@{HOST}.tmp{path.suffix}")
+    with writing(path, what, size):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sweep(path.parent)
+        try:
+            part.mkdir()
+            yield part
+            os.rename(part, path)
+        finally: shutil.rmtree(part, ignore_errors=True)

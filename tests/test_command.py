@@ -87,7 +87,7 @@ def foreign(place):
 
 def test_help_shows_an_example_before_torch_is_imported():
     code = ("import sys\nfrom typer.testing import CliRunner\nfrom biojepa.report.command import app\n"
-            "for words in ([], ['data'], ['eval'], ['predict'], ['screen'], ['card']):\n"
+            "for words in ([], ['data'], ['data', 'convert'], ['eval'], ['predict'], ['screen'], ['card']):\n"
             "    print(CliRunner().invoke(app, [*words, '--help']).output)\n"
             "assert not {'torch', 'scanpy', 'anndata', 'numpy'} & set(sys.modules)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PATHS.root)
@@ -119,6 +119,38 @@ def test_data_reads_cards_and_fetches_nothing_unasked(monkeypatch, place):
     assert status == 0 and read_card("norman").doi in out and "--download fetches it" in out
     status, out, _ = ask("data")
     assert status == 0 and [line.split()[0] for line in out.splitlines()] == list_cards()
+
+
+def test_data_converts_what_every_command_then_reads(foreign, cells, run, place):
+    status, _, error = ask("data", "convert", foreign, place/"foreign.zarr", "-s", "condition=gene", "-s", "control=NT",
+                           "-s", "layer=counts", "-s", "drop=unassigned", "--no-progress")
+    assert status == 0, error
+    status, out, _ = ask("data", place/"foreign.zarr")
+    assert status == 0 and "6 × 4, sparse float32" in out and "drop: 2 cells" not in out.split("read as:")[0]
+    status, _, error = ask("data", "convert", foreign, place/"foreign.zarr", "-s", "condition=gene", "-s", "control=NT")
+    assert status == 1 and "something is there already" in error
+    assert ask("data", "convert", cells, place/"cells.zarr", "--no-progress")[0] == 0
+    answers = []
+    for source in (cells, place/"cells.zarr"):
+        status, _, error = ask("predict", run, source, a_target(run), "--n-cells", 8, "--out", place/"p.h5ad")
+        assert status == 0, error
+        answers.append(ad.read_h5ad(place/"p.h5ad").layers["delta"])
+    np.testing.assert_array_equal(*answers)
+
+
+def test_training_reads_a_store_that_the_command_wrote(cells, run, place):
+    ask("data", "convert", cells, place/"trained.zarr", "--no-progress")
+    words = ["train", "--preset", "smoke", "--data", place/"trained.zarr", "--no-progress", "--accelerator", "cpu",
+             "--set", "split=guide", "model.d_model=8", "model.n_heads=2", "dynamics.epochs=1", "align.epochs=1"]
+    status, _, error = ask(*words, "--runs", place/"stored")
+    assert status == 0, error
+    there = Path(error.split("finished: ")[1].strip())
+    names = [json.loads((folder/"run.json").read_text())["identity"] for folder in (run, there)]
+    assert names[0]["pairing"] == names[1]["pairing"] and names[0]["data"] == names[1]["data"]
+    weights = [(folder/"model"/"model.safetensors").read_bytes() for folder in (run, there)]
+    assert weights[0] == weights[1], "a store trains the model that its file trains"
+    status, _, error = ask(*words, "n_top_genes=20", "condition=gene", "--runs", place/"refused")
+    assert status == 1 and "condition, n_top_genes: trained.zarr is a store of prepared cells" in error
 
 
 def test_a_field_of_the_data_is_set_without_its_place():

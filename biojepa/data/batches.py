@@ -13,14 +13,16 @@ import numpy as np
 import pandas as pd
 import torch
 from anndata import AnnData
+from anndata.abc import CSRDataset
 from scipy.sparse import issparse
 from torch import Tensor
 
 from .conditions import listed
+from .matrix import StoredRows
 
 # %% ../../nbs/1_data/17_batches.ipynb #13f1fb7c
 def row_source(
-    adata:AnnData,  # in memory, or a file opened with backed="r"
+    adata:AnnData,  # in memory, a file opened with backed="r", or X on disk as `load_dataset(…, by_block=True)` has it
 ):                  # (cells × G) matrix for `dense_rows`
     "The matrix of an AnnData in a form that gives rows cheaply; a CSC matrix in memory is converted, once."
     if adata.isbacked and adata.is_view:
@@ -29,6 +31,7 @@ def row_source(
                          "AnnData with a split, or view.to_memory()")
     X = adata.X  # a new object at each access where it is on disk, so it is taken once
     if X is None: raise ValueError("adata.X: found None; batches are made from X")
+    if isinstance(X, CSRDataset): return StoredRows(X.group)
     if getattr(X, "format", None) != "csc": return X
     if adata.isbacked:
         raise ValueError(

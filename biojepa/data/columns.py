@@ -87,7 +87,7 @@ def _without_conditions(source:Source)->pd.Series:
     warnings.warn(
         f"{source.where}: no condition column was named and none is called 'condition'; every cell is "
         "taken as a control",
-        stacklevel=6)
+        stacklevel=7)
     return pd.Series("ctrl", index=obs.index)
 
 def _labels(
@@ -168,7 +168,7 @@ def kept_cells(
     if absent and source.columns.drop_absent != "warn":
         raise source.error(f"{message}; correct the names, or leave them away")
     if absent:
-        warnings.warn(f"{source.where}: {message}: is this the file that the card describes?", stacklevel=6)
+        warnings.warn(f"{source.where}: {message}: is this the file that the card describes?", stacklevel=7)
     gone = condition.map({c: bool(t & set(drop)) for c, t in targets.items()}).to_numpy(bool)
     cells = {t: sum(t in targets[c] for c in condition[gone]) for t in drop if t not in absent}
     found = listed(f"{t} ({n:,})" for t, n in cells.items())

@@ -78,4 +78,4 @@ def check_targets(
                            "with unknown_targets='warn'")
     source.history.append(f"targets: {message.replace('targets ', '')}")
     warnings.warn(f"{source.where}: {message}: {listed(missing)} (silence with unknown_targets='allow')",
-                  stacklevel=5)
+                  stacklevel=6)

@@ -11,22 +11,24 @@ from pathlib import Path
 
 import h5py
 import pandas as pd
+import zarr
 from anndata.io import read_elem
 
 from ..config import Columns
 from ..data.conditions import listed
-from ..data.datasets import check_stored, load_dataset
+from ..data.datasets import check_stored, is_converted, load_dataset
 from ..data.download import DatasetCard
+from ..data.matrix import layout_of, opened
 
 # %% ../../nbs/9_report/10_files.ipynb #f11e0007
 def file_table(
-    path:Path,          # an .h5ad
+    path:Path|str,      # an .h5ad, a zarr store or its address
 )->pd.DataFrame:        # part, name, holds
     "What stands in a file, without its values."
-    path = Path(path)
-    with h5py.File(path, "r") as f:
-        check_stored(f, None, path.name)
-        matrices = {"X": f["X"]} | {f"layers/{name}": x for name, x in f.get("layers", {}).items()}
+    with opened(path) as f:
+        check_stored(f, None, Path(path).name)
+        layers = f.get("layers", {})
+        matrices = {"X": f["X"]} | {f"layers/{name}": layers[name] for name in layers}
         rows = [(*place.rpartition("/")[::2], _matrix(x)) for place, x in matrices.items()]
         for part in ("obs", "var"):
             table = read_elem(f[part])
@@ -35,11 +37,11 @@ def file_table(
         rows += [("uns", name, "") for name in f.get("uns", {})]
     return pd.DataFrame(rows, columns=["part", "name", "holds"])
 
-def _matrix(x:h5py.Dataset|h5py.Group)->str:
+def _matrix(x)->str:
     "Shape and type of a stored matrix."
-    shape = x.attrs.get("shape", x.attrs.get("h5sparse_shape", ())) if isinstance(x, h5py.Group) else x.shape
-    kind = x["data"].dtype if isinstance(x, h5py.Group) else x.dtype
-    return f"{' × '.join(f'{n:,}' for n in shape)}, {'sparse' if isinstance(x, h5py.Group) else 'dense'} {kind}"
+    sparse = isinstance(x, (h5py.Group, zarr.Group))
+    shape, kind = (layout_of(x)[1], x["data"].dtype) if sparse else (x.shape, x.dtype)
+    return f"{' × '.join(f'{n:,}' for n in shape)}, {'sparse' if sparse else 'dense'} {kind}"
 
 def _column(column:pd.Series)->str:
     "The range of numbers, or the most frequent labels."
@@ -58,7 +60,7 @@ def reading_table(
     "What `load_dataset` makes of a source; what it refuses is its SchemaError."
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", UserWarning)
-        adata = load_dataset(source, columns, offline=not download)
+        adata = load_dataset(source, columns, offline=not download, by_block=is_converted(source))
     sizes = adata.obs["perturbation"].value_counts().drop("ctrl", errors="ignore")
     rows = [("cells × genes", f"{adata.n_obs:,} × {adata.n_vars:,}"),
             ("controls", f"{(adata.obs['condition'] == 'ctrl').sum():,} cells"),

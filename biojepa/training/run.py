@@ -35,6 +35,7 @@ from ..core import PATHS, atomic_path, content_hash, object_hash, sweep
 from ..data.batches import ActionBatch, PairBatch
 from ..data.companions import load_screen
 from ..data.controls import codes_of
+from ..data.datasets import is_converted
 from ..data.leakage import check_leakage
 from ..data.loaders import Roster, cell_loader, pair_loader
 from ..data.preprocess import prepare
@@ -58,20 +59,29 @@ def load_data(
     runs:Path=PATHS.runs,       # splits are kept in its folder `splits`
 )->tuple[AnnData, Split]:       # prepared cells, and who is held out
     "Read, split and prepare the data of an experiment."
+    if stored := is_converted(data.dataset): _check_stored(data)
     missing = "skip" if data.relations else "error" if data.features == "pretrained" else "warn"
     loaded = load_screen(data.dataset,
                          data.guides,
                          data.proteins,
                          data.guides_from,
                          missing,
-                         columns=data.columns)
+                         columns=data.columns,
+                         by_block=stored)
     if split is None:
         names = set(loaded.obs["perturbation"].astype(str)) | set(loaded.obs["cell_type"].astype(str))
         drawn_from = object_hash([object_hash(sorted(names)), data.held_out])
         name = f"{Path(data.dataset).stem}-{data.split}-{data.split_seed}-{drawn_from}.json"
         path = Path(runs)/"splits"/name
         split = make_split(loaded, data.split, data.split_seed, held_out=data.held_out, path=path)
-    return prepare(loaded, data.expression_space, data.n_top_genes, split), split
+    return (loaded if stored else prepare(loaded, data.expression_space, data.n_top_genes, split)), split
+
+def _check_stored(data:DataConfig)->None:
+    "What must be said when a store is written cannot be said of the store."
+    said = [k for k, v in data.columns if v is not None] + ["n_top_genes"]*(data.n_top_genes is not None)
+    if said:
+        raise ValueError(f"{', '.join(said)}: {Path(data.dataset).name} is a store of prepared cells, which has its "
+                         "columns and genes; leave this away, or say it to biojepa data convert")
 
 # %% ../../nbs/4_training/08_run.ipynb #25d70f27
 def data_hash(
