@@ -137,7 +137,10 @@ class Columns(Frozen):
     gene_versions:Literal["keep", "strip"]|None = None  # of Ensembl identifiers, as in ENSG00000075624.17; kept
     library_size:str|None = None   # obs: total counts over all genes, kept as `total_counts`
     mode:str|None = None           # obs: how targets were acted on, or one mode for all, e.g. "crispri"
-    values:Literal["counts", "log1p"]|None = None             # what X holds; looked at, or checked if given
+    dose:str|None = None           # obs: dose of the compound, in µM, or with a unit, as "10 nM"
+    time:str|None = None           # obs: how long it acted, in hours, or with a unit, as "2 d"
+    smiles:str|None = None         # obs: SMILES of the compound
+    values:Literal["counts", "log1p", "log2"]|None = None     # what X holds; looked at, or checked if given
     layer:str|None = None          # read this layer instead of X
     duplicate_genes:Literal["error", "rename"]|None = None    # a gene name that occurs again; an error
     unknown_targets:Literal["allow", "warn", "error"]|None = None  # targets that are not measured; a warning

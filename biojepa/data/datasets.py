@@ -19,7 +19,7 @@ import scipy.sparse as sp
 from anndata.io import read_elem
 
 from ..config import Columns
-from .columns import Source, kept_cells, like_collection, read_cells, read_conditions
+from .columns import Source, kept_cells, like_collection, read_cells, read_compounds, read_conditions
 from .conditions import SchemaError, listed, names_nothing, parse_condition
 from .download import DatasetCard, fetch, list_cards, read_card
 from .genes import check_targets, read_genes
@@ -39,6 +39,7 @@ def canonical(
                              history=list(source.history))
     _check_axes(x, source)
     genes = read_genes(source)
+    x, source = _natural(x, source)
     sizes = source.obs.get(source.columns.library_size)
     if sizes is not None: sizes = pd.to_numeric(sizes, errors="coerce").to_numpy(float)
     held = state_of(x, source.columns.values, source.obs.index, genes.index, source.where, sizes)
@@ -49,10 +50,21 @@ def canonical(
         kept = kept_cells(source, condition)
         x, condition, source = x[kept], condition[kept], source._replace(obs=source.obs[kept])
     obs = read_cells(source, condition, x, held.space)
-    check_targets(source, obs["condition"].cat.categories, genes.index)
+    if source.columns.smiles is not None:
+        uns = {**uns, "compounds": read_compounds(source, obs["condition"].astype(str))}
+    check_targets(source, obs["condition"].cat.categories, genes.index, getattr(uns.get("compounds"), "index", ()))
     about = dict(schema_version=1, source=source.where, expression_space=held.space,
                  history=np.array(source.history, dtype=object))
     return ad.AnnData(x, obs=obs, var=genes, uns={**uns, "biojepa": about})
+
+def _natural(x:sp.csr_matrix, source:Source)->tuple[sp.csr_matrix, Source]:
+    "Logarithms to the base of two, as arrays give them, become natural ones; all else stays."
+    if source.columns.values != "log2": return x, source
+    if x.nnz and not 0 <= x.data.min() <= x.data.max() < 20:
+        raise source.error(f"values='log2', but X goes from {x.data.min():.4g} to {x.data.max():.4g}; "
+                           "logarithms of intensities lie between 0 and 20")
+    source.history.append("values: log2 of intensities, times 0.693")
+    return x*np.float32(np.log(2)), source._replace(columns=source.columns.changed(values="log1p"))
 
 def _check_axes(x:sp.csr_matrix, source:Source)->None:
     "There must be cells and genes, each cell must have its own name, and the tables fit the matrix."
@@ -140,7 +152,7 @@ def check_stored(
 
 
 # %% ../../nbs/1_data/10_datasets.ipynb #aa63c28d
-_KEPT = ("protein_sequences", "truth")  # entries a canonical file may carry in uns
+_KEPT = ("protein_sequences", "compounds", "truth")  # entries a canonical file may carry in uns
 
 def _own_names(obs:pd.DataFrame, about:dict, where:str)->Columns:
     "Column names of a file in canonical form."
