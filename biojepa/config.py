@@ -61,6 +61,7 @@ class ModelConfig(Frozen):
     initial_values:Literal["released", "fan_in"] = "released"  # of gene embeddings, mask token and composer
     predicts:Literal["latent", "change"] = "latent"  # what the action predictor gives
     intervenes:bool = False                  # change the targeted gene's own value first
+    n_amounts:NonNegativeInt = 0             # of an action token: its dose and time; set by the data, 0: none
     n_recalled:NonNegativeInt = 0            # numbers of an action's remembered change; set by the data, 0: no memory
     lines:tuple[str, ...] = ()               # cell lines that are remembered apart; the last number set is for others
     readout:Literal["shared", "per_gene"] = "shared"
@@ -173,6 +174,7 @@ class DataConfig(Frozen):
     features: Literal["kmer", "pretrained"] = "kmer"  # of sequences: counts, or ESM-2 and NTv3 as released
     pooling: Literal["residues",
                      "tokens"] = "residues"  # of ESM-2: without start and end, or, as released, with
+    compounds:str|None = None       # table of compounds and SMILES, or numbers; None: what the file holds
     relations: str | None = None  # table of gene pairs; a target's place in this graph then stands for its protein
     relations_db:str|None = None    # only the pairs with this value in a column `db`; several, separated by commas
     relation_features:Literal["diffused", "spectral"] = "diffused"  # heat over each database, or eigenvectors of all

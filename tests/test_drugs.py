@@ -1,19 +1,31 @@
 """Compounds, doses and times.
 
 1. One amount has one spelling, whatever its unit; what is not an amount is refused by name.
-2. Columns of dose, time and SMILES say the same as labels that carry them, and survive writing and reading."""
+2. Columns of dose, time and SMILES say the same as labels that carry them, and survive writing and reading.
+3. The composer reads log dose and time; at the start they change nothing, and where there are none nothing is added.
+4. A memory answers for doses between those it has seen, and for a compound it has not."""
 import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
+import torch
 
+from biojepa.actions.action_tokens import action_batch
+from biojepa.actions.banks import FeatureBank
+from biojepa.actions.describe import compound_features, default_features
+from biojepa.actions.memory import fit_memory
+from biojepa.actions.vocabulary import ActionTable, Modality
+from biojepa.config import DataConfig, preset
+from biojepa.core import n_params
 from biojepa.data.conditions import (
     SchemaError, amounts_of, condition_name, name_of, parse_condition, parse_treatments, parts_of
 )
 from biojepa.data.datasets import load_dataset
 from biojepa.data.preprocess import prepare
 from biojepa.data.schema import validate
+from biojepa.model.biojepa import BioJEPA
+from biojepa.model.composer import ActionComposer
 
 MOLECULES = dict(aspirin="CC(=O)Oc1ccccc1C(O)=O", caffeine="Cn1c(=O)c2c(ncn2C)n(C)c1=O")
 
@@ -104,3 +116,87 @@ def test_logarithms_to_the_base_of_two_become_natural_ones():
     assert adata.uns["biojepa"]["expression_space"] == "log1p"
     wells.X = wells.X*100
     with pytest.raises(SchemaError, match="values='log2', but X goes from"): load_dataset(wells, values="log2", **NAMED)
+
+
+def actions_of(*conditions, **options):
+    table = ActionTable.from_conditions(conditions, "inhibitor")
+    bank = compound_features(pd.DataFrame(dict(smiles=MOLECULES)), table)
+    return table, action_batch(table, bank, **options)
+
+
+def test_actions_carry_log_dose_and_time():
+    table, actions = actions_of("ctrl", "aspirin", "aspirin@30nM", "caffeine@10uM@6h", genes=["caffeine", "G1"])
+    assert table.condition == ("ctrl", "aspirin+ctrl", "aspirin@0.03uM", "caffeine@10uM@6h")
+    expected = [[0, 0], [0, 0], [np.log10(.03), 0], [1, np.log10(.25)]]
+    assert np.allclose(actions.amounts[:, 0], expected) and actions.features.shape == (4, 1, 768)
+    assert torch.equal(actions.features[1], actions.features[2])
+    assert actions.genes.tolist() == [[-1]]*4      # a compound is no gene, whatever its name
+    assert actions_of("aspirin", "caffeine")[1].amounts is None
+
+
+def test_a_compound_and_a_gene_have_a_token_each():
+    table = ActionTable.from_conditions(["G1+aspirin@10uM", "G1+G2"])
+    proteins = FeatureBank(("G1", "G2"), np.eye(2, 5), Modality.PROTEIN, {})
+    molecules = compound_features(pd.DataFrame(dict(smiles=MOLECULES)), table)
+    actions = action_batch(table, [proteins, molecules])
+    assert actions.modality.tolist() == [[Modality.PROTEIN, Modality.CHEMICAL], [Modality.PROTEIN]*2]
+    assert actions.amounts.tolist() == [[[0, 0], [1, 0]], [[0, 0], [0, 0]]]
+
+
+def test_a_composer_with_doses_begins_as_one_without():
+    _, actions = actions_of("aspirin@1uM", "aspirin@10uM", "caffeine@10uM@6h")
+    def composer(n):
+        torch.manual_seed(0)
+        return ActionComposer(d_action=16, d_mode=4).reading_amounts(n)
+    plain, dosed = composer(0), composer(2)
+    assert torch.equal(plain(actions._replace(amounts=None)), dosed(actions))
+    assert {k for k, _ in dosed.named_parameters()} - {k for k, _ in plain.named_parameters()} == {"amounts"}
+    dosed(actions).square().sum().backward()
+    assert dosed.amounts.grad.abs().sum() > 0
+    with torch.no_grad(): dosed.amounts.normal_()
+    said, content = dosed(actions)[:, 0], dosed.content["CHEMICAL"](actions.features[:, 0])
+    for row, (c, q) in enumerate(zip(content, actions.amounts[:, 0])):      # S q and T q by hand
+        scale, shift = (q[0]*dosed.amounts[0] + q[1]*dosed.amounts[1]).split(16)
+        assert torch.allclose(said[row], c*(1 + scale) + shift, atol=1e-5)
+    with pytest.raises(ValueError, match="trained on conditions without any"): plain(actions)
+    with pytest.raises(ValueError, match="need \\(3, 1, 2\\) finite"):
+        dosed(actions._replace(amounts=actions.amounts*float("nan")))
+
+
+def test_the_published_model_has_no_weight_for_doses():
+    with torch.device("meta"): model = BioJEPA(preset("paper").model)
+    assert n_params(model.composer) == 882_880 and model.composer.amounts is None
+    with torch.device("meta"): more = BioJEPA(preset("paper").model.changed(n_amounts=2))
+    assert n_params(more) - n_params(model) == 2*2*320
+
+
+def test_a_memory_answers_between_doses_and_for_a_new_compound():
+    rng = np.random.default_rng(0)
+    kind, way = np.repeat([0, 1], 8), 7*np.linalg.qr(rng.normal(size=(50, 2)))[0].T
+    shape = np.eye(2)[kind] + .1*rng.normal(size=(16, 2))
+    bank = FeatureBank(tuple(f"D{d}" for d in range(16)), shape, Modality.CHEMICAL, dict(featurizer="shape"))
+    parts = [f"D{d}@{dose}uM" for d in range(16) for dose in ("0.1", "1", "10")]
+    effect = np.stack([way[kind[int(name_of(p)[1:])]]*(2 + amounts_of(p)[0]) for p in parts])
+    effect += .2*rng.normal(size=effect.shape)
+    seen = np.array([name_of(p) != "D0" and p != "D9@1uM" for p in parts])
+    memory = fit_memory([(p,) for p, s in zip(parts, seen) if s], effect[seen], bank)
+    size = memory.answer([("D0@1uM",), ("D0@10uM",), ("D9@1uM",), ("D9@3uM",)]).delta @ way.T/np.square(way).sum(1)
+    assert np.allclose(size, [[2, 0], [3, 0], [0, 2], [0, 2.5]], atol=.25)
+    assert memory.block_weights["amounts"] > 0
+    assert memory.answer([("D0@1uM",), ("D99@1uM",)]).known.tolist() == [True, False]
+
+
+@pytest.mark.parametrize("table, message", [
+    (dict(smiles=["C"]), "none of its compounds"), (dict(name=["x"]), "give a column smiles, or columns of numbers")])
+def test_tables_of_compounds_that_say_nothing_are_refused(table, message):
+    names = ["aspirin"] if "name" in table else ["water"]
+    with pytest.raises(ValueError, match=message):
+        compound_features(pd.DataFrame(table, index=names), ActionTable.from_conditions(["aspirin@1uM"]))
+
+
+def test_any_table_of_numbers_describes_compounds(tmp_path):
+    weights = pd.DataFrame(dict(drug=["caffeine", "aspirin"], weight=[194.2, 180.2], note="x"))
+    weights.to_csv(tmp_path/"t.csv", index=False)
+    adata = prepare(load_dataset(plate(), **NAMED))
+    bank, = default_features(adata, ActionTable.from_anndata(adata), DataConfig(compounds=str(tmp_path/"t.csv")))
+    assert bank.modality is Modality.CHEMICAL and np.allclose(bank.rows(["aspirin", "caffeine"])[:, 0], [180.2, 194.2])

@@ -21,6 +21,7 @@ from sklearn.cluster import KMeans
 
 from .banks import FeatureBank
 from ..config import MemoryConfig
+from ..data.conditions import amounts_of, name_of
 
 # %% ../../nbs/2_actions/09_memory.ipynb #c52ef0ed
 def blocks_of(bank:FeatureBank)->dict[str, np.ndarray]:  # name -> (n, F), rows at most of unit length
@@ -35,15 +36,19 @@ def blocks_of(bank:FeatureBank)->dict[str, np.ndarray]:  # name -> (n, F), rows 
 
 def apart(
     banks:Sequence[FeatureBank],
-    rows:Sequence[str],         # (m,) genes
-    columns:Sequence[str],      # (n,) genes
+    rows:Sequence[str],         # (m,) genes, or compounds at some dose
+    columns:Sequence[str],      # (n,)
 )->dict[str, np.ndarray]:       # block -> (m, n) 1 - C: 0 of a gene to itself, 1 where nothing relates them
-    "How far genes are apart in each block."
-    same = np.asarray(rows, object)[:, None] == np.asarray(columns, object)
+    "How far genes are apart in each block; where any of them has a dose or a time, in these, too."
+    names, others = ([*map(name_of, some)] for some in (rows, columns))
+    same = np.asarray(names, object)[:, None] == np.asarray(others, object)
     distance = {}
+    if [*names, *others] != [*rows, *columns]:
+        a, b = (np.array([*map(amounts_of, some)]).reshape(-1, 2) for some in (rows, columns))
+        distance["amounts"] = np.square(a[:, None] - b).sum(-1)
     for bank in banks:
         position = pd.Index(bank.keys)
-        at, to = position.get_indexer(list(rows)), position.get_indexer(list(columns))
+        at, to = position.get_indexer(names), position.get_indexer(others)
         for name, F in blocks_of(bank).items():
             if name in distance: raise ValueError(f"features: two blocks are called {name!r}; name them apart")
             F = np.concatenate([F, np.zeros((1, F.shape[1]))])      # row -1: a gene that the bank does not know
@@ -55,7 +60,7 @@ def kernel_of(
     weights:dict[str, float],        # of each block
 )->np.ndarray:                       # (m, n)
     "Gaussian kernel of the weighted distance."
-    return np.exp(-sum(weights[b]*d for b, d in distance.items())/2)
+    return np.exp(-sum(weights.get(b, 0.)*d for b, d in distance.items())/2)
 
 def membership(
     perturbations:Sequence[tuple[str, ...]],    # targets of each
@@ -207,9 +212,11 @@ def answer(self:Memory,
     inverse, _ = process_weights(self.kernel(self.perturbations)[0], self.noise)
     process = K @ inverse
     members = self.members(process, left_out=False)
-    reach = {*self.genes}.union(*(set(b.keys) - set(b.provenance.get("mean_for", ())) for b in self.features))
+    reach = {*map(name_of, self.genes)}
+    reach = reach.union(*(set(b.keys) - set(b.provenance.get("mean_for", ())) for b in self.features))
     if not self.block_weights: reach = set()    # there is nothing but the mean
-    known, some = (np.array([f(t in reach for t in targets) for targets in perturbations], bool) for f in (all, any))
+    known, some = (np.array([f(name_of(t) in reach for t in targets) for targets in perturbations], bool)
+                   for f in (all, any))
     variance = np.where(some, np.clip(prior - np.einsum("ij,ij->i", process, K), 0, None), prior)
     recall = self.recall(perturbations, members)
     recall[~some] = np.eye(1, recall.shape[1])
@@ -254,8 +261,8 @@ def row_correlations(P:np.ndarray, T:np.ndarray)->np.ndarray:  # 0 where one is 
     return np.divide((P*T).sum(1), size, out=np.zeros(len(P)), where=size > 1e-12)
 
 class _Choice(NamedTuple):
-    "A way to weigh blocks, and how well its left-out answers correlate with what was measured."
-    r:float
+    "A way to weigh blocks, and how well its left-out answers fit what was measured."
+    r:float             # mean correlation; where there are doses, which change sizes, the explained share of squares
     noise:float
     rank:int
     weights:dict[str, float]
@@ -271,13 +278,16 @@ def _choose(
     mean, n = delta.mean(0), len(delta) - 1
     Y, others = (delta - mean) @ basis.T, (mean - delta)/n      # mean without a row, from the mean
     ranks = [r for r in config.components if r <= len(basis)] or [len(basis)]
+    def fit(said):
+        if "amounts" not in distance: return row_correlations(said, delta).mean()
+        return 1 - np.square(said - delta).sum()/np.square(delta).sum()
     def tried(weights, ranks):
         K, found = M @ kernel_of(distance, weights) @ M.T, []
         for noise in config.noises:
             added = left_out_answers(process_weights(K, noise)[1], Y)
             for r in ranks:
                 said = mean + others + added[:, :r] @ basis[:r]
-                found.append(_Choice(row_correlations(said, delta).mean(), noise, r, weights))
+                found.append(_Choice(fit(said), noise, r, weights))
         return max(found, key=lambda choice: choice.r)
 
     best = tried(dict.fromkeys(distance, 1.), ranks[:1])

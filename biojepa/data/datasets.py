@@ -19,7 +19,9 @@ import scipy.sparse as sp
 from anndata.io import read_elem
 
 from ..config import Columns
-from .columns import Source, kept_cells, like_collection, read_cells, read_compounds, read_conditions
+from biojepa.data.columns import (
+    Source, kept_cells, like_collection, read_cells, read_compounds, read_conditions
+)
 from .conditions import SchemaError, listed, names_nothing, parse_condition
 from .download import DatasetCard, fetch, list_cards, read_card
 from .genes import check_targets, read_genes
