@@ -180,7 +180,8 @@ class DataConfig(Frozen):
     relation_features:Literal["diffused", "spectral"] = "diffused"  # heat over each database, or eigenvectors of all
     expression_space:Literal["log1p", "log1p_twice"] = "log1p"
     n_top_genes:PositiveInt|None = None     # variable genes to keep, chosen on training cells; all if None
-    split:Literal["simulation", "guide", "combination", "cell_type", "custom"] = "simulation"
+    split:Literal["simulation", "guide", "combination", "cell_type", "drug", "scaffold", "dose_between",
+                  "dose_beyond", "line_drug", "custom"] = "simulation"
     split_seed:int = 1
     held_out: tuple[
         str, ...] | None = None  # targets, combinations or cell lines, by the kind of split; None: drawn

@@ -3,7 +3,10 @@
 1. One amount has one spelling, whatever its unit; what is not an amount is refused by name.
 2. Columns of dose, time and SMILES say the same as labels that carry them, and survive writing and reading.
 3. The composer reads log dose and time; at the start they change nothing, and where there are none nothing is added.
-4. A memory answers for doses between those it has seen, and for a compound it has not."""
+4. A memory answers for doses between those it has seen, and for a compound it has not.
+5. Splits by compound, scaffold, dose, and line and compound hold out what they say; a planted leak of each is found."""
+from dataclasses import replace
+
 import anndata as ad
 import numpy as np
 import pandas as pd
@@ -22,8 +25,10 @@ from biojepa.data.conditions import (
     SchemaError, amounts_of, condition_name, name_of, parse_condition, parse_treatments, parts_of
 )
 from biojepa.data.datasets import load_dataset
+from biojepa.data.leakage import LeakageError, check_leakage
 from biojepa.data.preprocess import prepare
 from biojepa.data.schema import validate
+from biojepa.data.splits import make_split
 from biojepa.model.biojepa import BioJEPA
 from biojepa.model.composer import ActionComposer
 
@@ -200,3 +205,105 @@ def test_any_table_of_numbers_describes_compounds(tmp_path):
     adata = prepare(load_dataset(plate(), **NAMED))
     bank, = default_features(adata, ActionTable.from_anndata(adata), DataConfig(compounds=str(tmp_path/"t.csv")))
     assert bank.modality is Modality.CHEMICAL and np.allclose(bank.rows(["aspirin", "caffeine"])[:, 0], [180.2, 194.2])
+
+
+RINGS = dict(benzene="c1ccccc1", pyridine="c1ccncc1", indole="c1ccc2[nH]ccc2c1", morpholine="C1COCCN1", chain="CCCCCN")
+
+
+def library(lines=("A", "B"), doses=("0.1", "1", "10", "100")):
+    "Three compounds of each of four ring systems and a chain, at four doses in two lines."
+    smiles = {f"{ring}-{k}": tail + s for ring, s in RINGS.items() for k, tail in enumerate(("C", "CC", "OCC"))}
+    wells = [(line, f"{name}@{dose}uM") for line in lines for name in smiles for dose in doses]
+    wells += [(line, "ctrl") for line in lines for _ in range(3)]
+    obs = pd.DataFrame(wells, columns=["line", "label"], index=[f"w{i}" for i in range(len(wells))])
+    X = sp.csr_matrix(np.random.default_rng(0).poisson(2., (len(wells), 5)).astype("float32"))
+    adata = load_dataset(ad.AnnData(X, obs, pd.DataFrame(index=list("VWXYZ"))), condition="label", cell_type="line")
+    adata.uns["compounds"] = pd.DataFrame(dict(smiles=smiles))
+    return adata
+
+
+def compounds(values): return {v.split("|")[-1].partition("@")[0] for v in values}
+
+
+KINDS_OF_COMPOUNDS = ("drug", "scaffold", "dose_between", "dose_beyond", "line_drug")
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("kind", KINDS_OF_COMPOUNDS)
+def test_splits_of_compounds_are_whole_and_repeatable(kind, seed):
+    adata = library()
+    split = make_split(adata, kind, seed)
+    parts = [set(split.train), set(split.val), set(split.test)]
+    assert all(parts) and not parts[0] & parts[1] and not parts[0] & parts[2] and not parts[1] & parts[2]
+    column = adata.obs["cell_type"].astype(str) + "|" + adata.obs["condition"].astype(str)
+    values = set(column if kind == "line_drug" else adata.obs["condition"])
+    assert parts[0] | parts[1] | parts[2] == {v for v in values if not v.endswith("ctrl")}
+    assert split == make_split(adata[np.random.default_rng(seed).permutation(adata.n_obs)].copy(), kind, seed)
+    report = check_leakage(adata, split)
+    assert report["passed"].all()
+    rows = {p: set(split.cells(adata, p)) for p in ("train", "val", "test")}
+    assert sum(map(len, rows.values())) == (adata.obs["condition"] != "ctrl").sum() == len(set().union(*rows.values()))
+    assert len(split.controls(adata, "test")) == 6
+
+
+def test_what_each_kind_holds_out():
+    adata = library()
+    drug = make_split(adata, "drug", 1)
+    assert len(compounds(drug.test)) == 4 and not compounds(drug.test) & compounds([*drug.train, *drug.val])
+    rings = lambda names: {n.partition("-")[0] if not n.startswith("chain") else n for n in names}
+    frames = make_split(adata, "scaffold", 1)
+    assert not rings(compounds(frames.test)) & rings(compounds([*frames.train, *frames.val]))
+    order = ("0.1uM", "1uM", "10uM", "100uM")
+    between, beyond = (make_split(adata, k, 1) for k in ("dose_between", "dose_beyond"))
+    assert {v.partition("@")[2] for v in between.test} <= set(order[1:3])
+    assert {v.partition("@")[2] for v in (*beyond.test, *beyond.val)} == {order[3]}
+    assert compounds(between.test) <= compounds(between.train) and compounds(beyond.test) <= compounds(beyond.train)
+    lines = make_split(adata, "line_drug", 1)
+    pairs = lambda values: {tuple(v.partition("@")[0].split("|")) for v in values}
+    assert not pairs(lines.test) & pairs(lines.train) and compounds(lines.test) <= compounds(lines.train)
+
+
+@pytest.mark.parametrize("kind, check", [("drug", "targets"), ("scaffold", "scaffolds"), ("dose_between", "doses"),
+                                         ("dose_beyond", "doses"), ("line_drug", "lines of compounds")])
+def test_a_planted_leak_of_each_kind_is_found(kind, check):
+    adata = library()
+    split = make_split(adata, kind, 1)
+    if kind == "dose_between":      # everything below a held-out dose is taken out of training
+        name = split.test[0].partition("@")[0]
+        gone = [v for v in split.train if v.startswith(f"{name}@0.1uM") or v.startswith(f"{name}@1uM")]
+        leaky = replace(split, train=tuple(v for v in split.train if v not in gone))
+    elif kind == "dose_beyond":     # a lower dose is tested, the highest is seen
+        low = next(v for v in split.train if v.partition("@")[0] == split.test[0].partition("@")[0])
+        leaky = replace(split, train=tuple({*split.train, split.test[0]} - {low}), test=(low, *split.test[1:]))
+    else:
+        whole = split.test[:4] if kind == "scaffold" else split.test[:1]
+        leaky = replace(split, train=(*split.train, *whole), test=tuple(v for v in split.test if v not in whole))
+    with pytest.raises(LeakageError) as error: check_leakage(adata, leaky)
+    assert check in set(error.value.report.query("~passed")["check"])
+
+
+@pytest.mark.parametrize("kind, change, message", [
+    ("drug", lambda a: a[~a.obs["condition"].str.contains("@")].copy(), "controls only"),
+    ("scaffold", lambda a: a.uns.pop("compounds") is None or a, "no SMILES of benzene-0"),
+    ("dose_between", lambda a: a[a.obs["condition"].isin(["ctrl", "chain-0@1uM", "chain-0@10uM"])].copy(),
+     "at 3 doses"),
+    ("line_drug", lambda a: a[a.obs["cell_type"] == "A"].copy(), "two lines")])
+def test_questions_that_the_data_cannot_answer(kind, change, message):
+    with pytest.raises(ValueError, match=message): make_split(change(library()), kind, 1)
+
+
+def test_a_screen_of_genes_has_no_compound():
+    adata = library()
+    genes = adata.obs["condition"].astype(str).str.replace("@.*", "", regex=True).replace("ctrl", "G")
+    adata.obs["condition"] = pd.Categorical(genes.where(genes == "ctrl", genes + "+ctrl"))
+    adata.uns.pop("compounds")
+    with pytest.raises(ValueError, match="holds no compound"): make_split(adata, "drug", 1)
+
+
+def test_compounds_to_test_can_be_named():
+    adata = library()
+    assert compounds(make_split(adata, "drug", held_out=["indole-1"]).test) == {"indole-1"}
+    assert make_split(adata, "dose_beyond", held_out=["indole-1"]).test == ("indole-1@100uM",)
+    assert {v.split("@")[0] for v in make_split(adata, "line_drug", held_out=["A|indole-1"]).test} == {"A|indole-1"}
+    frames = make_split(adata, "scaffold", held_out=["c1ccncc1"])
+    assert compounds(frames.test) == {f"pyridine-{k}" for k in range(3)}
