@@ -61,6 +61,7 @@ class ModelConfig(Frozen):
     initial_values:Literal["released", "fan_in"] = "released"  # of gene embeddings, mask token and composer
     predicts:Literal["latent", "change"] = "latent"  # what the action predictor gives
     intervenes:bool = False                  # change the targeted gene's own value first
+    n_amounts:NonNegativeInt = 0             # of an action token: its dose and time; set by the data, 0: none
     n_recalled:NonNegativeInt = 0            # numbers of an action's remembered change; set by the data, 0: no memory
     sees_relations:bool = False              # each gene's relation to the targets is an input of the predicted change
     n_relations:PositiveInt = 1              # kinds of relations, which are blocks of features; set by the data
@@ -142,7 +143,10 @@ class Columns(Frozen):
     gene_versions:Literal["keep", "strip"]|None = None  # of Ensembl identifiers, as in ENSG00000075624.17; kept
     library_size:str|None = None   # obs: total counts over all genes, kept as `total_counts`
     mode:str|None = None           # obs: how targets were acted on, or one mode for all, e.g. "crispri"
-    values:Literal["counts", "log1p"]|None = None             # what X holds; looked at, or checked if given
+    dose:str|None = None           # obs: dose of the compound, in µM, or with a unit, as "10 nM"
+    time:str|None = None           # obs: how long it acted, in hours, or with a unit, as "2 d"
+    smiles:str|None = None         # obs: SMILES of the compound
+    values:Literal["counts", "log1p", "log2"]|None = None     # what X holds; looked at, or checked if given
     layer:str|None = None          # read this layer instead of X
     duplicate_genes:Literal["error", "rename"]|None = None    # a gene name that occurs again; an error
     unknown_targets:Literal["allow", "warn", "error"]|None = None  # targets that are not measured; a warning
@@ -175,12 +179,14 @@ class DataConfig(Frozen):
     features: Literal["kmer", "pretrained"] = "kmer"  # of sequences: counts, or ESM-2 and NTv3 as released
     pooling: Literal["residues",
                      "tokens"] = "residues"  # of ESM-2: without start and end, or, as released, with
+    compounds:str|None = None       # table of compounds and SMILES, or numbers; None: what the file holds
     relations: str | None = None  # table of gene pairs; a target's place in this graph then stands for its protein
     relations_db:str|None = None    # only the pairs with this value in a column `db`; several, separated by commas
     relation_features:Literal["diffused", "spectral"] = "diffused"  # heat over each database, or eigenvectors of all
     expression_space:Literal["log1p", "log1p_twice"] = "log1p"
     n_top_genes:PositiveInt|None = None     # variable genes to keep, chosen on training cells; all if None
-    split:Literal["simulation", "guide", "combination", "cell_type", "custom"] = "simulation"
+    split:Literal["simulation", "guide", "combination", "cell_type", "drug", "scaffold", "dose_between",
+                  "dose_beyond", "line_drug", "custom"] = "simulation"
     split_seed:int = 1
     held_out: tuple[
         str, ...] | None = None  # targets, combinations or cell lines, by the kind of split; None: drawn

@@ -17,6 +17,7 @@ from sklearn.cluster import KMeans
 from sklearn.ensemble import RandomForestRegressor
 
 from .banks import FeatureBank
+from ..data.conditions import amounts_of, name_of
 
 # %% ../../nbs/2_actions/09_members.ipynb #4d3e0007
 def blocks_of(bank:FeatureBank)->dict[str, np.ndarray]:  # name -> (n, F), rows at most of unit length
@@ -31,15 +32,19 @@ def blocks_of(bank:FeatureBank)->dict[str, np.ndarray]:  # name -> (n, F), rows 
 
 def apart(
     banks:Sequence[FeatureBank],
-    rows:Sequence[str],         # (m,) genes
-    columns:Sequence[str],      # (n,) genes
+    rows:Sequence[str],         # (m,) genes, or compounds at some dose
+    columns:Sequence[str],      # (n,)
 )->dict[str, np.ndarray]:       # block -> (m, n) 1 - C: 0 of a gene to itself, 1 where nothing relates them
-    "How far genes are apart in each block."
-    same = np.asarray(rows, object)[:, None] == np.asarray(columns, object)
+    "How far genes are apart in each block; where any of them has a dose or a time, in these, too."
+    names, others = ([*map(name_of, some)] for some in (rows, columns))
+    same = np.asarray(names, object)[:, None] == np.asarray(others, object)
     distance = {}
+    if [*names, *others] != [*rows, *columns]:
+        a, b = (np.array([*map(amounts_of, some)]).reshape(-1, 2) for some in (rows, columns))
+        distance["amounts"] = np.square(a[:, None] - b).sum(-1)
     for bank in banks:
         position = pd.Index(bank.keys)
-        at, to = position.get_indexer(list(rows)), position.get_indexer(list(columns))
+        at, to = position.get_indexer(names), position.get_indexer(others)
         for name, F in blocks_of(bank).items():
             if name in distance: raise ValueError(f"features: two blocks are called {name!r}; name them apart")
             F = np.concatenate([F, np.zeros((1, F.shape[1]))])      # row -1: a gene that the bank does not know
@@ -51,7 +56,7 @@ def kernel_of(
     weights:dict[str, float],        # of each block
 )->np.ndarray:                       # (m, n)
     "Gaussian kernel of the weighted distance."
-    return np.exp(-sum(weights[b]*d for b, d in distance.items())/2)
+    return np.exp(-sum(weights.get(b, 0.)*d for b, d in distance.items())/2)
 
 def membership(
     perturbations:Sequence[tuple[str, ...]],    # targets of each
@@ -120,14 +125,15 @@ def target_components(
     banks:Sequence[FeatureBank],
     perturbations:Sequence[tuple[str, ...]],    # Q, targets of each
     width:int,                                  # columns of each block
-)->np.ndarray:                      # (Q, blocks · width) float32, sums over targets; 0 where nothing is known
-    "What a forest looks at: the first components of each block of features."
+)->np.ndarray:                      # (Q, blocks · width + 2) float32, sums over targets; 0 where nothing is known
+    "What a forest looks at: the first components of each block of features, log dose and time."
     parts = []
     for bank in banks:
         keys = pd.Index(bank.keys)
         for F in blocks_of(bank).values():
             F = np.pad(F[:, :width], ((0, 1), (0, 0)))      # row -1: a gene that the bank does not know
-            parts.append(np.stack([F[keys.get_indexer(list(targets))].sum(0) for targets in perturbations]))
+            parts.append(np.stack([F[keys.get_indexer([*map(name_of, t)])].sum(0) for t in perturbations]))
+    parts.append(np.stack([np.sum([amounts_of(t) for t in targets], 0) for targets in perturbations]))
     return np.concatenate(parts, 1).astype(np.float32)
 
 def grown_forest(

@@ -23,6 +23,7 @@ from biojepa.actions.members import (
     process_weights, prototype_weights, target_components
 )
 from ..config import MemoryConfig
+from ..data.conditions import amounts_of, name_of
 
 # %% ../../nbs/2_actions/10_memory.ipynb #dc7fd01a
 MEMBERS = ("process", "prototypes", "forest")   # of a stack
@@ -126,9 +127,11 @@ def answer(self:Memory,
     inverse, _ = process_weights(self.kernel(self.perturbations)[0], self.noise)
     process = K @ inverse
     weights = self.weights(process, tuple(perturbations))
-    reach = {*self.genes}.union(*(set(b.keys) - set(b.provenance.get("mean_for", ())) for b in self.features))
+    reach = {*map(name_of, self.genes)}
+    reach = reach.union(*(set(b.keys) - set(b.provenance.get("mean_for", ())) for b in self.features))
     if not self.block_weights: reach = set()    # there is nothing but the mean
-    known, some = (np.array([f(t in reach for t in targets) for targets in perturbations], bool) for f in (all, any))
+    known, some = (np.array([f(name_of(t) in reach for t in targets) for targets in perturbations], bool)
+                   for f in (all, any))
     variance = np.where(some, np.clip(prior - np.einsum("ij,ij->i", process, K), 0, None), prior)
     recall = self.recall(perturbations, weights)
     recall[~some] = np.eye(1, recall.shape[1])
@@ -174,8 +177,8 @@ def row_correlations(P:np.ndarray, T:np.ndarray)->np.ndarray:  # 0 where one is 
     return np.divide((P*T).sum(1), size, out=np.zeros(len(P)), where=size > 1e-12)
 
 class _Choice(NamedTuple):
-    "A way to weigh blocks, and how well its left-out answers correlate with what was measured."
-    r:float
+    "A way to weigh blocks, and how well its left-out answers fit what was measured."
+    r:float             # mean correlation; where there are doses, which change sizes, the explained share of squares
     noise:float
     rank:int
     weights:dict[str, float]
@@ -191,13 +194,16 @@ def _choose(
     mean, n = delta.mean(0), len(delta) - 1
     Y, others = (delta - mean) @ basis.T, (mean - delta)/n      # mean without a row, from the mean
     ranks = [r for r in config.components if r <= len(basis)] or [len(basis)]
+    def fit(said):
+        if "amounts" not in distance: return row_correlations(said, delta).mean()
+        return 1 - np.square(said - delta).sum()/np.square(delta).sum()
     def tried(weights, ranks):
         K, found = M @ kernel_of(distance, weights) @ M.T, []
         for noise in config.noises:
             added = left_out_answers(process_weights(K, noise)[1], Y)
             for r in ranks:
                 said = mean + others + added[:, :r] @ basis[:r]
-                found.append(_Choice(row_correlations(said, delta).mean(), noise, r, weights))
+                found.append(_Choice(fit(said), noise, r, weights))
         return max(found, key=lambda choice: choice.r)
 
     best = tried(dict.fromkeys(distance, 1.), ranks[:1])

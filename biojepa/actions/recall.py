@@ -24,7 +24,7 @@ from .vocabulary import Modality
 from ..config import MemoryConfig
 from ..core import atomic_path
 from ..data.batches import ActionBatch
-from ..data.conditions import parse_condition
+from ..data.conditions import parse_condition, parts_of
 from ..data.means import group_means
 from ..data.own_gene import cell_modes, own_gene_changes, own_gene_effects
 
@@ -163,15 +163,14 @@ def remember(
 )->Memories:
     "The memories of a screen's training cells."
     means = group_means(adata, split.cells(adata, "train"), split.controls(adata, "train"))
-    targets = [parse_condition(c) for c in means.groups["condition"]]
-    delta = means.delta
+    conditions, delta = means.groups["condition"], means.delta
     if own_gene:
         mode = dict(zip(adata.obs["condition"].astype(str), cell_modes(adata)))
-        modes = [mode[c] for c in means.groups["condition"]]
+        modes, targets = [mode[c] for c in conditions], [parse_condition(c) for c in conditions]
         delta = delta - own_gene_changes(targets, modes, means.control, adata.var_names,
                                          own_gene_effects(adata, split))
     features = [b for b in banks if b.modality is not Modality.DNA]
-    return fit_memories(means.groups["cell_type"], targets, delta, features, config)
+    return fit_memories(means.groups["cell_type"], [parts_of(c) for c in conditions], delta, features, config)
 
 # %% ../../nbs/2_actions/11_recall.ipynb #4eca0015
 _ARRAYS = ("mean", "basis", "scores", "labels", "stack", "sums", "spread", "growth")

@@ -92,6 +92,7 @@ class ActionBatch(NamedTuple):
     present:Tensor   # (B, A) bool, True for a real token
     genes: Tensor | None = None  # (B, K) int64, places of targets among the model's genes, -1: none; for `intervenes`
     recall: Tensor | None = None # (B, S, R) float32, what S memories say, in numbers of the model's `responses`
+    amounts: Tensor|None = None  # (B, A, 2) float32, log10 of dose in µM and of time in days; 0 where it is not said
 
     to = _to
 

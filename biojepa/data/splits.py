@@ -114,7 +114,7 @@ def _require_same_data(
 # %% ../../nbs/1_data/15_splits.ipynb #39a75485
 def make_split(
     adata:AnnData,                 # loaded or prepared; only obs is read
-    kind:str="simulation",         # "simulation", "guide", "combination", "cell_type" or "custom"
+    kind:str="simulation",         # of `KINDS`: "simulation", "guide", "cell_type", "drug", "scaffold", …
     seed:int=1,                    # of the draw; the report used 1
     held_out=None,                 # what to test on: targets, guides, combinations, lines; "custom": lists, or a file
     path:Path|None=None,           # JSON file to reuse if it exists and to write if not

@@ -41,7 +41,7 @@ class BioJEPA(nn.Module):
         self.teacher = EMATeacher(self.encoder, c.ema_momentum)
         self.masked_predictor = MaskedPredictor(c, checkpoint_activations)
         self.composer = ActionComposer(c.d_protein, c.d_chemical, c.d_dna, c.d_action, c.d_mode, c.n_modes,
-                                       c.initial_values)
+                                       c.initial_values).reading_amounts(c.n_amounts)
         self.predictor = ActionPredictor(c, checkpoint_activations)
         if c.predicts == "change":
             for p in self.predictor.mean.parameters(): nn.init.zeros_(p)

@@ -68,7 +68,7 @@ def predict(
     if memories and options.missing == "mean":
         banks = [b if b.modality is Modality.DNA else completed(b, table.genes) for b in banks]
     actions, controls = _described(model, table, banks, adata.var_names), _draw_controls(adata, options)
-    actions = with_recall(actions, table.targets, memories)
+    actions = with_recall(actions, table.parts, memories)
     cells, action = np.tile(controls, len(table)), np.repeat(np.arange(len(table)), len(controls))
     rows, code = _output_rows(adata, table, cells, action, options.level)
     pieces = changes(model, adata, cells, action, actions, options.batch_size, options.progress)
@@ -212,7 +212,7 @@ def _with_reliability(
     n:int=3,                # training perturbations that are named
 )->tuple[pd.DataFrame, dict]:
     "How much is known of each perturbation, on which others its answer rests, and how far it may be off."
-    targets = dict(zip(table.perturbation, table.targets))
+    targets = dict(zip(table.perturbation, table.parts))
     told, error = [], np.zeros_like(layers["delta"])
     for line, at in rows.groupby("cell_type", sort=False).indices.items():
         memory, asked = memories.answering(line), [targets[p] for p in rows["perturbation"].iloc[at]]

@@ -106,12 +106,15 @@ def run_identity(
 )->dict[str, str]:      # what -> 12 hexadecimal digits
     "Hashes of everything that reaches a batch: no two runs that differ in one of them are the same run."
     adata, used = roster.adata, [part for part in ("train", "val") if len(roster[part])]
+    batches = {k: v and {f: t for f, t in v._asdict().items() if f != "amounts" or t is not None}
+               for k, v in actions._asdict().items() if k in ("actions", "anchor", "positive")}
+    told = actions._asdict() | batches | dict(banks=())     # amounts that nothing has leave the hash as it was
     pairing = dict(pools=[roster[part].pools for part in used], controls=[roster[part].controls for part in used],
                    code=roster.code, groups=[codes_of(adata, c)[0] for c in ("cell_type", "batch")],
                    size=adata.obs["log_library_size"].to_numpy(np.float32),
                    space=adata.uns["biojepa"]["expression_space"])
     return dict(data=data_hash(adata), split=roster.split.hash, features=actions.hash,
-                pairing=content_hash(pairing), actions=content_hash(actions._replace(banks=())))
+                pairing=content_hash(pairing), actions=content_hash(told))
 
 # %% ../../nbs/4_training/08_run.ipynb #f24c4d37
 class Run(NamedTuple):
