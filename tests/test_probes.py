@@ -18,6 +18,7 @@ from sklearn.preprocessing import StandardScaler
 
 from biojepa.config import preset
 from biojepa.data.batches import dense_rows
+from biojepa.data.controls import name_ranks
 from biojepa.explore import gene_probes as g, probes as p, released as old, representations as r
 from biojepa.model.biojepa import BioJEPA
 from biojepa.model.tokens import TokenSet
@@ -398,6 +399,8 @@ def test_released_probes_read_the_students_latents_of_the_paired_control_cells(a
     monkeypatch.setattr(old, "released_cell_probe", probe)
     table = old.released_cell_probes(model, adata, SimpleNamespace(cells=frame), progress=False)
     size = torch.tensor(adata.obs["log_library_size"].to_numpy())
+    order = np.argsort(name_ranks(frame.index), kind="stable")     # cells are asked in the order of their names
+    frame, ctrl, rows = frame.iloc[order], ctrl[order], rows[order]
     for got, cells in ((seen[0][0], ctrl), (seen[2][0], rows)):
         with torch.inference_mode():
             tokens = model.encoder(dense_rows(adata.X, cells), size[cells], None, False)
