@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 PAPER := $(sort $(wildcard nbs/8*.ipynb nbs/9*.ipynb))
 PAPERMILL := $(BIN)/papermill --no-progress-bar --stderr-file -
 
-.PHONY: eval test docs figures notebooks bench clean
+.PHONY: eval test docs figures notebooks bench demo clean
 
 eval: $(READY)          # the main job: the evaluation notebook on the embedded default
 	@mkdir -p runs
@@ -30,6 +30,9 @@ figures: $(READY)       # every paper notebook on the default run: figures/, its
 	@mkdir -p runs
 	@for nb in $(PAPER); do echo "== $$nb"; $(PAPERMILL) $$nb runs/$$(basename $$nb) || exit 1; done
 	$(BIN)/python -m biojepa.report.paper $(PAPER:nbs/%=runs/%)
+
+demo: $(READY)          # the small model in the package, trained anew
+	$(BIN)/python -m biojepa.report.demo
 
 bench: $(READY)         # collapsed against naive: figures/benchmark.csv, .md and .png
 	$(BIN)/python -m biojepa.report.benchmark

@@ -49,17 +49,18 @@ def find_root(
 # %% ../nbs/0_base/01_core.ipynb #92d4be24
 def project_paths(
     root:Path,         # project root
-)->SimpleNamespace:    # root, nbs, cards, splits, raw, processed, figures, runs
+)->SimpleNamespace:    # root, nbs, demo, cards, splits, raw, processed, figures, runs
     "Every folder of the project, absolute; `BIOJEPA_CARDS`, `_SPLITS`, `_RAW` and `_PROCESSED` move those of the data."
     package = Path(__file__).resolve().parent if "__file__" in globals() else root/"biojepa"
     inside = (root/"settings.ini").is_file() or "BIOJEPA_ROOT" in os.environ
     kept = root/"data" if inside else user_cache_path("biojepa")
+    nbs = root/"nbs" if inside else package/"notebooks"     # paper notebooks travel in the package
     data = dict(cards=package/"data"/"cards", splits=kept/"splits", raw=kept/"raw", processed=kept/"processed")
     data = {
         name: Path(os.environ.get(f"BIOJEPA_{name.upper()}") or path).resolve()
         for name, path in data.items()
     }
-    return SimpleNamespace(root=root, nbs=root/"nbs", **data, figures=root/"figures", runs=root/"runs")
+    return SimpleNamespace(root=root, nbs=nbs, demo=package/"demo", **data, figures=root/"figures", runs=root/"runs")
 
 PATHS = project_paths(find_root())
 

@@ -257,7 +257,7 @@ def test_runs_that_are_none_are_refused(run, place):
 
 NAMES = dict(sklearn="scikit-learn", skmisc="scikit-misc", PIL="pillow", lightning_fabric="lightning-fabric",
              IPython="ipython", esm="fair-esm", gears="cell-gears")
-WITH = dict(httpx="transformers", huggingface_hub="transformers")     # installed with another
+WITH = dict(httpx="huggingface-hub", huggingface_hub="huggingface-hub")     # installed with another
 OF_A_CHECKOUT = {"nbconvert", "nbformat", "nbdev", "execnb", "latex2mathml", "yaml"}    # make docs, make figures
 
 
@@ -285,6 +285,7 @@ def test_the_wheel_works_in_an_empty_folder(tmp_path):
     source, empty = tmp_path/"source", tmp_path/"empty"
     shutil.copytree(PATHS.root/"biojepa", source/"biojepa", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"): shutil.copy(PATHS.root/name, source/name)
+    shutil.copytree(PATHS.nbs, source/"nbs", ignore=lambda folder, names: [n for n in names if n[0] not in "89"])
     make = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, source]
     subprocess.run(make, check=True, capture_output=True)
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel: wheel.extractall(tmp_path/"installed")
@@ -296,10 +297,14 @@ def test_the_wheel_works_in_an_empty_folder(tmp_path):
     environment |= dict(PYTHONPATH=str(tmp_path/"installed"), XDG_CACHE_HOME=str(tmp_path/"cache"))
     code = ("from biojepa.core import PATHS; from biojepa.data.datasets import load_dataset\n"
             "print(PATHS.raw, PATHS.runs, load_dataset('simulated').n_obs)")
-    for words in (["-c", code], ["-m", "biojepa", "data"]):
+    predicts = ["predict", "demo", "simulated", "G010+G026", "--out", str(tmp_path/"p.h5ad")]
+    asked = (["-c", code], *(["-m", "biojepa", *words] for words in (predicts, ["notebooks"], ["data"])))
+    for words in asked:
         done = subprocess.run([sys.executable, *words], capture_output=True, text=True, cwd=empty, env=environment)
         assert done.returncode == 0, done.stderr
         if "-c" in words:
             assert done.stdout.split() == [str(tmp_path/"cache"/"biojepa"/"raw"), str(empty/"runs"), "5000"]
-        else: assert {line.split()[0] for line in done.stdout.splitlines()} == cards
+        elif "data" in words: assert {line.split()[0] for line in done.stdout.splitlines()} == cards
+        elif "notebooks" in words: assert done.stdout.split()[:2] == ["80_train", "90_eval"]
+        else: assert done.stdout.splitlines()[1].split()[0] == "G010+G026"
     assert not list(empty.iterdir()), "nothing is written where nothing was asked for"

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'RunFolder', 'Settings', 'DATA', 'data', 'Commands', 'about', 'example', 'show', 'Looks', 'look', 'convert',
-           'train', 'finished_run', 'evaluate', 'prepared_cells', 'predict', 'screen', 'card', 'main']
+           'train', 'finished_run', 'evaluate', 'prepared_cells', 'predict', 'screen', 'card', 'push', 'notebooks',
+           'main']
 
 # %% ../../nbs/9_report/12_command.ipynb #c0ba0002
 from pathlib import Path
@@ -189,7 +190,7 @@ def prepared_cells(
 
 @app.command(epilog=example("predict runs/0123456789ab-0 screen.h5ad KLF1 KLF1+GATA1 -s condition=gene -s control=NT"))
 def predict(
-    model:Annotated[Path, typer.Argument(help="folder of a finished run, or of a saved model")],
+    model:Annotated[str, typer.Argument(help="folder of a run or of a saved model, demo, or org/name on a hub")],
     cells:Annotated[str, typer.Argument(help="an .h5ad with control cells, or a dataset card")],
     perturbations:Annotated[list[str], typer.Argument(help="targets, combinations as KLF1+GATA1")],
     out:Annotated[Path, typer.Option(help="AnnData: layers predicted, delta, sd, control")]=Path("predictions.h5ad"),
@@ -201,8 +202,10 @@ def predict(
     import numpy as np
 
     from biojepa.core import atomic_path
+    from biojepa.model.saving import model_folder
     from biojepa.predict.anndata import predict, trained_on
-    folder = model/"model" if (model/"model"/"config.json").is_file() else model
+    inside = Path(model)/"model"
+    folder = inside if (inside/"config.json").is_file() else model_folder(model)
     space = trained_on(folder)
     adata = prepared_cells(cells, settings, space.expression_space if space else "log1p")
     answer = predict(folder, adata, perturbations, n_cells=n_cells, missing=missing)
@@ -261,6 +264,32 @@ def card(
     if out is None: return typer.echo(text)
     with atomic_path(out, "the card") as part: part.write_text(text)
     typer.echo(f"card: {out}")
+
+@app.command(epilog=example("push runs/0123456789ab-0 my-lab/k562-crispri"))
+def push(
+    run:RunFolder,
+    name:Annotated[str, typer.Argument(help="org/name on the hub")],
+    private:Annotated[bool, typer.Option("--private/--public", help="of a repository that is made now")]=True,
+    scores:Annotated[Path|None, typer.Option(help="csv of biojepa eval; the run's own if not given")]=None,
+)->None:
+    "Write a model and its card to a model hub. `hf auth login` says first who you are."
+    from biojepa.report.card import push_to_hub
+    typer.echo(f"{name}@{push_to_hub(run, name, private, scores)}")
+
+@app.command(epilog=example("notebooks", "notebooks 90_eval"))
+def notebooks(
+    names:Annotated[list[str]|None, typer.Argument(help="to be copied here; a list of all if none is given")]=None,
+)->None:
+    "Copy paper notebooks to this folder. `papermill 90_eval.ipynb out.ipynb -p dataset screen.h5ad` executes one."
+    import shutil
+
+    from biojepa.core import PATHS
+    there = {path.stem: path for path in sorted(PATHS.nbs.glob("[89]*.ipynb"))}
+    for name in names or ():
+        if name not in there: raise ValueError(f"{name!r}: no such notebook; there are {', '.join(there)}")
+        if Path(f"{name}.ipynb").exists(): raise FileExistsError(f"{name}.ipynb: is there already; remove it first")
+        shutil.copyfile(there[name], f"{name}.ipynb")
+    typer.echo("\n".join(f"{name}.ipynb" for name in names) if names else "\n".join(there))
 
 def main()->None:
     "The command `biojepa`."
