@@ -29,15 +29,19 @@ from biojepa.data.conditions import (
 from biojepa.data.datasets import load_dataset
 from biojepa.data.drugs import DrugSpec, load_drugs, occupancy, simulate_drugs
 from biojepa.data.leakage import LeakageError, check_leakage
+from biojepa.data.means import group_means
 from biojepa.data.network import SimulationSpec, plant_network
 from biojepa.data.preprocess import prepare
 from biojepa.data.schema import validate
 from biojepa.data.splits import make_split
+from biojepa.evaluate.cases import case_data, dataset_cases, simulated_cases
 from biojepa.model.biojepa import BioJEPA
 from biojepa.model.composer import ActionComposer
 from biojepa.predict.baselines import oracle
-from biojepa.predict.regressors import tanimoto
+from biojepa.predict.methods import run_baselines
+from biojepa.predict.regressors import tanimoto, target_features
 from biojepa.predict.sets import test_set as template_of
+from biojepa.predict.told import told_table
 
 MOLECULES = dict(aspirin="CC(=O)Oc1ccccc1C(O)=O", caffeine="Cn1c(=O)c2c(ncn2C)n(C)c1=O")
 
@@ -362,3 +366,47 @@ def test_a_screen_of_drugs_is_read_with_its_truth_and_repeats():
     asked = template_of(adata, split)
     assert row_correlations(oracle(asked, adata).delta, asked.observed_mean() - asked.control_mean).mean() > .4
     with pytest.raises(ValueError, match="there are 12 ring systems"): DrugSpec(n_targets=13)
+
+
+def test_baselines_of_doses_know_the_dose_and_those_of_genes_are_unchanged():
+    adata = prepare(load_drugs(replace(SMALL, n_cell_types=1, doses=(.1, 1., 10., 100.))))
+    split = make_split(adata, "dose_between", 1)
+    asked = template_of(adata, split)
+    table = ActionTable.from_anndata(adata)
+    banks = default_features(adata, table)
+    features = target_features(banks, table)
+    assert set(features.index) == {p for parts in table.parts for p in parts}
+    made = run_baselines(asked, adata, split, dict(molecule=features), progress=False)
+    observed = asked.observed_mean() - asked.control_mean
+    beyond = {n: row_correlations(s.delta - s.train_delta, observed - s.train_delta).mean()
+              for n, s in made.items() if n != "half_of_the_cells"}
+    assert beyond["other_doses"] > .3 and beyond["ridge, molecule"] > .2 and beyond["tanimoto_neighbours"] > .2
+    means = template_means(adata, split)
+    for k, condition in enumerate(asked.groups["condition"]):       # by hand: the two doses beside it, half of each
+        name, _, dose = condition.partition("@")
+        low, high = (means[f"{name}@{float(dose.removesuffix('uM'))*f:g}uM"] for f in (.1, 10))
+        assert np.allclose(made["other_doses"].delta[k], (low + high)/2)
+    assert set(told_table(made).index) == set(made)
+
+
+def template_means(adata, split):
+    "Mean Δ of each training condition."
+    means = group_means(adata, split.cells(adata, "train"), split.controls(adata, "train"))
+    return dict(zip(means.groups["condition"], means.delta))
+
+
+def test_cases_of_drugs_ask_what_they_say():
+    cases = {c.name: c for c in simulated_cases(preset("smoke"))}
+    for name, kind in (("unseen drugs", "drug"), ("unseen doses, beyond", "dose_beyond"),
+                       ("unseen doses, between", "dose_between"), ("unseen line × drug", "line_drug")):
+        adata, split = case_data(cases[name])
+        assert split.kind == kind and check_leakage(adata, split)["passed"].all() and adata.n_vars == 60
+
+
+def test_a_screen_of_compounds_of_ones_own_is_asked_about_compounds():
+    adata = prepare(library())
+    names = {c.name for c in dataset_cases(preset("smoke"), adata)[0]}
+    assert {"unseen drugs", "unseen scaffolds", "unseen doses, between", "unseen line × drug"} <= names
+    del adata.uns["compounds"]
+    cases, left_out = dataset_cases(preset("smoke"), adata)
+    assert "unseen drugs" not in {*(c.name for c in cases), *left_out["case"]}

@@ -51,6 +51,9 @@ class DrugSpec:
     informative:bool = True         # molecules tell target and affinity; if False they are dealt anew
     seed:int = 0
 
+    @property
+    def n_cells(self)->int: return self.n_cell_types*(self.controls + self.cells*self.n_drugs*len(self.doses))
+
     def __post_init__(self):
         if not 1 <= self.n_targets <= len(_RINGS):
             raise ValueError(f"n_targets: found {self.n_targets}; there are {len(_RINGS)} ring systems")
