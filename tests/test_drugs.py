@@ -4,7 +4,8 @@
 2. Columns of dose, time and SMILES say the same as labels that carry them, and survive writing and reading.
 3. The composer reads log dose and time; at the start they change nothing, and where there are none nothing is added.
 4. A memory answers for doses between those it has seen, and for a compound it has not.
-5. Splits by compound, scaffold, dose, and line and compound hold out what they say; a planted leak of each is found."""
+5. Splits by compound, scaffold, dose, and line and compound hold out what they say; a planted leak of each is found.
+6. The simulated screen is what its truth says, and its molecules tell the target only where they are meant to."""
 from dataclasses import replace
 
 import anndata as ad
@@ -17,7 +18,8 @@ import torch
 from biojepa.actions.action_tokens import action_batch
 from biojepa.actions.banks import FeatureBank
 from biojepa.actions.describe import compound_features, default_features
-from biojepa.actions.memory import fit_memory
+from biojepa.actions.featurizers import featurize
+from biojepa.actions.memory import fit_memory, row_correlations
 from biojepa.actions.vocabulary import ActionTable, Modality
 from biojepa.config import DataConfig, preset
 from biojepa.core import n_params
@@ -25,12 +27,21 @@ from biojepa.data.conditions import (
     SchemaError, amounts_of, condition_name, name_of, parse_condition, parse_treatments, parts_of
 )
 from biojepa.data.datasets import load_dataset
+from biojepa.data.drugs import DrugSpec, load_drugs, occupancy, simulate_drugs
 from biojepa.data.leakage import LeakageError, check_leakage
+from biojepa.data.means import group_means
+from biojepa.data.network import SimulationSpec, plant_network
 from biojepa.data.preprocess import prepare
 from biojepa.data.schema import validate
 from biojepa.data.splits import make_split
+from biojepa.evaluate.cases import case_data, dataset_cases, simulated_cases
 from biojepa.model.biojepa import BioJEPA
 from biojepa.model.composer import ActionComposer
+from biojepa.predict.baselines import oracle
+from biojepa.predict.methods import run_baselines
+from biojepa.predict.regressors import tanimoto, target_features
+from biojepa.predict.sets import test_set as template_of
+from biojepa.predict.told import told_table
 
 MOLECULES = dict(aspirin="CC(=O)Oc1ccccc1C(O)=O", caffeine="Cn1c(=O)c2c(ncn2C)n(C)c1=O")
 
@@ -307,3 +318,95 @@ def test_compounds_to_test_can_be_named():
     assert {v.split("@")[0] for v in make_split(adata, "line_drug", held_out=["A|indole-1"]).test} == {"A|indole-1"}
     frames = make_split(adata, "scaffold", held_out=["c1ccncc1"])
     assert compounds(frames.test) == {f"pyridine-{k}" for k in range(3)}
+
+
+SMALL = DrugSpec(n_genes=60, n_targets=4, n_drugs=16, doses=(.1, 1., 10.), cells=6, controls=60)
+
+
+def test_half_of_the_target_is_occupied_at_ec50_and_the_curve_is_hills():
+    c, ec50, h = np.array([.01, .5, 3., 40.]), 3., 1.7
+    assert np.allclose(occupancy(c, np.log10(ec50), h), c**h/(c**h + ec50**h))
+
+
+def test_log_folds_of_a_screen_follow_from_its_drugs():
+    truth = simulate_drugs(SMALL).uns["truth"]
+    place, genes = {c: i for i, c in enumerate(truth["condition"])}, list(truth["gene"])
+    network = plant_network(SimulationSpec(n_genes=60, n_targets=4, n_modules=4, n_cell_types=2, n_cells=1000))
+    response = np.linalg.solve(np.eye(60) - network.matrix(1).toarray(), np.eye(60))    # not by iteration
+    for name, drug in truth["drugs"].iloc[:4].iterrows():
+        expected = np.zeros(60)
+        for target, ec50 in ((drug["target"], drug["log_ec50"]), (drug["off_target"], drug["off_log_ec50"])):
+            k = genes.index(target)
+            own = response[:, k]/response[k, k]
+            own[k] = 0
+            expected -= 2*own/(1 + (10**ec50/10)**drug["hill"])
+        found = truth["log_fold_by_cell_type"][1, place[f"{name}@10uM"]]
+        assert np.allclose(found, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("informative, least, most", [(True, .9, 1), (False, 0, .4)])
+def test_molecules_tell_the_target_only_where_they_are_meant_to(informative, least, most):
+    pytest.importorskip("rdkit")
+    spec = replace(SMALL, n_drugs=40, informative=informative)
+    drugs = simulate_drugs(spec).uns["truth"]["drugs"]
+    bank = featurize("morgan", drugs["smiles"].to_dict(), cache=False, progress=False)
+    alike = tanimoto(bank.values, bank.values)
+    np.fill_diagonal(alike, 0)
+    target = drugs.loc[list(bank.keys), "target"].to_numpy()
+    assert least <= (target[alike.argmax(1)] == target).mean() <= most
+
+
+def test_a_screen_of_drugs_is_read_with_its_truth_and_repeats():
+    adata = load_drugs(SMALL)
+    assert (adata.X != load_drugs(SMALL).X).nnz == 0 and (adata.X != load_drugs(replace(SMALL, seed=1)).X).nnz
+    assert set(adata.obs["condition"]) == {"ctrl", *adata.uns["truth"]["condition"]}
+    assert adata.obs.groupby(["condition", "cell_type"], observed=True).size().drop("ctrl").eq(6).all()
+    adata = prepare(adata)
+    split = make_split(adata, "drug", 1)
+    asked = template_of(adata, split)
+    assert row_correlations(oracle(asked, adata).delta, asked.observed_mean() - asked.control_mean).mean() > .4
+    with pytest.raises(ValueError, match="there are 12 ring systems"): DrugSpec(n_targets=13)
+
+
+def test_baselines_of_doses_know_the_dose_and_those_of_genes_are_unchanged():
+    adata = prepare(load_drugs(replace(SMALL, n_cell_types=1, doses=(.1, 1., 10., 100.))))
+    split = make_split(adata, "dose_between", 1)
+    asked = template_of(adata, split)
+    table = ActionTable.from_anndata(adata)
+    banks = default_features(adata, table)
+    features = target_features(banks, table)
+    assert set(features.index) == {p for parts in table.parts for p in parts}
+    made = run_baselines(asked, adata, split, dict(molecule=features), progress=False)
+    observed = asked.observed_mean() - asked.control_mean
+    beyond = {n: row_correlations(s.delta - s.train_delta, observed - s.train_delta).mean()
+              for n, s in made.items() if n != "half_of_the_cells"}
+    assert beyond["other_doses"] > .3 and beyond["ridge, molecule"] > .2 and beyond["tanimoto_neighbours"] > .2
+    means = template_means(adata, split)
+    for k, condition in enumerate(asked.groups["condition"]):       # by hand: the two doses beside it, half of each
+        name, _, dose = condition.partition("@")
+        low, high = (means[f"{name}@{float(dose.removesuffix('uM'))*f:g}uM"] for f in (.1, 10))
+        assert np.allclose(made["other_doses"].delta[k], (low + high)/2)
+    assert set(told_table(made).index) == set(made)
+
+
+def template_means(adata, split):
+    "Mean Δ of each training condition."
+    means = group_means(adata, split.cells(adata, "train"), split.controls(adata, "train"))
+    return dict(zip(means.groups["condition"], means.delta))
+
+
+def test_cases_of_drugs_ask_what_they_say():
+    cases = {c.name: c for c in simulated_cases(preset("smoke"))}
+    for name, kind in (("unseen drugs", "drug"), ("unseen doses, beyond", "dose_beyond"),
+                       ("unseen doses, between", "dose_between"), ("unseen line × drug", "line_drug")):
+        adata, split = case_data(cases[name])
+        assert split.kind == kind and check_leakage(adata, split)["passed"].all() and adata.n_vars == 60
+
+
+def test_a_screen_of_compounds_of_ones_own_is_asked_about_compounds():
+    adata = prepare(library())
+    names = {c.name for c in dataset_cases(preset("smoke"), adata)[0]}
+    assert {"unseen drugs", "unseen scaffolds", "unseen doses, between", "unseen line × drug"} <= names
+    del adata.uns["compounds"]
+    cases, left_out = dataset_cases(preset("smoke"), adata)
+    assert "unseen drugs" not in {*(c.name for c in cases), *left_out["case"]}
