@@ -15,11 +15,13 @@ from screens import held_out_screen
 from sklearn.metrics import r2_score
 
 from biojepa.data.network import SimulationSpec
+from biojepa.evaluate.challenge import CHALLENGE
 from biojepa.evaluate.metrics import METRICS, evaluate
 from biojepa.evaluate.weighted import (
-    dynamic_range, interpolated_duplicate, r2_weighted, response_weights, t_against_others, wmse
+    dynamic_range, field_scores, field_table, interpolated_duplicate, r2_weighted, response_weights,
+    t_against_others, wmse
 )
-from biojepa.predict.baselines import half_of_the_cells, train_mean
+from biojepa.predict.baselines import HalvesError, half_of_the_cells, train_mean
 from biojepa.predict.sets import pseudobulk, test_set
 
 
@@ -138,3 +140,25 @@ def test_room_of_a_metric(case):
     assert row["train_mean"] == pytest.approx(by_hand)
     with pytest.raises(ValueError, match="wmse needs weights"): evaluate(template, ["wmse"])
     assert METRICS["wmse"].standard.anchors == ("train_mean", "interpolated_duplicate")
+
+
+def test_the_table_of_the_field_stands_between_mean_and_replicate(case):
+    adata, split, template = case
+    scores = field_scores([template, train_mean(template), half_of_the_cells(template, adata, split)], adata, split,
+                          progress=False)
+    table = field_table(scores)
+    scaled = table.loc[["train_mean", "replicate"], [*CHALLENGE]].dropna(axis=1)    # some metrics find no response here
+    assert scaled.shape[1] > 2
+    np.testing.assert_allclose(scaled, [[0]*scaled.shape[1], [1]*scaled.shape[1]], atol=1e-9)
+    own = scores[(scores.metric == "wmse") & (scores.method == "train_mean")]["value"].mean()
+    pb = pseudobulk(train_mean(template))
+    assert table.loc["train_mean", "wmse"] == own == pytest.approx(wmse(pb, response_weights(template, adata)).mean())
+
+
+def test_without_halves_only_weighted_metrics_are_left(case, monkeypatch):
+    adata, split, template = case
+    def none(*_): raise HalvesError("one cell each")
+    monkeypatch.setattr("biojepa.evaluate.weighted.interpolated_duplicate", none)
+    with pytest.warns(UserWarning, match="no replicate, and so none of the challenge's metrics: one cell each"):
+        scores = field_scores([template, train_mean(template)], adata, split, progress=False)
+    assert {*field_table(scores).columns} == {"wmse", "r2_weighted"}
