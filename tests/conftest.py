@@ -10,7 +10,15 @@ from biojepa.core import PATHS
 signal.signal(
     signal.SIGINT,
     signal.default_int_handler)  # a shell starts background jobs deaf to Ctrl-C, which some tests send
-torch.set_num_threads(min(2, torch.get_num_threads()))
+THREADS = min(2, torch.get_num_threads())
+torch.set_num_threads(THREADS)
+
+
+@pytest.fixture(autouse=True)
+def as_many_threads_as_before():
+    "numba, which scanpy calls, gives torch all threads; a copy of a process with several of them waits for ever."
+    yield
+    torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(scope="session")

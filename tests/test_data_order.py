@@ -2,13 +2,18 @@
 
 1. A place by name is one of n, whatever the order, and looks random.
 2. A simulated screen and the same screen with cells and genes permuted give the same batches, pairs, test sets, halves,
-   baselines and variable genes, cell by cell and gene by gene."""
+   baselines and variable genes, cell by cell and gene by gene.
+3. They train the same model, to rounding: as released, and with the memory and the switches of the default run."""
+import sys
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from scipy.stats import kstest
 
+from biojepa.config import preset
 from biojepa.data.controls import by_name, match_controls, name_ranks
 from biojepa.data.datasets import load_dataset
 from biojepa.data.loaders import Roster, cell_loader, pair_loader
@@ -16,8 +21,20 @@ from biojepa.data.network import SimulationSpec
 from biojepa.data.preprocess import prepare
 from biojepa.data.simulate import simulate_perturb_seq
 from biojepa.data.splits import make_split
+from biojepa.evaluate import cases, retrieval, sheets
+from biojepa.evaluate.counted import count_responses, replicate_responses
+from biojepa.explore import representations, search
+from biojepa.explore.gene_probes import gene_probe
+from biojepa.explore.probes import label_parts
+from biojepa.model.biojepa import BioJEPA
+from biojepa.predict import anndata as predict_module, peers
 from biojepa.predict.baselines import additive, half_of_the_cells, train_mean, with_own_gene
+from biojepa.predict.model import predictions
 from biojepa.predict.sets import test_set as held_out_set  # a name that pytest does not collect
+from biojepa.training.run import STAGES, run_stages
+
+sys.path.insert(0, str(Path(__file__).parent))
+from training_cases import OPTIONS, small_data, small_experiment
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +153,68 @@ def test_test_sets_and_baselines_say_the_same(two):
         else: assert a == b
 
 
+DRAWS = dict(
+    controls_of_predict=lambda a, s: predict_module._draw_controls(a, predict_module.PredictOptions(n_cells=7)),
+    controls_of_a_sheet=lambda a, s: sheets.some_controls(a, s, "test", a.obs["cell_type"].iloc[0], 9, 0),
+    first_halves=lambda a, s: s.cells(a, "train")[retrieval._first_half(a, s.cells(a, "train"), "condition", 0)],
+    cells_of_a_component=lambda a, s: representations._some(a, s.cells(a, "train"), 50, 0),
+    probed_cells=lambda a, s: representations.probed_cells(a, s, "train", 60, 0)[0],
+    controls_of_gears=lambda a, s: peers._task(a, s, None, ["G001+ctrl"], peers.Gears())[0].train.base[:60])
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_draws_from_rows_follow_names(two, name):
+    one, other = ([*a.obs_names[DRAWS[name](a, s)]] for a, s in two)
+    if name in ("probed_cells", "controls_of_gears"): assert one == other   # in this order
+    assert sorted(one) == sorted(other) and len(set(one)) > 5
+
+
+def test_cells_that_are_probed_are_dealt_to_the_same_parts(two):
+    def dealt(adata, split):
+        rows, _ = representations.probed_cells(adata, split, "train", 100, 0)
+        return [f"{n} {p}" for n, p in zip(adata.obs_names[rows], label_parts(adata.obs["condition"].iloc[rows]))],
+    same(dealt, two)
+
+
+def test_a_search_starts_from_the_same_cells(two):
+    found = [search._source(adata, 12, 0) for adata, _ in two]
+    one, other = (np.sort(x.numpy().sum(1)) for x, _ in found)
+    np.testing.assert_allclose(one, other, rtol=1e-5)
+
+
+def test_sketches_of_latents_and_shares_of_genes_follow_names(two):
+    def seen(adata, split):
+        small = preset("smoke").model.changed(n_genes=adata.n_vars, library_norm=(8., 1.))
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = BioJEPA(small).follow_names_(adata.var_names)
+        rows = by_name(adata, np.arange(adata.n_obs))
+        z = representations.latent_components(model, adata, rows[:20], rows[20:200], 3, 100, progress=False)
+        return np.abs(z), sorted(cases.some_genes(adata, .3, 1).var_names)
+    one, other = (seen(*x) for x in two)
+    np.testing.assert_allclose(one[0], other[0], atol=1e-3*one[0].max())
+    assert one[1] == other[1]
+
+
+def test_counts_of_a_prediction_and_of_halves_are_drawn_by_name(two):
+    def counted(adata, split):
+        template = held_out_set(adata, split, "test", seed=3)
+        said = count_responses(train_mean(template, adata, split), adata, split)
+        half = replicate_responses(template, adata, split)
+        for side in (said.predicted, half.predicted, half.observed):
+            p = side.profiles["summed counts"]
+            yield from (by_gene(adata, p.mean), by_gene(adata, np.nan_to_num(side.calls[0])))
+    same(counted, two, exact=False)
+
+
+def test_folds_of_a_probe_of_genes_follow_names(two):
+    def asked(adata, split):
+        level = pd.Series(np.asarray(adata.X.mean(0)).ravel(), adata.var_names)
+        x = dict(level=level.to_numpy()[:, None])
+        return gene_probe(x, level, "level", n_shuffles=1, n_draws=20, progress=False).genes
+    pd.testing.assert_frame_equal(*(asked(*x) for x in two), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("values", ["counts", "log1p"])
 def test_variable_genes_are_the_same(loaded, values):
     "Of logarithms, twenty genes are copies of others, so that equals have to be told apart by name."
@@ -150,3 +229,35 @@ def test_variable_genes_are_the_same(loaded, values):
     for n in (5, 40) if values == "counts" else range(1, 60, 3):
         kept = [set(prepare(a, n_top_genes=n, split=split).var_names) for a in (adata, adata[:, order].copy())]
         assert kept[0] == kept[1] and len(kept[0]) == n
+
+
+# --- two orders of one training
+# --------------------------------------------------------------------------------------
+
+def small_default():
+    "The laptop's switches, memory and stages at the size of `small_experiment`; all that is learned is kept."
+    e, small = preset("laptop"), small_experiment()
+    sizes = ("n_genes", "d_model", "n_heads", "n_encoder_layers", "n_masked_predictor_layers", "n_predictor_layers",
+             "d_action", "d_mode", "d_chemical", "d_protein", "d_dna")
+    e = e.changed(model=e.model.changed(**{k: getattr(small.model, k) for k in sizes}))
+    stages = {s: getattr(e, s).changed(batch_size=16, epochs=2, lr=1e-3) for s in STAGES}
+    return e.changed(**stages | dict(dynamics=stages["dynamics"].changed(keeps="all")))
+
+
+@pytest.mark.filterwarnings("ignore:latents collapse")
+@pytest.mark.parametrize("make", [small_experiment, small_default])
+def test_a_trained_model_predicts_the_same(make, tmp_path):
+    "As drawn by position, the two orders of genes correlated with r = 0.06 here."
+    data, rng, found = small_data(), np.random.default_rng(5), []
+    adata = data.pop("adata")
+    permuted = adata[rng.permutation(adata.n_obs)][:, rng.permutation(adata.n_vars)].copy()
+    for name, screen in dict(one=adata, other=permuted).items():
+        run = run_stages(make(), screen, **data, runs=tmp_path/name, **OPTIONS)
+        ps = predictions(run, progress=False)
+        delta = pd.DataFrame(ps.delta, ps.groups["perturbation"].astype(str), ps.genes)
+        found.append((delta.sort_index().sort_index(axis=1), run.log.select_dtypes("number")))
+    (one, log), (other, again) = found
+    assert (one.index == other.index).all() and (one.columns == other.columns).all()
+    np.testing.assert_allclose(one, other, atol=2e-4*one.abs().max().max())
+    trained = log.drop(columns="cells_per_second")
+    pd.testing.assert_frame_equal(trained, again[trained.columns], rtol=1e-3, atol=1e-4)

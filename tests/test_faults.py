@@ -1,23 +1,42 @@
 """A hostile day, in minutes: `pytest -m slow -k fault`.
 
 Training is killed, interrupted and shared while it works, at random moments and at each place where it writes; what is
-called again ends with the weights of an undisturbed run, and nothing is left over. Disks that fail in any stage are in
-tests/test_run.py, libraries that meet a limit in tests/test_core.py."""
+called again ends with the weights of an undisturbed run, and nothing is left over. The same is done to the paper
+notebook under papermill, from its first import to its last figure. Disks that fail in any stage are in
+tests/test_run.py, under the figures in tests/test_report.py, libraries that meet a limit in tests/test_core.py, odd
+inputs in tests/test_odd_files.py.
+
+what was tried                                      before                    now
+20 × SIGKILL of training, damaged checkpoints       two clear refusals        the same bits
+20 × SIGINT of training                             not tried                 the same bits, says how to go on
+10 × SIGKILL at a place where it writes             temporary files left      the same files, nothing left
+20 × SIGKILL while predictions, banks are written   not atomic                what was there before
+12 × a paper notebook: all, its kernel, Ctrl-C      not tried                 the same Table 1 and files
+the first of two trainings, killed                  rows of log.csv mixed     the second goes on
+four trainings of one run                           rows of log.csv mixed     trained once
+two evaluations, two paper notebooks of one run     entries of the list lost  equal files, all of them listed
+disk full, read-only, denied in each of four stages errors without a path     path, content, what is missing
+disk full, read-only under figures and their list   path, but not what        path, content, what is missing"""
 import json
 import os
+import random
 import signal
+import subprocess
 import sys
 import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from test_run import check_kills, program
 
-from biojepa.core import file_hash
+from biojepa.core import PATHS, file_hash
 from biojepa.predict.model import predictions
 from biojepa.predict.sets import PredictionSet
+from biojepa.report.manifest import check_manifest, read_manifest
 from biojepa.training.checkpoints import read_log, state_hash
 from biojepa.training.run import STAGES, run_folder, run_stages
 
@@ -130,3 +149,107 @@ def test_fault_predictions_and_banks_are_killed_while_they_are_written(data, fin
             assert path.read_bytes() == before
         thing.save(path)
         assert nothing_left(tmp_path)
+
+
+# --- a paper notebook
+# ----------------------------------------------------------------------------------------------------------
+
+SMALL = dict(n_genes=60, n_cells=600, n_targets=20, n_modules=4, n_batches=2, control_fraction=.2)
+
+
+class Paper:
+    "`papermill nbs/90_eval.ipynb` on a small screen, in a folder of its own."
+    def __init__(self, folder):
+        self.folder, self.figures = folder, folder/"figures"
+        (folder/"cards").mkdir(parents=True, exist_ok=True)
+        names = (PATHS.cards/"simulated.toml").read_text().partition("[columns]")[2]
+        fields = "\n".join(f"{k} = {v}" for k, v in SMALL.items())
+        (folder/"cards"/"small.toml").write_text(f'name = "small"\ntitle = "a small screen"\nlicence = "none"\n'
+                                                 f"[simulate]\n{fields}\n[columns]{names}")
+
+    def start(self, name="out"):
+        moved = {f"BIOJEPA_{k.upper()}": str(self.folder/k) for k in ("cards", "raw", "splits", "processed")}
+        given = dict(preset="smoke", dataset="small", runs=self.folder/"runs", out_folder=self.figures)
+        words = [word for k, v in given.items() for word in ("-p", k, str(v))]
+        files = [str(PATHS.nbs/"90_eval.ipynb"), str(self.folder/f"{name}.ipynb")]
+        call = [sys.executable, "-m", "papermill", *files, "--no-progress-bar", *words]
+        environment = {**os.environ, **moved, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
+        with open(self.folder/f"{name}.txt", "w") as said:
+            return subprocess.Popen(call, stdout=said, stderr=said, cwd=PATHS.root, start_new_session=True,
+                                    env=environment)
+
+    def finish(self, name="out"):
+        "To the end; what it wrote, but for what a clock says and the time a stage took."
+        assert self.start(name).wait(600) == 0, (self.folder/f"{name}.txt").read_text()[-3000:]
+        return self.files()
+
+    def reached(self):
+        "How many files there are."
+        return sum(p.is_file() and p.name[0] != "." for where in ("runs", "figures")
+                   for p in (self.folder/where).rglob("*"))
+
+    def files(self):
+        listed = check_manifest(self.figures)
+        assert (listed.state == "as listed").all(), listed
+        assert nothing_left(self.folder)
+        clock = ("training_log.csv", "training_time.csv", "training.png")     # cells and seconds
+        found = {p.name: p.read_bytes() for p in self.figures.glob("[!.]*")
+                 if p.is_file() and p.name not in (*clock, "MANIFEST.json")}
+        [model] = self.folder.glob("runs/*/model/model.safetensors")
+        made_from = read_manifest(self.figures)["notebooks"]["90_eval"]["made_from"]
+        return found | dict(weights=file_hash(model), made_from=made_from)
+
+
+def ended(process, how):
+    "A signal to the command, to its kernel, or to both at once as a power failure would."
+    kernel = psutil.Process(process.pid).children(recursive=True)
+    if how == "interrupt": process.send_signal(signal.SIGINT)
+    elif how == "all" or not kernel: process.send_signal(signal.SIGKILL)
+    for p in kernel if how != "interrupt" else []:
+        with suppress(psutil.NoSuchProcess): p.kill()
+    status = process.wait(120)
+    gone, alive = psutil.wait_procs(kernel, 30)
+    assert not alive, "a kernel is left behind"
+    return status
+
+
+@pytest.fixture(scope="module")
+def paper(tmp_path_factory):
+    "Undisturbed, and what it wrote."
+    p = Paper(tmp_path_factory.mktemp("paper"))
+    return p, p.finish()
+
+
+def test_fault_a_paper_notebook_is_ended_twelve_times_and_has_the_same_table(paper, tmp_path):
+    "At moments spread over all that it writes; a second call in the same folder finishes."
+    whole, expected = paper
+    rng, n = random.Random(0), 12
+    for k in range(n):
+        how, p = ("all", "interrupt", "kernel")[k % 3], Paper(tmp_path/str(k))
+        process, place = p.start("first"), (k + rng.random())/n*(whole.reached() - 4)
+        while process.poll() is None and p.reached() < place: time.sleep(.01)
+        time.sleep(rng.random()*(3 if k == 0 else .3))  # the first one while it imports
+        assert process.poll() is None, "it was finished before it was ended"
+        assert ended(process, how) != 0
+        found = p.finish("second")
+        assert found["table1_published_protocol.csv"] == expected["table1_published_protocol.csv"]
+        assert found.keys() == expected.keys() and not [k for k in found if found[k] != expected[k]]
+
+
+def test_fault_two_paper_notebooks_evaluate_one_run(paper, tmp_path):
+    "Begun at once, into one folder of figures: the run is trained once, no entry of the list is lost."
+    p, expected = Paper(tmp_path), paper[1]
+    both = [p.start("a"), p.start("b")]
+    assert [process.wait(600) for process in both] == [0, 0], (tmp_path/"a.txt").read_text()[-2000:]
+    assert p.files() == expected and len([*tmp_path.glob("runs/*-0")]) == 1
+
+
+def test_fault_a_paper_notebook_that_cannot_write_its_figures_says_where_and_is_finished_later(paper, tmp_path):
+    p = Paper(tmp_path)
+    p.figures.write_text("a file stands where the folder belongs")
+    assert p.start("first").wait(600) != 0
+    said = (tmp_path/"first.txt").read_text()
+    assert "cannot write table 'architecture_boxes' (" in said and "a file stands where a folder belongs" in said
+    assert str(p.figures) in said
+    p.figures.unlink()
+    assert p.finish("second") == paper[1]

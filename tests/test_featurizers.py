@@ -7,7 +7,6 @@ import subprocess
 import sys
 from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -24,6 +23,7 @@ from biojepa.actions.featurizers import (
 )
 from biojepa.actions.vocabulary import ActionTable, Modality, Mode
 from biojepa.core import PATHS
+from biojepa.data.conditions import condition_name
 
 RNG = np.random.default_rng(0)
 AMINO, BASES = "ACDEFGHIKLMNPQRSTVWY", "ACGT"
@@ -418,12 +418,9 @@ def test_invalid_smiles_are_named(smiles, message, capfd):
 def table_of(*rows):
     "A table of (targets, guide_id, guide_seqs, mode)."
     targets, guide_id, guide_seqs, mode = zip(*rows)
-    return SimpleNamespace(
-        perturbation=["+".join(t) + f"|{g}" if t else "ctrl" for t, g in zip(targets, guide_id)],
-        targets=targets,
-        guide_id=guide_id,
-        guide_seqs=guide_seqs,
-        mode=mode)
+    names = tuple("+".join(t) + f"|{g}" if t else "ctrl" for t, g in zip(targets, guide_id))
+    conditions = tuple(map(condition_name, targets))
+    return ActionTable(names, conditions, targets, guide_id, guide_seqs, mode, (1, )*len(rows))
 
 
 S1, S2, S3 = spell(BASES, 20), spell(BASES, 20), spell(BASES, 20)

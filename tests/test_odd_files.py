@@ -6,8 +6,11 @@
 3. Labels that name no perturbation are never targets; controls, identifiers and collections are recognised
    (`LABELS`).
 4. A file is asked how large it is, and whether all of it is there, before anything is allocated (`HOSTILE`).
-5. Tables of relations, guides, proteins and actions, and records of downloads, name file, field and cure (`TABLES`)."""
+5. Tables of relations, guides, proteins and actions, and records of downloads, name file, field and cure (`TABLES`);
+   so do feature banks (`BANKS`) and saved splits (`SPLITS`).
+6. Together that is the table of what was tried: each row says what happened before, and its test what happens now."""
 import gzip
+import json
 import tracemalloc
 import warnings
 import zipfile
@@ -18,7 +21,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
+from safetensors.numpy import save_file
 
+from biojepa.actions.banks import FeatureBank
 from biojepa.actions.vocabulary import ActionTable
 from biojepa.config import Columns, parse_settings, preset, with_settings
 from biojepa.data import datasets
@@ -27,6 +32,7 @@ from biojepa.data.conditions import SchemaError
 from biojepa.data.datasets import _free_memory, load_dataset
 from biojepa.data.download import Download, DownloadError, fetch_file
 from biojepa.data.matrix import row_blocks
+from biojepa.data.splits import Split, make_split
 from biojepa.data.values import lacking_counts, steps_of
 
 
@@ -523,6 +529,89 @@ def test_a_broken_table_names_file_field_and_cure(what, tmp_path):
     assert not isinstance(error.value, UnicodeDecodeError) and ";" in str(error.value)
 
 
+def bank_with(**changes):
+    "A file of two features whose header was changed; a field that is None is left out."
+    def write(path):
+        about = dict(schema="biojepa.FeatureBank/2", keys=["A", "B"], modality="PROTEIN", provenance={}) | changes
+        text = json.dumps({k: v for k, v in about.items() if v is not None})
+        save_file({"values": np.ones((2, 3), "float32")}, path, {"bank": text})
+    return write
+
+
+def bank_of(text, values=None):
+    return lambda path: save_file({"values": np.ones((2, 3), "float32") if values is None else values}, path,
+                                  {"bank": text})
+
+
+BANK = dict(schema="biojepa.FeatureBank/2", keys=["A", "B"], modality="PROTEIN", provenance={})
+BANKS = {   # what: (what writes it, before, message)
+    "an unknown modality": (bank_with(modality="TELEPATHY"), "KeyError", "modality: found 'TELEPATHY', where one of "
+                                                                         "PROTEIN, CHEMICAL, DNA belongs; make"),
+    "no modality": (bank_with(modality=None), "KeyError", "modality: found None, where one of"),
+    "a modality that is a list": (bank_with(modality=["DNA"]), "TypeError", r"modality: found \[.DNA.\], where one of"),
+    "keys in a table": (bank_with(keys={"A": 1, "B": 2}), "read, silently", "keys: found {.A.: 1, .B.: 2}, where a"),
+    "keys that are numbers": (bank_with(keys=[1, 2]), "read as text, silently", "keys: found 1 among the names, where"),
+    "keys in one word": (bank_with(keys="AB"), "read as A and B, silently", "keys: found 'AB', where a list of names"),
+    "no keys": (bank_with(keys=None), "KeyError", "keys: found None, where a list of names belongs"),
+    "too few keys": (bank_with(keys=["A"]), "no file named", r"values: found shape \(2, 3\) for 1 keys; give"),
+    "a list for provenance": (bank_with(provenance=[1]), "fails when it is shown", r"provenance: found \[1\], where a "
+                                                                                   "table"),
+    "a list for a header": (bank_of("[1, 2]"), "AttributeError", "its header is a list, where a table belongs; make"),
+    "null for a header": (bank_of("null"), "AttributeError", "its header is a NoneType, where a table belongs; make"),
+    "half a header": (bank_of('{"schema":'), "refused", "broken safetensors file .*; delete it"),
+    "deep nesting": (bank_of("["*100_000), "RecursionError", "broken safetensors file .*; delete it"),
+    "NaN among the values": (bank_of(json.dumps(BANK), np.float32([[1, 2], [1, np.nan]])), "no file named",
+                             "values: found NaN or infinite values in B; leave"),
+}
+
+
+@pytest.mark.parametrize("what", BANKS)
+def test_a_broken_feature_bank_names_file_field_and_cure(what, tmp_path):
+    write, _, message = BANKS[what]
+    write(tmp_path/"b.safetensors")
+    with pytest.raises(ValueError, match=f"b.safetensors: .*{message}"): FeatureBank.load(tmp_path/"b.safetensors")
+
+
+SPLITS = {  # what: (changes of a saved split or its text, before, message)
+    "a null part": (dict(val=None), "TypeError", "val: found None, where a list of names belongs; make the split"),
+    "a table for a part": (dict(test={"A+ctrl": 1}), "hash of something else", "test: found {'A.ctrl': 1}, where a "
+                                                                               "list"),
+    "a word for a part": (dict(train="A+ctrl"), "hash of something else", "train: found 'A.ctrl', where a list of"),
+    "null among the names": (dict(train=["A+ctrl", None]), "hash of something else", "train: found None among the "
+                                                                                     "names, where text"),
+    "a list in a list": (dict(train=[["A+ctrl"]]), "TypeError", r"train: found \['A.ctrl'\] among the names"),
+    "a part is missing": (dict(val=...), "refused", "is not a saved split"),
+    "null": ("null", "refused", "is not a saved split"),
+    "an empty file": ("", "refused", "is not JSON .*; make the split again"),
+    "bytes": (b"\xff\xfe{}", "UnicodeDecodeError", "is not JSON .*; make the split again"),
+    "deep nesting": ("["*100_000, "RecursionError", "is not JSON .*; make the split again"),
+}
+
+
+@pytest.mark.parametrize("what", SPLITS)
+def test_a_broken_split_names_file_field_and_cure(what, tmp_path):
+    change, _, message = SPLITS[what]
+    adata = load(screen())
+    path = make_split(adata, "custom", held_out=dict(train=["A+ctrl"], val=["B+ctrl"], test=["A+B"])).save(
+        tmp_path/"s.json")
+    if isinstance(change, dict):
+        text = json.dumps({k: v for k, v in (json.loads(path.read_text()) | change).items() if v is not ...})
+    else: text = change
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    with pytest.raises(ValueError, match=f"s.json: {message}") as error: Split.load(path, adata)
+    assert type(error.value) is ValueError
+
+
+@pytest.mark.parametrize("lists, message", [
+    (dict(train=["A+ctrl"], test=None), "held_out: test: found None, where a list of names belongs; give names of obs"),
+    (dict(train="A+ctrl", test=["B+ctrl"]), "held_out: train: found 'A.ctrl', where a list of names belongs; give"),
+    (dict(train=["A+ctrl"], val=None, test=["B+ctrl"]), "held_out: val: found None, where a list"),
+    ("["*100_000, "mine.json: is not JSON .*; expected lists called train, val and test")])
+def test_lists_of_ones_own_are_lists_of_names(lists, message, tmp_path):
+    (tmp_path/"mine.json").write_text(lists if isinstance(lists, str) else json.dumps(lists))
+    with pytest.raises(ValueError, match=message): make_split(load(screen()), "custom", held_out=tmp_path/"mine.json")
+
+
 @pytest.mark.parametrize("given, found", [([("A", "B")], "list"), ({"a": ["A"]}, "dict"), (None, "NoneType")])
 def test_what_is_no_table_is_said(given, found):
     with pytest.raises(ValueError, match=f"table: found a {found}; give a table with named columns"):
@@ -565,3 +654,22 @@ def test_guides_named_by_their_dna_make_actions():
     table = ActionTable.from_anndata(adata)
     assert dict(zip(table.perturbation, table.guide_seqs)) == {
         "ctrl": (), "A+ctrl|ACGT": ("ACGT",), "A+ctrl|TTTT": ("TTTT",), "B+ctrl|CCCC": ("CCCC",)}
+
+
+# --- the table of what was tried
+# ------------------------------------------------------------------------------------------------------
+
+def tried():
+    "Every odd input of this file: what, before, now."
+    says = lambda answer: "read as what it is" if callable(answer) or answer in ("counts", "log1p") else answer
+    of = dict(values=STATES, indices=INDICES, labels=LABELS, hostile=HOSTILE, tables=TABLES, banks=BANKS, splits=SPLITS)
+    table = [(kind, what, row[-2], says(row[-1])) for kind, rows in of.items() for what, row in rows.items()]
+    return pd.DataFrame(table, columns=["kind", "what", "before", "now"])
+
+
+def test_more_than_a_hundred_odd_inputs_were_tried_and_each_says_what_comes_of_it():
+    table = tried()
+    assert len(table) >= 120 and not table.duplicated(["kind", "what"]).any()
+    assert table["before"].str.len().gt(0).all() and table["now"].str.len().gt(3).all()
+    refused = table[table["now"] != "read as what it is"]
+    assert len(refused) >= 90 and refused.groupby("kind").size().ge(8).all()

@@ -257,9 +257,31 @@ def test_every_failed_download_becomes_the_same_error(n, tmp_path, monkeypatch):
     error = hub_errors()[n]
     def fail(*args, **kwargs): raise error
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    monkeypatch.setenv(pretrained.REVISION, "0"*40)
     monkeypatch.setattr(pretrained.PATHS, "raw", pretrained.PATHS.root/"data"/"raw-of-this-test")
     with pytest.raises(MissingWeightsError, match=f"download failed .*{type(error).__name__}.*gated"):
         find_weights(SOURCES["ntv3"])
+
+
+@pytest.mark.parametrize("named", [None, "", "main", "0123456", "0"*39 + "G", "0"*41])
+def test_code_is_downloaded_only_at_a_commit(named, tmp_path, monkeypatch):
+    "Weights without code need none; no code is fetched with them."
+    import huggingface_hub
+    asked = []
+    def download(address, **options):
+        asked.append((address, options["revision"], "*.py" in options["allow_patterns"]))
+        return tmp_path
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(pretrained.PATHS, "raw", tmp_path/"raw")
+    if named is None: monkeypatch.delenv(pretrained.REVISION, raising=False)
+    else: monkeypatch.setenv(pretrained.REVISION, named)
+    with pytest.raises(MissingWeightsError, match="only at a commit: choose one at https://.*NTv3_650M_pre/commits"):
+        find_weights(SOURCES["ntv3"])
+    find_weights(SOURCES["esm2_hf"])
+    assert asked == [("facebook/esm2_t6_8M_UR50D", None, False)]
+    monkeypatch.setenv(pretrained.REVISION, "0123456789"*4)
+    find_weights(SOURCES["ntv3"])
+    assert asked[1:] == [("InstaDeepAI/NTv3_650M_pre", "0123456789"*4, True)]
 
 
 def test_weights_are_found_where_the_error_says(tmp_path, monkeypatch, esm):

@@ -1,10 +1,17 @@
 "Artefacts are listed with what they were made from, and a change is seen."
 import base64
+import builtins
+import errno
 import hashlib
 import io
 import json
+import os
+import resource
+import signal
+import sys
 import tracemalloc
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import nbformat
 import numpy as np
@@ -21,6 +28,9 @@ from biojepa.report.manifest import (
 )
 from biojepa.report.paper import keep, sentences
 from biojepa.report.tables import gene_table
+
+sys.path.insert(0, str(Path(__file__).parent))
+from training_cases import in_child
 
 TABLE = pd.DataFrame(dict(a=[1, 2]))
 
@@ -52,6 +62,80 @@ def write_tables(folder, notebook):
 def test_two_writers_lose_no_entry(tmp_path):
     with ProcessPoolExecutor(2) as pool: list(pool.map(write_tables, [tmp_path]*2, ["a", "b"]))
     assert len(read_manifest(tmp_path)["files"]) == 40 and (check_manifest(tmp_path).state == "as listed").all()
+
+
+def full(name, patch):
+    "No room for one file."
+    move = os.replace
+    def refuse(part, path):
+        if Path(path).name == name: raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        move(part, path)
+    patch.setattr(os, "replace", refuse)
+
+
+def read_only(folder, patch):
+    "Nothing in a folder may be opened for writing, by whatever way."
+    def guarded(function):
+        def call(path, *arguments, **options):
+            how = str(arguments[0]) if arguments else str(options.get("mode", ""))
+            writes = not how.isdigit() and set(how) & set("wax+") or how.isdigit() and int(how) & os.O_CREAT
+            if writes and isinstance(path, (str, Path)) and Path(path).is_relative_to(folder):
+                raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+            return function(path, *arguments, **options)
+        return call
+    for module, name in ((builtins, "open"), (io, "open"), (os, "open")):
+        patch.setattr(module, name, guarded(getattr(module, name)))
+
+
+WRITES = {  # what a paper notebook writes, by its name in an error: file, call
+    "table 't'": ("t.csv", lambda r: r.table(TABLE, "t")),
+    "table 'f'": ("f.csv", lambda r: r.figure(Figure(), TABLE, "f")),
+    "figure 'f'": ("f.png", lambda r: r.figure(Figure(), TABLE, "f")),
+    "the list of tables and figures": ("MANIFEST.json", lambda r: r.listed(r.folder/"old.csv")),
+}
+
+
+@pytest.mark.parametrize("what", WRITES)
+def test_a_full_disk_under_the_figures_is_named_and_leaves_what_was_there(what, tmp_path):
+    name, write = WRITES[what]
+    report = Report("n", tmp_path)
+    report.table(TABLE, "old")
+    report.figure(Figure(), TABLE, "f")
+    report.table(TABLE, "t")
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    with pytest.MonkeyPatch.context() as patch:
+        full(name, patch)
+        with pytest.raises(OSError, match=f"cannot write {what} .No space left.* are free.*{name}"): write(report)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    write(report)
+    assert (check_manifest(tmp_path).state == "as listed").all()
+
+
+@pytest.mark.parametrize("what", [w for w in WRITES if w != "figure 'f'"])
+def test_a_read_only_folder_of_figures_is_named(what, tmp_path):
+    _, write = WRITES[what]
+    report = Report("n", tmp_path)
+    report.table(TABLE, "old")
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    with pytest.MonkeyPatch.context() as patch:
+        read_only(tmp_path, patch)
+        with pytest.raises(OSError, match=f"cannot write {what} .Read-only file system.: allow this user to write in"):
+            write(report)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_a_limit_met_while_a_figure_is_drawn_is_named(tmp_path):
+    "A true limit on the size of files: the table behind the figure fits, the picture does not."
+    def work():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, resource.RLIM_INFINITY))
+        try: Report("n", tmp_path).figure(Figure(figsize=(9, 9), facecolor="r"), TABLE, "f")
+        except OSError as error: (tmp_path/"said.txt").write_text(str(error))
+    os.waitpid(in_child(work), 0)
+    said = (tmp_path/"said.txt").read_text()
+    assert "cannot write figure 'f' (File too large): a limit on the files of this user is reached" in said
+    assert {p.name for p in tmp_path.iterdir()} - {".MANIFEST.lock"} == {"said.txt", "f.csv", "MANIFEST.json"}
+    assert check_manifest(tmp_path).set_index("file").state["f.csv"] == "as listed"
 
 
 def notebook_of(path, *sources):

@@ -20,7 +20,9 @@ from biojepa.data.splits import make_split
 from biojepa.model.biojepa import BioJEPA, Context
 from biojepa.predict.many import predict_many
 from biojepa.training.align import align_stage, retrieval_report
-from biojepa.training.dynamics import GeneMaps, dynamics_stage, gene_maps, mean_targets, noisy, settle_
+from biojepa.training.dynamics import (
+    GeneMaps, dynamics_stage, gene_maps, last_layers, mean_targets, noisy, scale_residual_, settle_
+)
 from biojepa.training.loop import fit
 from biojepa.training.monitor import CollapseMonitor
 from biojepa.training.pretrain import pretrain_stage
@@ -282,6 +284,52 @@ def test_a_memory_needs_actions_that_know_it(remembering, screen):
             model.shift(context, own._replace(recall=wrong))
     with pytest.raises(ValueError, match="n_recalled: a memory needs predicts='change'"):
         ModelConfig(n_recalled=3)
+
+
+@pytest.fixture(scope="module")
+def related(screen):
+    "A model that sees relations of two kinds, none of them of the last 20 genes; and its actions."
+    width = screen.protein.width
+    model = small(predicts="change", mask_context=False, delta_from="teacher", sees_relations=True, n_relations=2)
+    with torch.no_grad():
+        model.gene_features[:40] = torch.randn(40, width, generator=torch.Generator().manual_seed(0))
+    return model, action_batch(screen.table, screen.protein, genes=screen.adata.var_names)
+
+
+def test_relations_are_products_of_features_kind_by_kind(related, screen):
+    model, actions = related
+    found, half = model.related(actions), screen.protein.width//2
+    for p in screen.train[:5]:
+        for k, part in enumerate((slice(half), slice(half, None))):
+            feature = sum(screen.protein.select([t]).values[0] for t in screen.table.targets[p])[part]
+            expected = model.gene_features[:, part].numpy() @ feature
+            np.testing.assert_allclose(found[p, :, k].numpy(), expected, atol=1e-4)
+
+
+def test_what_a_relation_does_begins_with_nothing_and_spares_genes_without_one(related, screen):
+    model, actions = related
+    own = actions.take(torch.from_numpy(screen.train[:3]))
+    context = Context(model, torch.rand(3, 60), torch.full((3,), 8.))
+    with torch.no_grad():
+        assert not model.shift(context, own).mean.any()
+        model.predictor.neighbours.out.weight.normal_()
+        moved = model.shift(context, own).mean
+        shared = predict_many(model, context, own, relative=True)
+        other = own._replace(mode=own.mode + 1)
+        assert not torch.allclose(model.shift(context, other).mean, moved)
+        model.predictor.neighbours.out.weight.zero_()
+    assert moved[:, :40].abs().min() > 0 and not moved[:, 40:].any()
+    torch.testing.assert_close(shared[[0, 1, 2], [0, 1, 2]], moved, atol=1e-5, rtol=1e-4)
+
+
+def test_what_a_relation_does_is_settled_with_the_rest(related):
+    model, _ = related
+    with torch.no_grad():
+        for layer in last_layers(model): layer.weight.fill_(1.)
+    scale_residual_(model, .25)
+    for layer in last_layers(model): torch.testing.assert_close(layer.weight, torch.full_like(layer.weight, .25))
+    with torch.no_grad():
+        for layer in last_layers(model): layer.weight.zero_()
 
 
 def test_noise_leaves_absent_tokens_and_no_noise_leaves_all():

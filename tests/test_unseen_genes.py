@@ -19,7 +19,7 @@ from biojepa.predict.anndata import predict
 from biojepa.training.run import run_stages
 
 CHANGE = dict(predicts="change", delta_from="teacher", readout="per_gene", intervenes=True, mask_context=False,
-              d_protein=128, d_dna=1536)
+              d_protein=128, d_dna=1536, sees_relations=True)
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +33,19 @@ def run(tmp_path_factory):
     pairs += [("OUT", targets[0]), ("OUT", targets[1]), *[("OUT", b) for _, b in pairs[:4]]]
     pd.DataFrame(pairs, columns=["a", "b"]).to_csv(folder/"relations.csv", index=False)
     experiment = small_experiment(**CHANGE)
-    experiment = experiment.changed(memory=MemoryConfig(), dynamics=experiment.dynamics.changed(target="mean"),
+    experiment = experiment.changed(memory=MemoryConfig(confidence=0.),
+                                    dynamics=experiment.dynamics.changed(target="mean"),
                                     data=experiment.data.changed(relations=str(folder/"relations.csv")))
     made = run_stages(experiment, given["adata"], given["split"], folder/"runs", **OPTIONS)
     given["adata"].write_h5ad(folder/"cells.h5ad")
     return made, folder, targets
+
+
+def test_the_model_knows_what_relates_measured_genes(run):
+    made, _, targets = run
+    F = made.model.gene_features.numpy()
+    np.testing.assert_allclose(np.linalg.norm(F[made.adata.var_names.isin(targets)], axis=1), 1, atol=1e-3)
+    assert not F[~made.adata.var_names.isin(targets)].any() and made.model.config.n_relations == 1
 
 
 def test_a_gene_outside_the_screen_is_answered_from_a_fresh_process(run):

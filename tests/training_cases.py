@@ -94,6 +94,7 @@ def in_child(function):
     pid = os.fork()
     if pid: return pid
     code = 1
+    torch.set_num_threads(1)    # the others were not copied
     try: function(); code = 0
     except BaseException:
         import traceback; traceback.print_exc()

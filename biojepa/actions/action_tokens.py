@@ -8,7 +8,7 @@ __all__ = ['action_batch']
 # %% ../../nbs/2_actions/05_action_tokens.ipynb #c2500003
 import warnings
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ import torch
 from .banks import FeatureBank, MissingFeatureError
 from .vocabulary import ActionTable, Modality, Mode
 from ..data.batches import ActionBatch
-from ..data.conditions import listed
+from ..data.conditions import amounts_of, listed, name_of
 
 # %% ../../nbs/2_actions/05_action_tokens.ipynb #1296e67b
 def _token_keys(
@@ -29,20 +29,45 @@ def _token_keys(
     if len(guides) == len(targets): return [(g,) for g in guides]
     return [tuple(guides) or ("",)]
 
+class _Token(NamedTuple):
+    "What one token is made of."
+    bank:FeatureBank
+    keys:tuple[str, ...]            # whose rows are averaged
+    amounts:tuple[float, float]     # dose and time, 0 where they are not said
+
+def _tokens_of(
+    parts:Sequence[str],            # of a condition, with their amounts
+    guide_id:str, guides:Sequence[str],
+    banks:Sequence[FeatureBank],
+    compounds:frozenset[str],       # described by a chemical bank and by no other
+)->list[_Token]:
+    "The tokens of one row of the table."
+    tokens = []
+    for bank in banks:
+        chemical = bank.modality is Modality.CHEMICAL
+        own = [p for p in parts if not compounds or (name_of(p) in compounds) == chemical]
+        keys = _token_keys([name_of(p) for p in own], guide_id, guides, bank)
+        amounts = [amounts_of(p) for p in own] if len(keys) == len(own) else [(0., 0.)]*len(keys)
+        tokens += map(_Token, [bank]*len(keys), keys, amounts)
+    return tokens
+
 def _fill_tokens(
-    tokens:list,      # per row, (bank, keys of the token) pairs
-    modes:Sequence,   # (P,) Mode of each row
-    width:int,        # columns of the widest bank
+    tokens:list[list[_Token]],  # of each row
+    modes:Sequence,             # (P,) Mode of each row
+    width:int,                  # columns of the widest bank
+    dosed:bool,                 # whether any condition has an amount
 )->ActionBatch:
     "Pad rows of different lengths and banks of different widths."
     shape = len(tokens), max([1, *map(len, tokens)])
     codes = [torch.zeros(shape, dtype=torch.int64) for _ in range(2)]
     batch = ActionBatch(torch.zeros(*shape, width), *codes, torch.zeros(shape, dtype=torch.bool))
+    if dosed: batch = batch._replace(amounts=torch.zeros(*shape, 2))
     for i, row in enumerate(tokens):
-        for j, (bank, keys) in enumerate(row):
+        for j, (bank, keys, amounts) in enumerate(row):
             batch.features[i, j, :bank.width] = torch.from_numpy(bank.rows(keys).mean(0))
             batch.modality[i, j], batch.mode[i, j] = int(bank.modality), int(modes[i])
             batch.present[i, j] = True
+            if dosed: batch.amounts[i, j] = torch.tensor(amounts)
     return batch
 
 def _places(
@@ -70,10 +95,12 @@ def action_batch(
                          f"modality")
     if missing not in ("error", "drop"):
         raise ValueError(f"missing: found {missing!r}; choose 'error' or 'drop'")
-    rows = zip(table.targets, table.guide_id, table.guide_seqs)
-    tokens = [[(b, keys) for b in banks for keys in _token_keys(*row, b)] for row in rows]
+    molecules = frozenset(k for b in banks if b.modality is Modality.CHEMICAL for k in b.keys)
+    compounds = molecules if any(b.modality is not Modality.CHEMICAL for b in banks) else frozenset()
+    rows = zip(table.parts, table.guide_id, table.guide_seqs)
+    tokens = [_tokens_of(*row, banks, compounds) for row in rows]
     def lacks(row):
-        return {f"{k or 'guide sequence'} ({b.modality.name})" for b, keys in row for k in keys if k not in b}
+        return {f"{k or 'guide sequence'} ({t.bank.modality.name})" for t in row for k in t.keys if k not in t.bank}
     lacking = [sorted(lacks(row)) for row in tokens]
     kept = np.flatnonzero([not names for names in lacking])
     if len(kept) < len(tokens):
@@ -84,6 +111,8 @@ def action_batch(
                 f"{message}; add them to the inputs of featurize, or pass missing='drop'")
         warnings.warn(f"{message}; dropped", stacklevel=2)
     modes = [table.mode[i] if mode is None else mode for i in kept]
-    batch = _fill_tokens([tokens[i] for i in kept], modes, max(b.width for b in banks))
-    if genes is not None: batch = batch._replace(genes=_places([table.targets[i] for i in kept], genes))
+    batch = _fill_tokens([tokens[i] for i in kept], modes, max(b.width for b in banks), bool(table.dosed))
+    if genes is not None:
+        targets = [[t for t in table.targets[i] if t not in molecules and t not in table.dosed] for i in kept]
+        batch = batch._replace(genes=_places(targets, genes))
     return batch if missing == "error" else (batch, kept)

@@ -22,6 +22,7 @@ from safetensors.numpy import save as to_bytes
 from .vocabulary import Modality
 from ..core import atomic_path
 from ..data.conditions import listed
+from ..data.held_out import check_names
 
 # %% ../../nbs/2_actions/02_banks.ipynb #8401f3df
 class MissingFeatureError(ValueError):
@@ -121,6 +122,15 @@ def _header(metadata:dict|None)->dict:
     if metadata.get("schema") != "biojepa.FeatureBank/1": return metadata
     return metadata | dict(schema=_SCHEMA, **{k: json.loads(metadata[k]) for k in ("keys", "provenance")})
 
+def _check_header(about:dict, path:str|Path)->None:
+    "Refuse a header whose fields hold something else than `save` writes, by file and field."
+    cure, known = "make the bank again with featurize", list(Modality.__members__)
+    def refuse(field, wanted):
+        raise ValueError(f"{path}: {field}: found {about.get(field)!r:.60}, where {wanted} belongs; {cure}")
+    check_names(about.get("keys"), f"{path}: keys", cure)
+    if not isinstance(about.get("provenance"), dict): refuse("provenance", "a table of names and values")
+    if about.get("modality") not in known: refuse("modality", f"one of {', '.join(known)}")
+
 @patch(cls_method=True)
 def load(
     cls:FeatureBank,
@@ -132,10 +142,15 @@ def load(
     try:
         with safe_open(path, framework="numpy") as f:
             about, values = _header(f.metadata()), f.get_tensor("values") if "values" in f.keys() else None
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError, RecursionError) as error:
         raise ValueError(
             f"{path}: found a broken safetensors file ({error}); delete it and make it again") from error
+    if not isinstance(about, dict):
+        raise ValueError(f"{path}: its header is a {type(about).__name__}, where a table belongs; make the bank again "
+                         "with featurize")
     if about.get("schema") != _SCHEMA or values is None:
         raise ValueError(f"{path}: found schema {about.get('schema')!r}, expected {_SCHEMA!r}; this is not a "
                          "feature bank of this version")
-    return cls(tuple(about["keys"]), values, Modality[about["modality"]], about["provenance"])
+    _check_header(about, path)
+    try: return cls(tuple(about["keys"]), values, Modality[about["modality"]], about["provenance"])
+    except ValueError as error: raise ValueError(f"{path}: {error}") from error

@@ -19,7 +19,9 @@ from fastcore.basics import patch
 from pyarrow import ArrowInvalid
 
 from ..core import atomic_path
-from ..data.conditions import condition_name, listed, parse_condition
+from biojepa.data.conditions import (
+    condition_name, listed, name_of, parse_condition, parse_treatments, parts_of
+)
 
 # %% ../../nbs/2_actions/01_vocabulary.ipynb #b5a09010
 class Modality(IntEnum):
@@ -63,7 +65,7 @@ class ActionTable:
     "P interventions; row p is code p of `adata.obs['perturbation']`, and so of `PairBatch.perturbation`."
     perturbation:tuple[str, ...]             # unique name: the condition, with its guide where one is known
     condition:tuple[str, ...]                # `ctrl`, `GENE+ctrl`, `A+B`
-    targets:tuple[tuple[str, ...], ...]      # sorted genes, () for a control
+    targets:tuple[tuple[str, ...], ...]      # sorted genes or compounds, () for a control
     guide_id:tuple[str, ...]                 # "" where unknown
     guide_seqs:tuple[tuple[str, ...], ...]   # DNA of the guides, () where unknown
     mode:tuple[Mode, ...]                    # CONTROL for controls
@@ -103,8 +105,18 @@ class ActionTable:
         return np.array([not t for t in self.targets], bool)
 
     @property
+    def parts(self)->tuple[tuple[str, ...], ...]:
+        "Targets with their doses and times, `DRUG@10uM`; the targets themselves where none is said."
+        return tuple(map(parts_of, self.condition))
+
+    @property
+    def dosed(self)->frozenset[str]:
+        "Targets that have a dose or a time somewhere: compounds."
+        return frozenset(name_of(p) for parts in self.parts for p in parts if name_of(p) != p)
+
+    @property
     def genes(self)->tuple[str, ...]:
-        "Every gene that is a target, sorted."
+        "Every target, sorted."
         return tuple(sorted({g for t in self.targets for g in t}))
 
     @property
@@ -228,7 +240,7 @@ def from_conditions(
         raise ValueError(f"conditions: found the single label {conditions!r}; give a list of labels")
     targets = tuple(parse_condition(c) for c in conditions)
     _require_known(conditions, known)
-    names, n = tuple(condition_name(t) for t in targets), len(targets)
+    names, n = tuple(condition_name(parse_treatments(c)) for c in conditions), len(targets)
     modes = tuple(Mode.parse(mode) if t else Mode.CONTROL for t in targets)
     return cls(names, names, targets, ("",)*n, ((),)*n, modes, (0,)*n)
 

@@ -92,12 +92,17 @@ class ActionBatch(NamedTuple):
     present:Tensor   # (B, A) bool, True for a real token
     genes: Tensor | None = None  # (B, K) int64, places of targets among the model's genes, -1: none; for `intervenes`
     recall: Tensor | None = None # (B, S, R) float32, what S memories say, in numbers of the model's `responses`
+    amounts: Tensor|None = None  # (B, A, 2) float32, log10 of dose in µM and of time in days; 0 where it is not said
 
     to = _to
 
     def take(self, index)->"ActionBatch":
         "Some rows, in the order of `index`: the actions of a PairBatch are `actions.take(batch.perturbation)`."
         return ActionBatch(*(x if x is None else x[index] for x in self))
+
+    def first_mode(self)->Tensor:  # (B,) int64
+        "The mode of the first token that is there."
+        return self.mode.gather(1, self.present.long().argmax(1, keepdim=True))[:, 0]
 
     def answered_by(self, slot)->"ActionBatch":
         "With what one memory says, or one for each row (B,): `recall` is then (B, 1, R)."

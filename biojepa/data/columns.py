@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODES', 'perturbation_names', 'Source', 'read_conditions', 'kept_cells', 'like_collection', 'read_batches',
-           'read_cell_types', 'read_modes', 'read_guide_sequences', 'read_library_size', 'read_cells']
+           'read_cell_types', 'read_modes', 'read_compounds', 'read_guide_sequences', 'read_library_size', 'read_cells']
 
 # %% ../../nbs/1_data/08_columns.ipynb #c0500003
 import warnings
@@ -17,7 +17,7 @@ import scipy.sparse as sp
 
 from ..config import Columns
 from biojepa.data.conditions import (
-    SchemaError, condition_name, listed, names_nothing, parse_condition, unversioned
+    SchemaError, condition_name, listed, names_nothing, parse_condition, parse_treatments, unversioned
 )
 
 # %% ../../nbs/1_data/08_columns.ipynb #d1b5d254
@@ -139,10 +139,13 @@ def read_conditions(
     raw = _labels(source, name, controls)
     cells = raw.value_counts()
     _refuse_unclear(source, name, cells[~cells.index.isin(controls)])
-    one = lambda label: parse_condition(f"{label}+ctrl" if label == "nan" else label, (*controls, "ctrl"))
+    one = lambda label: parse_treatments(f"{label}+ctrl" if label == "nan" else label, (*controls, "ctrl"))
     strip = unversioned if columns.gene_versions == "strip" else lambda names: names
     plain = lambda targets: [t.lower() if names_nothing(t) else t for t in targets]
-    try: spelling = {label: condition_name(strip(plain(one(label)))) for label in cells.index}
+    def spelled(treatments):
+        names = strip(plain([t.name for t in treatments]))
+        return condition_name([t._replace(name=name) for t, name in zip(treatments, names)])
+    try: spelling = {label: spelled(one(label)) for label in cells.index}
     except SchemaError as error: raise source.error(f"column {name!r}: {error}") from error
     lost = [c for c in controls if c not in spelling] if columns.control is not None else []
     if "ctrl" not in spelling.values() or lost:
@@ -154,7 +157,28 @@ def read_conditions(
     line = f"condition: column {name!r}, control {shown}, {len(set(spelling.values())) - 1} conditions"
     if changed: line += f", {len(changed)} labels respelled, e.g. {changed[0]!r} -> {spelling[changed[0]]!r}"
     source.history.append(line)
-    return raw.map(spelling)
+    return _with_amounts(source, raw.map(spelling))
+
+def _with_amounts(
+    source:Source,
+    condition:pd.Series,    # canonical condition of each cell
+)->pd.Series:
+    "Doses and times that stand in columns of their own become part of the condition."
+    for kind, unit in dict(dose="uM", time="h").items():
+        if (name := getattr(source.columns, kind)) is None: continue
+        amount = source.column(kind)[condition != "ctrl"].dropna()
+        if not len(amount): raise source.error(f"{kind}={name!r} says nothing of any perturbed cell")
+        if several := [c for c in condition[amount.index].unique() if len(parse_condition(c, "ctrl")) > 1]:
+            raise source.error(f"{kind}={name!r} stands beside {several[0]!r}, and it is not clear of which part it "
+                               f"is; write it into the condition, as 'A@10{unit}+B@1{unit}'")
+        if pd.api.types.is_numeric_dtype(amount):
+            amount = amount.map(lambda x: np.format_float_positional(x, trim="-") + unit)
+        label = condition[amount.index].str.removesuffix("+ctrl") + "@" + amount.astype(str)
+        try: spelling = {x: condition_name(parse_treatments(x, "ctrl")) for x in label.unique()}
+        except SchemaError as error: raise source.error(f"{kind}={name!r}: {error}") from error
+        condition = condition.where(~condition.index.isin(label.index), label.map(spelling).reindex(condition.index))
+        source.history.append(f"{kind}: column {name!r}, {amount.nunique()} of them, in {len(amount):,} cells")
+    return condition
 
 def kept_cells(
     source:Source,
@@ -255,6 +279,21 @@ def read_modes(source:Source, condition:pd.Series)->pd.Series:
     source.history.append(f"mode: {name!r}, {listed(sorted(set(mode)))}")
     return mode
 
+def read_compounds(source:Source, condition:pd.Series)->pd.DataFrame:   # compound × smiles
+    "The SMILES of each compound; where cells disagree, the one of most cells."
+    said = pd.DataFrame(dict(compound=[parse_condition(c, "ctrl") for c in condition],
+                             smiles=source.text("smiles").str.strip()))
+    said = said[(said["compound"].str.len() == 1) & (said["smiles"] != "")].explode("compound")
+    if not len(said): raise source.error(f"smiles={source.columns.smiles!r} names no molecule of any compound")
+    counted = said.value_counts().reset_index().sort_values(["count", "smiles"], ascending=[False, True])
+    first = counted.drop_duplicates("compound").set_index("compound")[["smiles"]].sort_index()
+    line = f"smiles: column {source.columns.smiles!r}, {len(first)} compounds"
+    if twice := sorted(set(counted["compound"][counted["compound"].duplicated()])):
+        line += f"; {len(twice)} have several, of which the most frequent is taken: {listed(twice)}"
+        warnings.warn(f"{source.where}: {line}", stacklevel=5)
+    source.history.append(line)
+    return first
+
 def read_guide_sequences(source:Source)->dict[str, pd.Series]:  # guide_seq_a, guide_seq_b, …
     "One or two columns of guide DNA; empty where a cell has none."
     names, out = source.columns.guide_seq, {}
@@ -314,6 +353,10 @@ def read_cells(
     if columns.guide_seq is not None: out = _with_guides(source, out.assign(**read_guide_sequences(source)))
     out["perturbation"] = perturbation_names(out)
     out = out.astype("category")
+    treatments = {c: parse_treatments(c, "ctrl") for c in condition.unique()}
+    for kind in ("dose", "time"):   # of cells with one compound
+        amount = {c: getattr(t[0], kind) for c, t in treatments.items() if len(t) == 1}
+        if any(x is not None for x in amount.values()): out[kind] = condition.map(amount).astype("float64")
     if columns.library_size is not None: out["total_counts"] = read_library_size(source, x, state)
     for name in columns.keep or ():
         if name in obs and name not in out: out[name] = obs[name]

@@ -10,6 +10,7 @@ __all__ = ['SHRUNK', 'canonical', 'known_sizes', 'canonical_tables', 'check_axes
 import json
 import re
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import anndata as ad
@@ -21,7 +22,9 @@ import zarr
 from anndata.io import read_elem, sparse_dataset
 
 from ..config import Columns
-from .columns import Source, kept_cells, like_collection, read_cells, read_conditions
+from biojepa.data.columns import (
+    Source, kept_cells, like_collection, read_cells, read_compounds, read_conditions
+)
 from .conditions import SchemaError, listed, names_nothing, parse_condition
 from .download import DatasetCard, fetch, list_cards, read_card
 from .genes import check_targets, read_genes
@@ -41,8 +44,10 @@ def canonical(
                              history=list(source.history))
     check_axes(x.shape, source)
     genes = read_genes(source)
+    x, source = _natural(x, source)
     held = state_of(x, source.columns.values, source.obs.index, genes.index, source.where, known_sizes(source))
-    tables, kept = canonical_tables(x, source, genes, held)
+    compounds = getattr(uns.get("compounds"), "index", ())
+    tables, kept = canonical_tables(x, source, genes, held, compounds)
     return ad.AnnData(x if kept is None else x[kept], tables.obs, tables.var, {**uns, **tables.uns})
 
 def known_sizes(source:Source)->np.ndarray|None:
@@ -55,6 +60,7 @@ def canonical_tables(
     source:Source,      # with history
     genes:pd.DataFrame, # of `read_genes`
     held:Held,          # what the values are
+    compounds:Sequence[str]=(),     # whose structures are known beside the file's own
 )->tuple[ad.AnnData, np.ndarray|None]:  # obs, var and uns["biojepa"] without X; cells that are kept, None: all
     "Everything of the canonical form but the values."
     kept, history = None, source.history
@@ -65,10 +71,23 @@ def canonical_tables(
         kept = kept_cells(source, condition)
         x, condition, source = x[kept], condition[kept], source._replace(obs=source.obs[kept])
     obs = read_cells(source, condition, x, held.space)
-    check_targets(source, obs["condition"].cat.categories, genes.index)
+    told = {}
+    if source.columns.smiles is not None:
+        told = {"compounds": read_compounds(source, obs["condition"].astype(str))}
+    compounds = getattr(told.get("compounds"), "index", compounds)
+    check_targets(source, obs["condition"].cat.categories, genes.index, compounds)
     about = dict(schema_version=1, source=source.where, expression_space=held.space,
                  history=np.array(source.history, dtype=object))
-    return ad.AnnData(obs=obs, var=genes, uns={"biojepa": about}), kept
+    return ad.AnnData(obs=obs, var=genes, uns={"biojepa": about} | told), kept
+
+def _natural(x:sp.csr_matrix, source:Source)->tuple[sp.csr_matrix, Source]:
+    "Logarithms to the base of two, as arrays give them, become natural ones; all else stays."
+    if source.columns.values != "log2": return x, source
+    if x.nnz and not 0 <= x.data.min() <= x.data.max() < 20:
+        raise source.error(f"values='log2', but X goes from {x.data.min():.4g} to {x.data.max():.4g}; "
+                           "logarithms of intensities lie between 0 and 20")
+    source.history.append("values: log2 of intensities, times 0.693")
+    return x*np.float32(np.log(2)), source._replace(columns=source.columns.changed(values="log1p"))
 
 def check_axes(shape:tuple, source:Source)->None:
     "There must be cells and genes, each cell must have its own name, and the tables fit the matrix."
@@ -165,7 +184,7 @@ def check_stored(
             "close other programs, or write a file with fewer cells or genes")
 
 # %% ../../nbs/1_data/10_datasets.ipynb #aa63c28d
-_KEPT = ("protein_sequences", "truth")  # entries a canonical file may carry in uns
+_KEPT = ("protein_sequences", "compounds", "truth")  # entries a canonical file may carry in uns
 
 def _own_names(obs:pd.DataFrame, about:dict, where:str)->Columns:
     "Column names of a file in canonical form."

@@ -12,7 +12,7 @@ import anndata as ad
 import pandas as pd
 
 from .columns import Source
-from .conditions import ENSEMBL, listed, parse_condition, unversioned
+from .conditions import ENSEMBL, listed, parse_treatments, unversioned
 
 # %% ../../nbs/1_data/09_genes.ipynb #7c27e78d
 def read_genes(source:Source)->pd.DataFrame:
@@ -63,10 +63,12 @@ def check_targets(
     source:Source,
     conditions,     # canonical ones
     genes,          # names of the measured genes
+    compounds=(),   # targets that are no genes; neither is one with a dose
 )->None:
     "Say which targets are not measured, as `unknown_targets` wants it."
     policy = source.columns.unknown_targets or "ask"
-    targets = {t for c in conditions for t in parse_condition(c, "ctrl")}
+    treatments = {t for c in conditions for t in parse_treatments(c, "ctrl")}
+    targets = {t.name for t in treatments if t.dose is None}.difference(compounds)
     missing = sorted(targets.difference(genes))
     if not missing or policy == "allow": return
     message = f"{len(missing)} of {len(targets)} targets are not among the genes"

@@ -13,8 +13,8 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
-from .conditions import listed, parse_condition
-from .held_out import column_of
+from .conditions import amounts_of, listed, name_of, parse_condition, parts_of
+from .held_out import column_of, scaffolds_of
 from .preprocess import cells_hash
 from .splits import PARTS, Split, values_hash
 
@@ -39,6 +39,8 @@ def _seen(
     keys = ("condition", "perturbation", "cell_type", "guide_id")
     seen = {key: set(part[key].astype(str)) if key in part else set() for key in keys}
     seen["targets"] = {t for c in seen["condition"] for t in parse_condition(c, "ctrl")}
+    both = part[["cell_type", "condition"]].astype(str).drop_duplicates()
+    seen["cell_type|condition"] = set((both["cell_type"] + "|" + both["condition"])[both["condition"] != "ctrl"])
     columns = [c for c in ("guide_seq_a", "guide_seq_b") if c in part]
     pairs = part.loc[(part["condition"].astype(str) != "ctrl").to_numpy(),
                      columns].astype(str).drop_duplicates()
@@ -49,7 +51,7 @@ def _seen(
 # %% ../../nbs/1_data/16_leakage.ipynb #c1300009
 def _of_targets(split, train, val, test)->Iterator[Check]:
     "Targets of held-out single perturbations."
-    if split.key != "condition" or split.kind == "combination": return
+    if split.key != "condition" or split.kind in ("combination", "dose_between", "dose_beyond"): return
     def single(seen):
         targets = [parse_condition(c, "ctrl") for c in seen["condition"]]
         return {t[0] for t in targets if len(t) == 1}
@@ -73,6 +75,31 @@ def _of_combinations(split, train, val, test)->Iterator[Check]:
             if too_few or len(known) > int(name[-1]):
                 wrong.append(f"{c} ({name}, in training: {listed(known)})")
     if n: yield Check("combinations", wrong, n, "as many members in training as the label says, at most")
+
+def _of_compounds(split, adata, train, val, test)->Iterator[Check]:
+    "What the kinds of splits for compounds promise."
+    held, seen = ([p for c in some for p in parts_of(c, "ctrl")] for some in
+                  (val["condition"] | test["condition"], train["condition"]))
+    if split.kind == "scaffold":
+        of = scaffolds_of(adata)
+        both = {of[name_of(p)] for p in held if name_of(p) in of} & {of[name_of(p)] for p in seen if name_of(p) in of}
+        yield Check("scaffolds", both, len(held), "ring systems of held-out compounds in no training compound")
+    if split.kind in ("dose_between", "dose_beyond"):
+        def doses(p): return [amounts_of(o)[0] for o in seen if name_of(o) == name_of(p)]
+        def wrong(p):
+            dose, known = amounts_of(p)[0], doses(p)
+            if not known: return True
+            return not min(known) < dose < max(known) if split.kind == "dose_between" else dose <= max(known)
+        where = "between" if split.kind == "dose_between" else "above"
+        yield Check("doses", sorted({p for p in held if wrong(p)}), len(held),
+                    f"held-out doses {where} those at which training has the compound")
+    if split.kind == "line_drug":
+        def named(pairs): return {(l, name) for l, c in (p.split("|", 1) for p in pairs) for name in parse_condition(c)}
+        held, seen = named(val[split.key] | test[split.key]), named(train[split.key])
+        yield Check("lines of compounds", {"|".join(p) for p in held & seen}, len(held),
+                    "held-out compounds at no dose in the training cells of that line")
+        yield Check("known elsewhere", {n for _, n in held} - {n for _, n in seen}, len(held),
+                    "held-out compounds that training has in another line")
 
 def _of_guides(split, train, val, test)->Iterator[Check]:
     "Guides by name and by sequence."
@@ -115,7 +142,7 @@ def _of_rows(split, adata, rows, held, seen)->Iterator[Check]:
     listed_values = pd.Series([v for p in PARTS for v in getattr(split, p)], dtype=object)
     values, out = set(column_of(adata, split.key)), np.r_[held["val"], held["test"]]
     same = values_hash(adata, split.key) == split.dataset_hash
-    others = [] if same else set(listed_values) ^ (values - {"ctrl"}) or ["values"]
+    others = [] if same else set(listed_values) ^ {v for v in values if v.split("|")[-1] != "ctrl"} or ["values"]
     held_values = seen["val"][split.key] | seen["test"][split.key]
     yield Check("data", others, len(values), f"values of obs['{split.key}'] the split was made for")
     yield Check("parts", set(listed_values[listed_values.duplicated()]), len(listed_values),
@@ -136,7 +163,7 @@ def check_leakage(
     held = {p: split.cells(adata, p) if split.key != "cell_type" else rows[p] for p in ("val", "test")}
     seen = {p: _seen(adata, r) for p, r in {"train": rows["train"], **held}.items()}
     checks = [*_of_rows(split, adata, rows, held, seen), *_of_targets(split, **seen),
-              *_of_combinations(split, **seen), *_of_guides(split, **seen),
+              *_of_combinations(split, **seen), *_of_compounds(split, adata, **seen), *_of_guides(split, **seen),
               *_of_statistics(adata, rows["train"]), *_of_pairs(pairs, seen["train"], adata)]
     report = pd.DataFrame([dict(check=c.check, passed=not len(c.offenders), checked=c.checked,
                                 offenders=listed(sorted(map(str, c.offenders)), 5) if len(c.offenders) else "",

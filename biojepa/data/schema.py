@@ -11,7 +11,7 @@ import scipy.sparse as sp
 from anndata import AnnData
 from anndata.abc import CSRDataset
 
-from .conditions import SchemaError, condition_name, listed, parse_condition
+from .conditions import SchemaError, condition_name, listed, parse_treatments
 
 # %% ../../nbs/1_data/12_schema.ipynb #c0900008
 def require(
@@ -50,10 +50,9 @@ def _check_obs(adata:AnnData)->None:
         require(not gap.any(), f"obs['{column}']: found {gap.sum()} cells without a value, first "
                                f"{listed(adata.obs_names[gap], 5)}; fill or drop them")
     pairs = obs[["condition", "perturbation"]].astype(str).drop_duplicates()
-    odd = [c for c in pairs["condition"].unique() if condition_name(parse_condition(c, "ctrl")) != c]
-    require(not odd, f"obs['condition']: found {listed(odd, 5)}; expected 'ctrl', 'GENE+ctrl' or 'A+B' in "
-                     f"alphabetical "
-                     "order, as load_dataset writes them")
+    odd = [c for c in pairs["condition"].unique() if condition_name(parse_treatments(c, "ctrl")) != c]
+    require(not odd, f"obs['condition']: found {listed(odd, 5)}; expected 'ctrl', 'GENE+ctrl', 'DRUG@10uM' or "
+                     "'A+B' in alphabetical order, as load_dataset writes them")
     require(
         "ctrl" in set(pairs["condition"]),
         "obs['condition']: found no control cells; give load_dataset the file's control label (control=...)"

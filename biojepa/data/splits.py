@@ -18,7 +18,7 @@ from anndata import AnnData
 
 from ..core import atomic_path, object_hash
 from .conditions import listed
-from .held_out import KINDS, column_of, is_control, read_lists
+from .held_out import KINDS, check_names, column_of, is_control, read_lists
 
 # %% ../../nbs/1_data/15_splits.ipynb #07c2fd56
 PARTS = ("train", "val", "test")
@@ -66,12 +66,16 @@ class Split:
     def load(cls, path:Path, adata:AnnData|None=None)->"Split":
         "Read a saved split; a changed file, or other data than it was made for, is an error."
         try: stored = json.loads(Path(path).read_text())
-        except json.JSONDecodeError as error:
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be read ({error.strerror}); give a file that make_split wrote") from error
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: is not JSON ({error}); make the split again") from error
         names, needed = {f.name for f in fields(cls)}, {"hash", "kind", "seed", "key", "dataset_hash", *PARTS}
         if not isinstance(stored, dict) or needed - stored.keys() or stored.keys() - names - {"hash"}:
+            found = listed(sorted(map(str, stored)), 5) if isinstance(stored, dict) else f"a {type(stored).__name__}"
             raise ValueError(f"{path}: is not a saved split (expected {listed(sorted(needed), 5)}, found "
-                             f"{listed(sorted(map(str, stored)), 5)}); for lists of your own use kind='custom'")
+                             f"{found}); for lists of your own use kind='custom'")
+        for name in PARTS: check_names(stored[name], f"{path}: {name}", "make the split again")
         split = cls(**{n: tuple(v) if n in PARTS else v for n, v in stored.items() if n != "hash"})
         if split.hash != stored["hash"]:
             raise ValueError(f"{path}: was changed after it was saved (hash {stored['hash']}, content "
@@ -110,7 +114,7 @@ def _require_same_data(
 # %% ../../nbs/1_data/15_splits.ipynb #39a75485
 def make_split(
     adata:AnnData,                 # loaded or prepared; only obs is read
-    kind:str="simulation",         # "simulation", "guide", "combination", "cell_type" or "custom"
+    kind:str="simulation",         # of `KINDS`: "simulation", "guide", "cell_type", "drug", "scaffold", …
     seed:int=1,                    # of the draw; the report used 1
     held_out=None,                 # what to test on: targets, guides, combinations, lines; "custom": lists, or a file
     path:Path|None=None,           # JSON file to reuse if it exists and to write if not

@@ -120,7 +120,8 @@ def convert(
         with tqdm(total=2*len(read.obs), unit="cell", unit_scale=True, disable=not progress) as bar:
             held, sums, n_values = look(stored, read, genes, bar)
             check_axes((len(sums), len(genes)), read)
-            tables, kept = canonical_tables(sp.csr_matrix(sums[:, None]), read, genes, held)
+            compounds = read_elem(uns["compounds"]).index if "compounds" in keep else ()
+            tables, kept = canonical_tables(sp.csr_matrix(sums[:, None]), read, genes, held, compounds)
             tables.uns.update({k: read_elem(uns[k]) for k in keep})
             n = int(n_values.sum() if kept is None else n_values[kept].sum())
             _write(part, prepared_blocks(stored, tables, kept, expression_space), tables, n, bar)

@@ -14,6 +14,7 @@ import numpy as np
 import scipy.sparse as sp
 from anndata import AnnData
 
+from ..data.controls import by_name, name_ranks
 from ..data.means import groups_of
 from .calls import Calls, response_calls
 from biojepa.evaluate.profiles import (
@@ -76,13 +77,14 @@ def lines_of(
 )->list[Line]:
     "Counts behind a set of predictions, line by line."
     table, condition = groups_of(ps.cells, "condition")
-    kinds, controls = adata.obs["cell_type"].astype(str).to_numpy(), np.sort(split.controls(adata, part))
+    kinds, controls = adata.obs["cell_type"].astype(str).to_numpy(), by_name(adata, split.controls(adata, part))
+    named = np.argsort(name_ranks(ps.cells.index), kind="stable")
     own, beside = (adata.obs_names.get_indexer(x) for x in (ps.cells.index, ps.cells["control"]))
     if (own < 0).any() or (beside < 0).any():
         raise ValueError("adata: lacks cells of the set; give the AnnData that the template was made of")
     lines = []
     for line, rows in table.groupby("cell_type").indices.items():
-        at = np.flatnonzero(np.isin(condition, rows))
+        at = named[np.isin(condition[named], rows)]
         code = np.searchsorted(rows, condition[at])
         pool = counts_of(adata, controls[kinds[controls] == line])
         lines.append(Line(rows, at, code, counts_of(adata, own[at]), counts_of(adata, beside[at]), pool))
@@ -99,9 +101,9 @@ def predicted_side(
     bulk, fold, (table, code) = pseudobulk(ps), folds_of(ps), groups_of(ps.groups, "condition")
     share = ps.groups["n_cells"].to_numpy(float)/table["n_cells"].to_numpy()[code]
     of_condition = sp.csr_matrix((share, (code, np.arange(len(code))))) @ fold
-    calls, profiles = [], np.zeros(bulk.predicted.shape)
+    calls, profiles, genes = [], np.zeros(bulk.predicted.shape), np.argsort(ps.genes, kind="stable")
     for x in lines:
-        cells = drawn_counts(x.paired, fold, ps.group[x.at], seed)
+        cells = drawn_counts(x.paired[:, genes], fold[:, genes], ps.group[x.at], seed)[:, np.argsort(genes)]
         calls.append(response_calls(cells, x.code, len(x.rows), x.control))
         profiles[x.rows] = scaled_profiles(x.control, of_condition[x.rows]).mean
     order, none = np.argsort(np.concatenate([x.rows for x in lines])), np.zeros(len(profiles))

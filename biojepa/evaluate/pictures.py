@@ -17,6 +17,7 @@ from scipy.cluster.hierarchy import leaves_list, linkage
 from sklearn.decomposition import PCA
 
 from ..data.conditions import parse_condition
+from ..data.controls import name_ranks
 from ..data.means import group_means
 from ..data.splits import Split
 from .differential import DETable
@@ -131,8 +132,9 @@ def plane_table(
 )->pd.DataFrame:            # panel, kind (control, observed, predicted), x, y, x_share, y_share (of the variance)
     "Control, observed and predicted cells on the first two principal components of the observed ones."
     pb, rng = pseudobulk(ps), np.random.default_rng(seed)
-    names = row_names(pb)
-    drawn = [np.sort(rng.permutation(_cells_of(ps, pb.conditions.iloc[r]))[:most]) for r in rows]
+    names, rank = row_names(pb), name_ranks(ps.cells.index)
+    own = (_cells_of(ps, pb.conditions.iloc[r]) for r in rows)
+    drawn = [np.sort(rng.permutation(cells[np.argsort(rank[cells])])[:most]) for cells in own]
     panel, at = np.repeat(names[list(rows)], [len(d) for d in drawn]), np.concatenate(drawn)
     control, observed = ps.control[at].toarray(), ps.observed[at].toarray()
     predicted = np.maximum(control + ps.cells_delta(at, control), 0)

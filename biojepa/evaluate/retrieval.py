@@ -15,6 +15,7 @@ import pandas as pd
 from anndata import AnnData
 
 from ..data.conditions import parse_condition
+from ..data.controls import name_ranks
 from ..data.means import group_means
 from .statistics import bootstrap_ci
 from ..predict.sets import PredictionSet, Pseudobulk
@@ -212,7 +213,8 @@ def measured_library(
 
 def _first_half(adata:AnnData, rows:np.ndarray, column:str, seed:int)->np.ndarray:  # (len(rows),) bool
     "Half of the cells of each value of a column and cell line, rounded down."
-    order, half = np.random.default_rng(seed).permutation(len(rows)), np.empty(len(rows), bool)
+    named, half = np.argsort(name_ranks(adata.obs_names[rows]), kind="stable"), np.empty(len(rows), bool)
+    order = np.random.default_rng(seed).permutation(named)
     groups = adata.obs.iloc[rows[order]][[column, "cell_type"]].astype(str).groupby([column, "cell_type"])
     half[order] = groups.cumcount().to_numpy() < groups[column].transform("size").to_numpy()//2
     return half

@@ -12,6 +12,7 @@ import scipy.sparse as sp
 from anndata import AnnData
 
 from ..actions.vocabulary import ActionTable
+from ..data.controls import by_name
 from ..predict.model import add_rows_, changes
 from ..predict.sets import PredictionSet
 
@@ -72,7 +73,7 @@ def answer_sheet(
 
 def some_controls(adata:AnnData, split, part:str, line:str, n:int, seed:int)->np.ndarray:
     "Rows of up to `n` control cells of a line."
-    controls = np.sort(split.controls(adata, part))
+    controls = by_name(adata, split.controls(adata, part))
     controls = controls[(adata.obs["cell_type"].astype(str) == line).to_numpy()[controls]]
     if n < 1 or not len(controls):
         raise ValueError(

@@ -26,7 +26,7 @@ from .metrics import METRICS, evaluate
 from .statistics import bootstrap_ci, paired_bootstrap, verdict
 from .summary import BOUNDS, noise_ceilings
 from ..predict.baselines import Guess, guess_by_line, training_deltas
-from ..predict.methods import all_methods, relations_of
+from ..predict.methods import all_methods, kinds_of_features
 from ..predict.sets import PredictionSet
 from ..training.run import Run, run_stages
 
@@ -49,10 +49,11 @@ def case_methods(
     progress:bool=False,
 )->list[PredictionSet]:     # the model first
     "The model, the baselines of every case and the bounds, on the test cells of a run."
-    kind = "sequence" if relations_of(run) is None else "graph"
     tested = run.adata.obs["condition"].iloc[run.split.cells(run.adata, "test")].astype(str)
-    features = (f"{name}, {kind}" for name in ("ridge", "nearest_neighbours", "gaussian_process"))
-    names = ["control_mean", "train_mean", *features]
+    kinds = kinds_of_features(run)
+    features = (f"{name}, {kind}" for kind in kinds for name in ("ridge", "nearest_neighbours", "gaussian_process"))
+    names = ["control_mean", "train_mean", *features, *(["tanimoto_neighbours"] if "molecule" in kinds else [])]
+    if run.table.dosed: names.append("other_doses")
     if any(len(parse_condition(c)) > 1 for c in set(tested)): names.append("additive")
     names += ["half_of_the_cells", *(["oracle"] if {"truth", "true_log_fold"} & set(run.adata.uns) else [])]
     sets = all_methods(run, names, seed=run.experiment.seed, progress=progress)

@@ -114,6 +114,9 @@ def gene_probe(
 )->GeneProbe:
     "Predict a score from representations of genes, on held-out genes, beside the reference."
     y, label = _labelled(representations, score, reference, threshold, n_folds)
+    named = np.argsort(score.index.to_numpy(str), kind="stable")    # so that folds and draws follow names
+    score, y, label = score.iloc[named], y[named], label[named]
+    representations = {name: np.asarray(x)[named] for name, x in representations.items()}
     fold, folds = np.empty(len(y), int), StratifiedKFold(n_folds, shuffle=True, random_state=seed)
     for f, (_, held_out) in enumerate(folds.split(label[:, None], label)): fold[held_out] = f
     weights, rng = _fold_draws(fold, n_draws, seed), np.random.default_rng([seed, 1])

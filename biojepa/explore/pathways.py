@@ -17,6 +17,7 @@ from anndata import AnnData
 
 from ..actions.vocabulary import ActionTable, Modality
 from ..data.batches import ActionBatch
+from ..data.controls import by_name
 from ..data.means import group_means
 from .genesets import relation_table, set_similarity
 from .relations import Relation, planted_modules, set_relation
@@ -144,7 +145,7 @@ def predicted_responses(
     rng, of_line = np.random.default_rng(seed), {}
     for l in np.unique(line):
         if len(found := np.flatnonzero(control & (line == l))):
-            of_line[l] = np.sort(rng.permutation(found)[:n_cells])
+            of_line[l] = np.sort(rng.permutation(by_name(adata, found))[:n_cells])
     lines = pd.DataFrame(dict(code=code, line=line)).drop_duplicates().groupby("code")["line"].agg(list)
     own = ([of_line[l] for l in lines.get(p, []) if l in of_line] for p in rows)
     cells = [np.concatenate(found or list(of_line.values())) for found in own]

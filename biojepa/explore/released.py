@@ -20,6 +20,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from ..actions.vocabulary import ActionTable
 from ..data.batches import ActionBatch
+from ..data.controls import name_ranks
 from ..evaluate.gene_level import paired_pseudobulk
 from .gene_probes import auroc
 from .genesets import cosine
@@ -206,13 +207,14 @@ def released_cell_probes(
     progress:bool=True,     # show a bar
 )->pd.DataFrame:            # question, representation, accuracy, majority, chance, n_labels, n_train, n_test
     "Batch and perturbation read from the control cells of test pairs, as released, beside chance."
-    own, paired = (adata.obs_names.get_indexer(names) for names in (pairs.cells.index, pairs.cells["control"]))
+    asked = pairs.cells.iloc[np.argsort(name_ranks(pairs.cells.index), kind="stable")]
+    own, paired = (adata.obs_names.get_indexer(names) for names in (asked.index, asked["control"]))
     cells, at = np.unique(paired, return_inverse=True)
     latents = cell_latents(model, adata, cells, part="encoder", progress=progress)[at]
     x = {"encoder, control cells (as released)": latents,
          "random numbers": np.random.default_rng(seed).normal(size=latents.shape),
          "encoder, the perturbed cells": cell_latents(model, adata, own, part="encoder", progress=progress)}
-    rows = [dict(question=q, representation=name) | released_cell_probe(v, pairs.cells[q], seed)
+    rows = [dict(question=q, representation=name) | released_cell_probe(v, asked[q], seed)
             for q in ("batch", "perturbation") for name, v in x.items()]
     table = pd.concat([RELEASED_PROBES, pd.DataFrame(rows)], ignore_index=True)
     return table.sort_values("question", kind="stable", ignore_index=True)

@@ -8,6 +8,7 @@ __all__ = ['probed_cells', 'check_genes', 'mean_token', 'gene_sketch', 'cell_lat
 
 # %% ../../nbs/7_explore/01_representations.ipynb #d1be34bf
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from sklearn.decomposition import PCA
 from tqdm import tqdm
 
 from ..data.batches import dense_rows, row_source
+from ..data.controls import by_name
 from ..model.biojepa import BioJEPA
 from ..model.tokens import TokenSet
 
@@ -26,15 +28,15 @@ def probed_cells(
     part:str="test",        # "train", "val" or "test": perturbed cells of the part; "all": every cell
     most:int|None=None,     # at most, drawn at random; all if None
     seed:int=0,             # of the drawing
-)->tuple[np.ndarray, np.ndarray]:   # cells to probe; training cells and their controls
+)->tuple[np.ndarray, np.ndarray]:   # cells to probe, in the order of their names; training cells and their controls
     "The cells that a probe looks at, and those that a representation may have seen."
     if part not in ("train", "val", "test", "all"):
         raise ValueError(f"part: found {part!r}; choose 'train', 'val', 'test' or 'all'")
     rows = np.arange(adata.n_obs) if part == "all" else split.cells(adata, part)
     if not len(rows):
         raise ValueError(f"part: {part!r} has no cells in this AnnData; choose another part or split")
-    some = np.sort(np.random.default_rng(seed).permutation(rows)[:most])
-    return some, np.union1d(split.cells(adata, "train"), split.controls(adata, "train"))
+    some = np.random.default_rng(seed).permutation(by_name(adata, rows))[:most]
+    return by_name(adata, some), np.union1d(split.cells(adata, "train"), split.controls(adata, "train"))
 
 def check_genes(model:BioJEPA, adata:AnnData)->None:
     "As many genes as the model reads."
@@ -55,13 +57,15 @@ def gene_sketch(
     tokens:TokenSet,        # of B cells
     width:int=4096,         # numbers that are kept
     seed:int=0,             # of the sketch
+    place:torch.Tensor|None=None,   # (G,) which draw each gene gets: `model.place` deals by name; in order if None
 )->torch.Tensor:            # (B, width)
     "All genes' tokens of each cell, squeezed: each number to a random place with a random sign (Charikar et al. 2002)."
-    x = tokens.genes().flatten(1)
-    rng = np.random.default_rng(seed)
-    place = torch.from_numpy(rng.integers(width, size=x.shape[1])).to(x.device)
-    sign = torch.from_numpy(rng.choice([-1., 1.], x.shape[1])).to(x)
-    return x.new_zeros(len(x), width).index_add_(1, place, x*sign)
+    x, rng = tokens.genes(), np.random.default_rng(seed)
+    (G, D), dealt = x.shape[1:], slice(None) if place is None else place.cpu()
+    to, sign = rng.integers(width, size=G*D), rng.choice([-1., 1.], G*D)
+    to, sign = (torch.from_numpy(v).view(G, D)[dealt].flatten().to(x.device) for v in (to, sign))
+    x = x.flatten(1)
+    return x.new_zeros(len(x), width).index_add_(1, to, x*sign.to(x))
 
 @torch.inference_mode()
 def cell_latents(
@@ -95,13 +99,13 @@ def _components(
     if len(x) < 3: raise ValueError(f"fit_rows: found {len(x)} cells; components need at least 3")
     return PCA(min(n, len(x) - 1, x.shape[1]), svd_solver=solver, random_state=seed).fit(x)
 
-def _some(rows, most:int, seed:int)->np.ndarray:
+def _some(adata:AnnData, rows, most:int, seed:int)->np.ndarray:
     "At most so many rows, drawn at random."
-    return np.sort(np.random.default_rng(seed).permutation(np.asarray(rows))[:most])
+    return np.sort(np.random.default_rng(seed).permutation(by_name(adata, rows))[:most])
 
 def _of_expression(adata:AnnData, fit_rows, n:int, most:int, seed:int)->PCA:
     "Components of the expression of at most `most` cells."
-    x = dense_rows(row_source(adata), _some(fit_rows, most, seed)).numpy()
+    x = dense_rows(row_source(adata), _some(adata, fit_rows, most, seed)).numpy()
     return _components(x, n, seed, "randomized" if adata.n_vars > 500 else "auto")
 
 def cell_components(
@@ -127,8 +131,8 @@ def latent_components(
     progress:bool=True,     # show a bar
 )->np.ndarray:              # (N, n) float32
     "Principal components of the latents of all genes, as sketched."
-    some = _some(fit_rows, most, seed)
-    x = cell_latents(model, adata, np.concatenate([some, np.asarray(rows)]), gene_sketch, progress=progress)
+    some, sketch = _some(adata, fit_rows, most, seed), partial(gene_sketch, place=model.place)
+    x = cell_latents(model, adata, np.concatenate([some, np.asarray(rows)]), sketch, progress=progress)
     return _components(x[:len(some)], n, seed).transform(x[len(some):])
 
 def library_size(

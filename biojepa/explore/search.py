@@ -29,6 +29,7 @@ from ..config import config_hash
 from ..core import atomic_path, object_hash
 from ..data.batches import ActionBatch, align_genes, dense_rows, row_source
 from ..data.conditions import condition_name
+from ..data.controls import by_name
 from ..data.means import match_groups, matched_means
 from ..model.biojepa import BioJEPA, Context, latents_of
 from ..model.readout import decode
@@ -195,7 +196,8 @@ def pair_actions(
     if not pairs:
         raise ValueError(f"rows: {len(rows)} actions make no pair of different targets; give more of them")
     first, second = (actions.take(torch.tensor([p[i] for p in pairs])) for i in (0, 1))
-    joined = ActionBatch(*(None if a is None else torch.cat([a, b], 1) for a, b in zip(first[:-1], second)))
+    tokens = zip(first._replace(recall=None), second)
+    joined = ActionBatch(*(None if a is None else torch.cat([a, b], 1) for a, b in tokens))
     if actions.recall is not None: joined = joined._replace(recall=first.recall + second.recall)
     return joined, ActionTable(
         **{
@@ -209,7 +211,7 @@ def pair_actions(
 
 def _joined(name:str, a, b, table:ActionTable, i:int, j:int):
     "One field of a pair."
-    if name == "condition": return condition_name(tuple(sorted(table.targets[i] + table.targets[j])))
+    if name == "condition": return condition_name(table.parts[i] + table.parts[j])
     if name == "targets": return tuple(sorted(a + b))
     if name == "perturbation": return f"{a} & {b}"
     if name == "guide_id": return "+".join(filter(None, (a, b)))
@@ -423,7 +425,7 @@ def _candidates(model, actions:ActionBatch|None, table:ActionTable|None)->tuple[
         )
     rows = np.flatnonzero(~table.is_control)
     if not len(rows): raise ValueError("table: found only controls; give at least one action")
-    if actions.recall is None: actions = with_recall(actions, table.targets, getattr(model, "memories", None))
+    if actions.recall is None: actions = with_recall(actions, table.parts, getattr(model, "memories", None))
     return actions.take(torch.from_numpy(rows)), table.select(rows)
 
 def _states(model, given, reference, each:bool, batch_size:int)->dict[str, TargetState]:
@@ -444,7 +446,7 @@ def _source(cells:AnnData, n:int|None, seed:int)->tuple[Tensor, Tensor]:
     "Expression and library size of some cells."
     if n is not None and n < 1:
         raise ValueError(f"n_cells: found {n}; give a positive number of source cells, or None for all")
-    rows = np.sort(np.random.default_rng(seed).permutation(cells.n_obs)[:n])
+    rows = np.sort(np.random.default_rng(seed).permutation(by_name(cells, np.arange(cells.n_obs)))[:n])
     return dense_rows(row_source(cells),
                       rows), torch.from_numpy(cells.obs["log_library_size"].to_numpy(np.float32)[rows])
 

@@ -6,7 +6,7 @@
 __all__ = ['BioJEPA', 'Context', 'latents_of']
 
 # %% ../../nbs/3_model/12_biojepa.ipynb #fd0ae15c
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -17,6 +17,7 @@ from anndata import AnnData
 from fastcore.basics import patch
 from torch import Tensor, nn
 
+from ..actions.vocabulary import Modality
 from ..config import ModelConfig
 from ..data.batches import ActionBatch, dense_rows, row_source
 from .composer import ActionComposer
@@ -40,23 +41,39 @@ class BioJEPA(nn.Module):
         self.teacher = EMATeacher(self.encoder, c.ema_momentum)
         self.masked_predictor = MaskedPredictor(c, checkpoint_activations)
         self.composer = ActionComposer(c.d_protein, c.d_chemical, c.d_dna, c.d_action, c.d_mode, c.n_modes,
-                                       c.initial_values)
+                                       c.initial_values).reading_amounts(c.n_amounts)
         self.predictor = ActionPredictor(c, checkpoint_activations)
         if c.predicts == "change":
             for p in self.predictor.mean.parameters(): nn.init.zeros_(p)
         self.readout = LinearReadout(c.d_model, c.n_genes, c.readout)
+        self.register_buffer("place", torch.arange(c.n_genes), persistent=False)
         if c.intervenes: self.register_buffer("intervention", torch.tensor([1., 0.]).repeat(c.n_modes, 1))
         if c.n_recalled:
             self.register_buffer("responses", torch.zeros(c.n_recalled, c.n_genes))
             self.register_buffer("lift", torch.zeros(c.n_genes, c.d_model))
+        if c.sees_relations: self.register_buffer("gene_features", torch.zeros(c.n_genes, c.d_protein))
 
     def hide(self,
         x:Tensor,                             # (B, G)
         generator:torch.Generator|None=None,  # source of randomness, on the device of `x`
     )->Tensor:                                # (B, G) bool
         "Draw the genes to hide; devices that share a batch draw for all and take their rows."
-        (rank, n), (n_cells, n_genes), c = devices(), x.shape, self.config
-        return random_gene_mask(n*n_cells, n_genes, c.mask_ratio, c.mask_kind, generator, x.device)[rank::n]
+        (rank, n), c = devices(), self.config
+        mask = random_gene_mask(n*len(x), c.n_genes, c.mask_ratio, c.mask_kind, generator, x.device)
+        return mask[rank::n, self.place]
+
+# %% ../../nbs/3_model/12_biojepa.ipynb #a15d0002
+@patch
+@torch.no_grad()
+def follow_names_(self:BioJEPA,
+    genes:Sequence[str],    # G names, in the order of the model
+)->BioJEPA:                 # itself
+    "Deal what a new model drew for each gene, and the genes that it will hide, by the genes' names."
+    self.place.copy_(torch.from_numpy(np.argsort(np.argsort(np.asarray(genes, str), kind="stable"))))
+    tables = [self.encoder.tokenizer.gene.weight, self.teacher.model.tokenizer.gene.weight, self.predictor.query.weight]
+    if self.readout.kind == "per_gene": tables.append(self.readout.linear.weight)
+    for table in tables: table.copy_(table[self.place])
+    return self
 
 # %% ../../nbs/3_model/12_biojepa.ipynb #4321e4e8
 @dataclass(frozen=True, eq=False)
@@ -98,7 +115,7 @@ def intervened(self:BioJEPA,
         raise ValueError("actions.genes: missing, but model.intervenes is on; make the actions with "
                          "action_batch(table, banks, genes=adata.var_names)")
     row, k = (actions.genes >= 0).nonzero(as_tuple=True)
-    mode = actions.mode.gather(1, actions.present.long().argmax(1, keepdim=True))[row, 0]
+    mode = actions.first_mode()[row]
     (factor, summand), at = self.intervention[mode].to(x_ctrl.dtype).unbind(1), (row, actions.genes[row, k])
     return x_ctrl.index_put(at, (factor*x_ctrl[at] + summand).clamp(min=0))
 
@@ -121,6 +138,16 @@ def remembered(self:BioJEPA,
 
 # %% ../../nbs/3_model/12_biojepa.ipynb #14d09ff4
 @patch
+def related(self:BioJEPA,
+    actions:ActionBatch,    # N actions with features of their targets
+)->Tensor:                  # (N, G, K) cosine of each gene's features and a target's, summed over targets
+    "How near each gene is to the targets, by each kind of relation."
+    c, own = self.config, actions.present & (actions.modality == Modality.PROTEIN)
+    targets = (own[..., None]*actions.features[..., :c.d_protein]).sum(1)
+    by_kind = (t.unflatten(-1, (c.n_relations, -1)) for t in (targets, self.gene_features.to(targets)))
+    return torch.einsum("nkf,gkf->ngk", *by_kind)
+
+@patch
 def placed(self:BioJEPA,
     says:Tensor,                # (N, G, D) means as the predictor gives them
     context:Context,            # C control cells
@@ -132,6 +159,8 @@ def placed(self:BioJEPA,
     c, whole = self.config, slice(None) if cell is None else cell
     if (remembered := self.remembered(context, actions, cell)) is not None:
         says = says + remembered[..., None].to(says.dtype)*self.lift.to(says.dtype)
+    if c.sees_relations and actions is not None:
+        says = says + self.predictor.neighbours(context.h[whole], self.related(actions), actions.first_mode())
     if c.intervenes and actions is not None:
         x, size = context.x[whole], context.log_library_size[whole]
         done = self.intervened(x, actions)

@@ -36,9 +36,11 @@ def check_action_batch(
     actions:ActionBatch,        # B actions of up to A tokens
     widths:dict[str, int],      # width of each modality's features
     n_modes:int,                # number of modes the model knows
+    n_amounts:int=0,            # numbers of a dose and time that it reads
 ):
     "Refuse actions that do not fit; a ValueError names the field and the first token at fault."
     features, modality, mode, present = actions[:4]
+    _check_amounts(actions, n_amounts)
     if features.ndim != 3 or any(t.shape != features.shape[:2]
                                  for t in (modality, mode, present)) or present.dtype != torch.bool:
         raise ValueError(
@@ -68,6 +70,19 @@ def check_action_batch(
     _refuse(problems)
 
 # %% ../../nbs/3_model/06_composer.ipynb #f58b1dff
+def _check_amounts(
+    actions:ActionBatch,
+    n_amounts:int,      # that the model reads
+):
+    "Doses that a model cannot read, or that are no numbers."
+    if actions.amounts is None: return
+    if not n_amounts:
+        raise ValueError("actions.amounts: found doses or times, but this model was trained on conditions without any; "
+                         "leave '@…' away, or train it on a screen that has them")
+    if actions.amounts.shape != (*actions.features.shape[:2], n_amounts) or not actions.amounts.isfinite().all():
+        raise ValueError(f"actions.amounts: found shape {tuple(actions.amounts.shape)}; need "
+                         f"{(*actions.features.shape[:2], n_amounts)} finite numbers")
+
 def _refuse(
     problems:list[tuple[Tensor, Tensor, str]],  # tokens at fault (B, A), what they hold (B, A), message
 ):
@@ -98,19 +113,32 @@ class ActionComposer(nn.Module):
         self.mode = nn.Embedding(n_modes, d_mode)
         if initial_values == "fan_in": init_weights_(self)
         self.film = FiLM(d_mode, d_action)
+        self.amounts = None
+
+    def reading_amounts(self,
+        n:int,                  # numbers of a token's dose and time; 0: none, and no weights for them
+    )->"ActionComposer":        # itself
+        "Let doses and times scale and shift the content, beside the mode; they start without any effect."
+        if n: self.amounts = nn.Parameter(torch.zeros(n, 2*self.d_action))
+        return self
 
     def forward(self,
         actions:ActionBatch,    # B actions of up to A tokens
     )->Tensor:                  # (B, A, d_action), zeros at absent tokens
         "Action latents of a batch."
-        check_action_batch(actions, self.widths, self.mode.num_embeddings)
+        n_amounts = 0 if self.amounts is None else len(self.amounts)
+        check_action_batch(actions, self.widths, self.mode.num_embeddings, n_amounts)
         features, mode = actions.features, self.mode(actions.mode.masked_fill(~actions.present, 0))
         places, latents = [], []
         for modality in Modality:
             here = (actions.present & (actions.modality == modality)).nonzero(as_tuple=True)
             if not len(here[0]): continue
             content = self.content[modality.name](features[here][:, :self.widths[modality.name]])
-            places.append(torch.stack(here)); latents.append(self.film(content, mode[here]))
+            latent = self.film(content, mode[here])
+            if actions.amounts is not None:
+                scale, shift = (actions.amounts[here] @ self.amounts).chunk(2, -1)
+                latent = latent + content*scale + shift
+            places.append(torch.stack(here)); latents.append(latent)
         if not places: return features.new_zeros(*actions.present.shape, self.d_action)
         a = torch.cat(latents)
         return a.new_zeros(*actions.present.shape, self.d_action).index_put(tuple(torch.cat(places, 1)), a)

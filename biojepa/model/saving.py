@@ -242,7 +242,7 @@ def from_pretrained(
         raise ValueError(f"{folder/'genes.json'}: found {len(names)} genes, {_CONFIG} says {found.n_genes}")
     if genes is not None: check_genes(names, [str(g) for g in genes], folder)
     require_memory(found)
-    model = BioJEPA(found)
+    model = BioJEPA(found).follow_names_(names)
     _read_weights(folder/"model.safetensors", model)
     cells = saved["cells"] and CellSpace(**saved["cells"])
     origin = dict(saved=saved["hash"], revision=commit_of(folder), run=saved.get("run"))

@@ -24,6 +24,7 @@ from ..actions.vocabulary import ActionTable, Modality, Mode
 from ..config import config_hash
 from ..core import content_hash
 from ..data.batches import ActionBatch, align_genes, row_source
+from ..data.controls import by_name
 from ..data.means import sparse_rows
 from ..data.schema import validate
 from ..model.biojepa import BioJEPA
@@ -70,7 +71,7 @@ def predict(
     if memories and options.missing == "mean":
         banks = [b if b.modality is Modality.DNA else completed(b, table.genes) for b in banks]
     actions, controls = _described(model, table, banks, adata.var_names), _draw_controls(adata, options)
-    actions = with_recall(actions, table.targets, memories)
+    actions = with_recall(actions, table.parts, memories)
     cells, action = np.tile(controls, len(table)), np.repeat(np.arange(len(table)), len(controls))
     rows, code = _output_rows(adata, table, cells, action, options.level)
     pieces = changes(model, adata, cells, action, actions, options.batch_size, options.progress)
@@ -165,7 +166,7 @@ def _described(model:BioJEPA, table:ActionTable, banks:Sequence[FeatureBank], ge
 
 def _draw_controls(adata:AnnData, options:PredictOptions)->np.ndarray:  # sorted rows
     "Some control cells of each line."
-    rows = np.flatnonzero(adata.obs["condition"].astype(str) == "ctrl")
+    rows = by_name(adata, np.flatnonzero(adata.obs["condition"].astype(str) == "ctrl"))
     rng = np.random.default_rng(options.seed)
     line = adata.obs["cell_type"].astype(str).to_numpy()[rows]
     return np.sort(
@@ -224,7 +225,7 @@ def _with_reliability(
     n:int=3,                # training perturbations that are named
 )->tuple[pd.DataFrame, dict]:
     "How much is known of each perturbation, on which others its answer rests, and how far it may be off."
-    targets = dict(zip(table.perturbation, table.targets))
+    targets = dict(zip(table.perturbation, table.parts))
     told, error = [], np.zeros_like(layers["delta"])
     for line, at in rows.groupby("cell_type", sort=False).indices.items():
         memory, asked = memories.answering(line), [targets[p] for p in rows["perturbation"].iloc[at]]

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['control_mean', 'train_mean', 'Training', 'training_deltas', 'Guess', 'mean_guess', 'guess_by_line', 'additive',
-           'line_likeness', 'same_elsewhere', 'nearest_line', 'with_own_gene', 'oracle', 'HalvesError', 'halves',
-           'half_of_the_cells', 'noise_ceiling']
+           'other_doses', 'line_likeness', 'same_elsewhere', 'nearest_line', 'with_own_gene', 'oracle', 'HalvesError',
+           'halves', 'half_of_the_cells', 'noise_ceiling']
 
 # %% ../../nbs/5_predict/06_baselines.ipynb #f75f2e99
 from collections.abc import Callable
@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
-from ..data.conditions import parse_condition
+from ..data.conditions import amounts_of, name_of, parse_condition, parts_of
 from ..data.controls import by_name
 from ..data.means import group_means
 from ..data.own_gene import cell_modes, own_gene_changes, own_gene_effects
@@ -45,7 +45,7 @@ def train_mean(
 class Training(NamedTuple):
     "Training conditions and their effects; takes the place of the AnnData in every baseline that learns from them."
     groups:pd.DataFrame                 # C rows: condition, cell_type, n_cells
-    targets:list[tuple[str, ...]]       # of each
+    targets:list[tuple[str, ...]]       # of each, compounds with their doses
     delta:np.ndarray                    # (C, G)
     control:np.ndarray|None = None      # (C, G) mean of the controls beside each
 
@@ -59,7 +59,7 @@ def training_deltas(
     check_template(template, adata, split)
     rows, controls = split.cells(adata, "train"), split.controls(adata, "train")
     means = group_means(adata, rows, controls, "condition", template.provenance.get("control", "cell_type"))
-    targets = [parse_condition(c) for c in means.groups["condition"]]
+    targets = [parts_of(c) for c in means.groups["condition"]]
     return Training(means.groups, targets, means.delta, means.control)
 
 # %% ../../nbs/5_predict/06_baselines.ipynb #e9343700
@@ -86,7 +86,7 @@ def guess_by_line(
 )->PredictionSet:
     "Ask a baseline about every group, line by line."
     lines, trained = (x.groups["cell_type"].to_numpy() for x in (template, training))
-    targets = [parse_condition(c) for c in template.groups["condition"]]
+    targets = [parts_of(c) for c in template.groups["condition"]]
     delta, variance = np.zeros((2, *template.delta.shape))
     known, learned = np.zeros(len(lines), bool), {}
     for line in np.unique(lines):
@@ -113,6 +113,27 @@ def additive(
         known = np.array([any(g in alone for g in t) for t in asked], bool)
         got = [sum(alone.get(g, mean) for g in t) if k else delta.mean(0) for t, k in zip(asked, known)]
         return Guess(np.stack(got), known, about=dict(n_singles=len(alone)))
+    return guess_by_line(name, template, training_deltas(template, adata, split), guess)
+
+# %% ../../nbs/5_predict/06_baselines.ipynb #d0se0001
+def other_doses(
+    template:PredictionSet, adata:AnnData, split,
+    name:str="other_doses",
+)->PredictionSet:
+    "The same compound at the doses that were seen, between two of them in proportion to the log dose."
+    def guess(targets, delta, asked):
+        seen = {}
+        for row, t in enumerate(targets):
+            if len(t) == 1: seen.setdefault(name_of(t[0]), []).append((amounts_of(t[0])[0], row))
+        got, known = np.tile(delta.mean(0), (len(asked), 1)), np.zeros(len(asked), bool)
+        for k, t in enumerate(asked):
+            if len(t) != 1 or name_of(t[0]) not in seen: continue
+            dose, rows = zip(*sorted(seen[name_of(t[0])]))
+            at = np.interp(amounts_of(t[0])[0], dose, np.arange(len(dose)))     # beyond the last: as the last
+            low, share = int(at), at - int(at)
+            got[k] = (1 - share)*delta[rows[low]] + share*delta[rows[min(low + 1, len(rows) - 1)]]
+            known[k] = True
+        return Guess(got, known)
     return guess_by_line(name, template, training_deltas(template, adata, split), guess)
 
 # %% ../../nbs/5_predict/06_baselines.ipynb #e15e0002
@@ -159,7 +180,7 @@ def _carried_over(
     alike = line_likeness(template, training)
     delta, known, source = template.delta.copy(), np.zeros(len(own), bool), {}
     for i, (condition, line) in enumerate(zip(template.groups["condition"], own)):
-        targets = parse_condition(condition)
+        targets = parts_of(condition)
         others = alike.loc[line].dropna().sort_values(ascending=False).index
         answers = [l for l in others if (targets, l) in seen][:nearest]
         home = mean.get(line, np.mean([mean[l] for l in others], 0) if len(others) else template.train_delta)

@@ -19,7 +19,7 @@ from ..actions.vocabulary import ActionTable
 from ..config import config_hash
 from ..core import return_freed_memory
 from ..data.batches import ActionBatch, dense_rows, row_source
-from ..data.conditions import parse_condition
+from ..data.conditions import parse_condition, parts_of
 from ..model.biojepa import BioJEPA, Context
 from ..model.saving import cell_space, check_space
 from .sets import PredictionSet, check_template, test_set
@@ -71,7 +71,7 @@ def remembered_answers(
     "What memories say of perturbations; sd is calibrated on left-out answers, so it is that of an unseen target."
     parts = []
     for line, own in groups.groupby("cell_type", sort=False, observed=True):
-        said = memories.answering(line).answer([parse_condition(c) for c in own["condition"]])
+        said = memories.answering(line).answer([parts_of(c) for c in own["condition"]])
         told = dict(delta=list(said.delta), sd=list(said.sd), reliability=said.reliability, known=said.known)
         parts.append(pd.DataFrame(told, index=own.index))
     return groups.join(pd.concat(parts))

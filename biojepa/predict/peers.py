@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from ..core import seed_everything
 from ..data.conditions import parse_condition
+from ..data.controls import by_name
 from ..data.splits import Split
 from .sets import PredictionSet
 
@@ -328,8 +329,8 @@ def _task(
 )->tuple[_Task, dict[str, list[int]], bool]:    # task, nodes of each condition it can answer, validation was spared
     "What GEARS learns from: cells whose targets are in the graph, both graphs, mean control."
     genes, rng, X = list(map(str, adata.var_names)), np.random.default_rng(settings.seed), adata.X
-    rows, val = split.cells(adata, "train"), split.cells(adata, "val")
-    controls = split.controls(adata, "train")
+    rows, val = (by_name(adata, split.cells(adata, part)) for part in ("train", "val"))
+    controls = by_name(adata, split.controls(adata, "train"))
     condition = adata.obs["condition"].astype(str).to_numpy()
     single = np.array([len(parse_condition(c)) == 1 for c in condition[rows]], bool)
     r = coexpression(X[np.r_[rows[single], controls]])  # without combinations, as GEARS does
@@ -341,7 +342,8 @@ def _task(
     rows, val = (_known_rows(adata, x, known) for x in (rows, val))
     if spare := not len(val): rows, val = _spare_validation(adata, rows, rng)
     train, expressed = _material(adata, rows, controls, node, rng, True)
-    validation, _ = _material(adata, val, controls if spare else split.controls(adata, "val"), node, rng, False)
+    others = controls if spare else by_name(adata, split.controls(adata, "val"))
+    validation, _ = _material(adata, val, others, node, rng, False)
     answered = {c: [node[g] for g in parse_condition(c)] for c in asked if set(parse_condition(c)) <= known}
     graphs = (graph, strongest(r, genes, settings.neighbours, .4))
     mean = np.asarray(X[controls].mean(0)).ravel()
@@ -367,11 +369,13 @@ def gears_predictions(
         raise ValueError(f"{low[0]}: found {getattr(settings, low[0])}; give at least {least[low[0]]}")
     conditions, delta = template.groups["condition"].astype(str), {}
     asked = conditions.unique()
-    task, answered, spare = _task(adata, split, relations, asked, settings)
+    named = np.argsort(template.genes, kind="stable")   # GEARS draws gene by gene: in the order of names
+    task, answered, spare = _task(adata[:, named].copy(), split, relations, asked, settings)
     with undisturbed():
         network, errors = _gears(task, settings, torch.device(device), progress)
         if answered:
-            delta = dict(zip(answered, _ask(network, [*answered.values()], adata.n_vars, torch.device(device))))
+            said = _ask(network, [*answered.values()], adata.n_vars, torch.device(device))
+            delta = dict(zip(answered, said[:, np.argsort(named)]))
     missed = [c for c in asked if c not in answered]
     about = settings._asdict() | dict(
         train_seed=settings.seed, seed=template.provenance["seed"],

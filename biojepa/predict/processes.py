@@ -19,7 +19,7 @@ from ..actions.recall import Memories
 from ..data.companions import read_edges
 from .baselines import Guess, guess_by_line, mean_guess, training_deltas, with_own_gene
 from .model import remembered_answers
-from .regressors import components_of
+from .regressors import amounts_among, components_of
 from .sets import PredictionSet
 
 # %% ../../nbs/5_predict/08_processes.ipynb #6375335a
@@ -95,7 +95,9 @@ def feature_kernel(
     square = ((X**2).sum(1)[:, None] + (X**2).sum(1) - 2*X@X.T).clip(0)
     off = square[~np.eye(len(X), dtype=bool)]
     width = np.median(off) if len(off) else 0
-    return pd.DataFrame(np.exp(-square/(2*(width if width > 0 else 1.))), index=names, columns=names)
+    amounts = amounts_among([(name,) for name in names])
+    apart = np.square(amounts[:, None] - amounts).sum(-1)
+    return pd.DataFrame(np.exp(-square/(2*(width if width > 0 else 1.)) - apart/2), index=names, columns=names)
 
 # %% ../../nbs/5_predict/08_processes.ipynb #0579f845
 def leave_one_out(

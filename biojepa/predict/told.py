@@ -30,6 +30,7 @@ METHODS: dict[str, Told] = dict(
     tanimoto_neighbours=Told("features",
                              features="fingerprints",
                              does="averages the compounds that are most alike"),
+    other_doses=Told("identity", does="gives what the same compound did at other doses, in proportion to the log dose"),
     random_forest=Told("features", does="grows trees from features to response components"),
     gaussian_process=Told("features",
                           does="weighs training conditions by a kernel of features or of a graph"),

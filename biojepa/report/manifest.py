@@ -21,7 +21,7 @@ import pandas as pd
 from filelock import FileLock
 from matplotlib.figure import Figure
 
-from ..core import PATHS, atomic_path, file_hash, object_hash
+from ..core import PATHS, atomic_path, file_hash, object_hash, writing
 
 # %% ../../nbs/9_report/01_manifest.ipynb #afc74d5d
 PACKAGES = ("torch", "numpy", "scipy", "anndata", "scanpy", "scikit-learn", "matplotlib", "pandas")
@@ -56,13 +56,15 @@ def manifest(
     folder:Path,
 )->Iterator[dict[str, dict]]:
     "The list of a folder, to be changed by one process at a time; written at the end."
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    with FileLock(Path(folder)/".MANIFEST.lock"):
+    path, what, lock = Path(folder)/"MANIFEST.json", "the list of tables and figures", Path(folder)/".MANIFEST.lock"
+    with writing(path, what):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        held = FileLock(lock).acquire()
+    with held:
         entries = read_manifest(folder)
         yield entries
-        with atomic_path(Path(folder)/"MANIFEST.json") as part:
-            part.write_text(
-                json.dumps({k: dict(sorted(v.items())) for k, v in entries.items()}, indent=1) + "\n")
+        text = json.dumps({k: dict(sorted(v.items())) for k, v in entries.items()}, indent=1) + "\n"
+        with atomic_path(path, what, len(text)) as part: part.write_text(text)
 
 # %% ../../nbs/9_report/01_manifest.ipynb #c6c5cffb
 def _code(notebook:Path)->list[tuple[str, ast.Module]]:
@@ -110,7 +112,7 @@ class Report:
     )->Path:                    # path of the csv
         "Write a table as csv."
         path = Path(self.folder)/f"{name}.csv"
-        with atomic_path(path) as part: table.to_csv(part, index=False, float_format="%.6g")
+        with atomic_path(path, f"table {name!r}") as part: table.to_csv(part, index=False, float_format="%.6g")
         return self.listed(path)
 
     def figure(self,
@@ -123,7 +125,7 @@ class Report:
         if not tables: raise ValueError(f"tables: none given for figure {name!r}; give the numbers behind it")
         behind = [self.table(table, f"{name}_{short}".rstrip("_")).name for short, table in tables.items()]
         path = Path(self.folder)/f"{name}.png"
-        with atomic_path(path) as part: figure.savefig(part, dpi=200, metadata={"Software": None})
+        with atomic_path(path, f"figure {name!r}") as part: figure.savefig(part, dpi=200, metadata={"Software": None})
         figure.set_dpi(100)
         return self.listed(path, drawn_from=behind)
 

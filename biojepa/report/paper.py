@@ -18,7 +18,7 @@ from IPython.display import Markdown
 from PIL import Image
 
 from ..config import named_experiment
-from ..core import PATHS
+from ..core import PATHS, atomic_path
 from .manifest import Report
 from ..training.loop import make_fabric
 from ..training.run import Run, run_seeds
@@ -86,7 +86,7 @@ def keep(
             data["image/png"] = light("".join(data["image/png"]))
         for data in (o.data for o in cell.outputs if "text/html" in o.get("data", {})): data.pop("text/plain", None)
     clean_nb(notebook, allowed_cell_metadata_keys={"tags"})
-    write_nb(notebook, path)
+    with atomic_path(path, "an executed notebook") as part: write_nb(notebook, part)
     return path
 
 # %% ../../nbs/9_report/03_paper.ipynb #91c2ba2e

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['actions_of', 'dynamics_step', 'GeneMaps', 'gene_maps', 'training_maps', 'MeanTargets', 'mean_targets', 'noisy',
            'decoded_change', 'mean_dynamics_step', 'learn_interventions_', 'dynamics_stage', 'held_out_changes',
-           'Settled', 'scale_residual_', 'settle_']
+           'Settled', 'last_layers', 'scale_residual_', 'settle_']
 
 # %% ../../nbs/4_training/06_dynamics.ipynb #b2fb4a96
 from functools import partial
@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from anndata import AnnData
 from scipy import stats
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..actions.memory import row_correlations
 from ..actions.recall import line_slots
@@ -280,10 +280,16 @@ class Settled(NamedTuple):
     low:float               # lower end of the gain's one-sided 95 % interval (t)
     n:int                   # held-out conditions
 
+def last_layers(model:BioJEPA)->list[nn.Module]:
+    "The layers that end in what is added to the memory."
+    of = model.predictor
+    return [of.mean, of.neighbours.out] if model.config.sees_relations else [of.mean]
+
 @torch.no_grad()
 def scale_residual_(model:BioJEPA, share:float)->None:
     "Keep a share of what the predictor adds."
-    for p in model.predictor.mean.parameters(): p.mul_(share)
+    for layer in last_layers(model):
+        for p in layer.parameters(): p.mul_(share)
 
 def settle_(
     model:BioJEPA,          # with a memory; its predictor's last layer is scaled in place
@@ -294,13 +300,12 @@ def settle_(
     seed:int=0,
 )->Settled:
     "Keep as much of what the predictor adds as held-out perturbations say; nothing where there are none."
-    last = model.predictor.mean
     if not len(Roster.of(adata, split)["val"]):
         kept = float(config.keeps == "all")
         scale_residual_(model, kept)
         return Settled(kept, 0., 0., 0)
-    given, before = (adata, split, actions, training_maps(model, adata, split, config, seed), seed), last.state_dict()
-    before = {k: v.clone() for k, v in before.items()}
+    given = adata, split, actions, training_maps(model, adata, split, config, seed), seed
+    before = [{k: v.clone() for k, v in layer.state_dict().items()} for layer in last_layers(model)]
     measured, whole = held_out_changes(model, *given)
     scale_residual_(model, 0)
     start = held_out_changes(model, *given)[1]
@@ -312,6 +317,6 @@ def settle_(
     before_r, after_r = (row_correlations(said, measured).mean() for said in (start, start + share*added))
     confirmed = len(gain) >= config.least_held_out and low > 0 and after_r > before_r
     kept = dict(confirmed=share if confirmed else 0., all=1., none=0.)[config.keeps]
-    last.load_state_dict(before)
+    for layer, values in zip(last_layers(model), before): layer.load_state_dict(values)
     scale_residual_(model, kept)
     return Settled(kept, float(gain.mean()), low, len(gain))

@@ -94,7 +94,7 @@ def watched(
 )->Stage:                               # with the monitor's columns in its validation
     "Let a `CollapseMonitor` take part in a stage's validation."
     n_genes = model.config.n_genes
-    genes = torch.linspace(0, n_genes - 1, min(16, n_genes)).long()
+    genes = model.place.argsort().cpu()[torch.linspace(0, n_genes - 1, min(16, n_genes)).long()]
     monitor = CollapseMonitor(model, next(iter(loader)), genes, latents=latents)
     def validate(model): return (stage.validate(model) if stage.validate else {}) | monitor(model)
     return replace(stage, validate=validate)

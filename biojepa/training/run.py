@@ -27,7 +27,7 @@ from scipy.sparse import csr_matrix
 from torch import Tensor
 
 from ..actions.banks import FeatureBank
-from ..actions.describe import Actions, describe_actions, sized_to
+from ..actions.describe import Actions, describe_actions, gene_features, sized_to
 from ..actions.recall import Memories, load_memories, remember, save_memories
 from ..actions.vocabulary import ActionTable
 from ..config import DataConfig, ExperimentConfig, config_hash
@@ -106,12 +106,15 @@ def run_identity(
 )->dict[str, str]:      # what -> 12 hexadecimal digits
     "Hashes of everything that reaches a batch: no two runs that differ in one of them are the same run."
     adata, used = roster.adata, [part for part in ("train", "val") if len(roster[part])]
+    batches = {k: v and {f: t for f, t in v._asdict().items() if f != "amounts" or t is not None}
+               for k, v in actions._asdict().items() if k in ("actions", "anchor", "positive")}
+    told = actions._asdict() | batches | dict(banks=())     # amounts that nothing has leave the hash as it was
     pairing = dict(pools=[roster[part].pools for part in used], controls=[roster[part].controls for part in used],
                    code=roster.code, groups=[codes_of(adata, c)[0] for c in ("cell_type", "batch")],
                    size=adata.obs["log_library_size"].to_numpy(np.float32),
                    space=adata.uns["biojepa"]["expression_space"])
     return dict(data=data_hash(adata), split=roster.split.hash, features=actions.hash,
-                pairing=content_hash(pairing), actions=content_hash(actions._replace(banks=())))
+                pairing=content_hash(pairing), actions=content_hash(told))
 
 # %% ../../nbs/4_training/08_run.ipynb #f24c4d37
 class Run(NamedTuple):
@@ -264,9 +267,11 @@ def _run_in(
         split.save(folder/"split.json")
     if memories: memories = _as_begun(memories, folder/"memory.safetensors", actions, fabric)
     actions = actions.remembering(memories)
-    with own_randomness(experiment.seed): model = BioJEPA(experiment.model)
+    with own_randomness(experiment.seed): model = BioJEPA(experiment.model).follow_names_(adata.var_names)
     settled = None
     if memories: model.responses.copy_(torch.from_numpy(memories.responses))
+    if experiment.model.sees_relations:
+        model.gene_features.copy_(torch.from_numpy(gene_features(actions.banks, adata.var_names)))
     for name in stages:
         if stage := build_stage(name, model, experiment, roster, actions):
             logs[name] = fit(model, stage, folder/name, seed=experiment.seed, fabric=fabric, **options)
