@@ -2,7 +2,8 @@
 
 1. A zarr store, local or at an address, is read as the `.h5ad` of the same cells is.
 2. `convert` writes what `prepare(load_dataset(...))` makes, block by block; rows come back in any order.
-3. Batches from disk are those from memory, bit by bit: order, controls, seeds, devices, resumption, and a training.
+3. Batches from disk are those from memory, bit by bit: order, controls, seeds, devices, resumption (a training from a
+   store is in test_command).
 4. A killed conversion leaves nothing that is taken for a store; a store with a missing chunk is refused."""
 import signal
 import subprocess
@@ -19,7 +20,6 @@ import scipy.sparse as sp
 import torch
 import zarr
 
-from biojepa.config import preset, with_settings
 from biojepa.core import atomic_folder
 from biojepa.data import loaders, matrix, stores
 from biojepa.data.batches import row_source
@@ -31,7 +31,6 @@ from biojepa.data.matrix import StoredRows, matrix_blocks, opened
 from biojepa.data.preprocess import prepare
 from biojepa.data.splits import make_split
 from biojepa.data.stores import convert
-from biojepa.training.run import run_stages
 
 SPEC = dict(n_genes=60, n_cells=700, n_targets=16, n_modules=4, n_batches=2, control_fraction=.2)
 
@@ -209,15 +208,6 @@ def test_a_backed_file_gives_the_same_batches(in_memory, tmp_path):
     split = make_split(in_memory)
     backed = ad.read_h5ad(tmp_path/"prepared.h5ad", backed="r")
     equal(*(pair_loader(cells, split, batch_size=16) for cells in (in_memory, backed)))
-
-
-def test_a_training_on_disk_is_the_training_in_memory(in_memory, on_disk, tmp_path):
-    split = make_split(in_memory)
-    short = with_settings(preset("smoke"), {"model.d_model": 8, "model.n_heads": 2})
-    one, other = (run_stages(short, cells, split, runs=tmp_path/name, progress=False)
-                  for name, cells in dict(memory=in_memory, disk=on_disk).items())
-    assert (one.folder/"run.json").read_text() == (other.folder/"run.json").read_text()
-    for name, tensor in one.model.state_dict().items(): assert torch.equal(tensor, other.model.state_dict()[name]), name
 
 
 def test_annbatch_reads_the_same_rows(store, in_memory, monkeypatch):
