@@ -8,6 +8,8 @@
 import numpy as np
 import pandas as pd
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
 from training_cases import small_data
 
 from biojepa.actions.banks import FeatureBank
@@ -84,6 +86,15 @@ def test_saved_memories_answer_as_before(lines, tmp_path):
     (tmp_path/"x.safetensors").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="x.safetensors: holds no memories"):
         load_memories(tmp_path/"x.safetensors", [lines["bank"]])
+
+
+def test_a_memory_with_other_members_is_refused(lines, tmp_path):
+    path = save_memories(lines["memories"], tmp_path/"memory.safetensors")
+    with safe_open(path, "numpy") as file:
+        arrays, about = {k: file.get_tensor(k) for k in file.keys()}, file.metadata()
+    save_file(arrays | {"0.stack": arrays["0.stack"][:2]}, path, about)
+    with pytest.raises(ValueError, match="memory.safetensors: holds a stack of 2 members, where 3 belong .process"):
+        load_memories(path, [lines["bank"]])
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])

@@ -207,6 +207,9 @@ def load_memories(
     for k, own in enumerate(about["of"]):
         perturbations = tuple(map(tuple, own.pop("perturbations")))
         parts = {name: arrays[f"{k}.{name}"] for name in _ARRAYS}
+        if (found := len(parts["stack"])) != len(MEMBERS):
+            raise ValueError(f"{path}: holds a stack of {found} members, where {len(MEMBERS)} belong "
+                             f"({', '.join(MEMBERS)}); it is of another version, train the model again")
         grown = f"{k}.forest.roots" in arrays
         parts["forest"] = Forest(*(arrays[f"{k}.forest.{name}"] for name in Forest._fields)) if grown else None
         of.append(Memory(perturbations=perturbations, features=features, config=config, **parts, **own))
