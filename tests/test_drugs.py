@@ -35,8 +35,10 @@ from biojepa.data.preprocess import prepare
 from biojepa.data.schema import validate
 from biojepa.data.splits import make_split
 from biojepa.evaluate.cases import case_data, dataset_cases, simulated_cases
+from biojepa.evaluate.doses import dose_response
 from biojepa.model.biojepa import BioJEPA
 from biojepa.model.composer import ActionComposer
+from biojepa.plots.responses import plot_volcano
 from biojepa.predict.baselines import oracle
 from biojepa.predict.methods import run_baselines
 from biojepa.predict.regressors import tanimoto, target_features
@@ -410,3 +412,24 @@ def test_a_screen_of_compounds_of_ones_own_is_asked_about_compounds():
     del adata.uns["compounds"]
     cases, left_out = dataset_cases(preset("smoke"), adata)
     assert "unseen drugs" not in {*(c.name for c in cases), *left_out["case"]}
+
+
+def test_a_bulk_profile_has_no_gene_to_test_and_its_picture_says_so():
+    columns = ["perturbation", "gene", "observed", "predicted", "p_adjusted", "target"]
+    figure = plot_volcano(pd.DataFrame(columns=columns).astype(dict(observed=float, predicted=float, p_adjusted=float)))
+    assert figure.axes[0].get_title() == "too few cells: no gene could be tested"
+
+
+def test_the_size_of_a_planted_response_is_one_at_the_highest_dose_and_follows_the_dose():
+    adata = prepare(load_drugs(replace(SMALL, n_cell_types=1, off_target=0.)))
+    first, *rest = sorted(set(adata.obs["condition"]) - {"ctrl"})
+    split = make_split(adata, "custom", held_out=dict(train=[first], test=rest), allow_empty_val=True)
+    asked = template_of(adata, split)
+    planted = oracle(asked, adata, as_delta=False)      # folds, which are the occupancy times one direction
+    curve = dose_response(planted, planted)
+    drugs = adata.uns["truth"]["drugs"].loc[curve["compound"]]
+    theta = occupancy(curve["dose"].to_numpy(), drugs["log_ec50"].to_numpy(), drugs["hill"].to_numpy())
+    top = occupancy(10., drugs["log_ec50"].to_numpy(), drugs["hill"].to_numpy())
+    assert np.allclose(curve["predicted"], theta/top, atol=1e-4)
+    assert np.allclose(dose_response(planted.with_prediction("half", planted.delta/2), planted)["predicted"],
+                       theta/top/2, atol=1e-4)

@@ -134,7 +134,8 @@ def plot_volcano(
     "Certainty against size of the observed change of each gene, coloured by the predicted one."
     require_columns(table, ["perturbation", "gene", "observed", "predicted", "p_adjusted", "target"])
     table = table.assign(y=-np.log10(table["p_adjusted"].clip(lower=1e-300))).sort_values("predicted", key=abs)
-    limit = table["observed"].abs().max()
+    limit = table["observed"].abs().max() if len(table) else 1.
+    about = table["perturbation"].iloc[0] if len(table) else "too few cells: no gene could be tested"
     with plt.rc_context(STYLE):
         fig, ax = plt.subplots(figsize=(4.6, 3.2))
         points = ax.scatter(table["observed"], table["y"], 14, table["predicted"], cmap="RdBu_r", vmin=-limit,
@@ -144,7 +145,7 @@ def plot_volcano(
         ax.set(xlabel=f"observed {_UNIT}",
                ylabel="−log10 adjusted p (dashed: 0.05)",
                xlim=(-1.45*limit, 1.45*limit),
-               title="\n".join(filter(None, [title, table["perturbation"].iloc[0]])))
+               title="\n".join(filter(None, [title, about])))
         for right in (False, True):
             side = table[((table["observed"] > 0) == right) & (table["p_adjusted"] < .05)]
             _label_side(ax, side.nlargest(n_labels, "y"), right)
