@@ -217,7 +217,7 @@ class MemoryConfig(Frozen):
     forest_width:PositiveInt = 48                           # columns of each block of features that its trees look at
     sharpness:float = Field(1.6, gt=0)                      # power of a target's shares in the clusters
     folds:PositiveInt = Field(5, ge=2)                      # in which the stack must earn its place
-    confidence:float = Field(.95, ge=0, lt=1)               # with which it must; 0: it need not
+    confidence:float = Field(.8, ge=0, lt=1)                # with which it must; 0: it need not
     pooled:float = Field(.5, ge=0, le=1)                    # how far a component's stack weights go to the common ones
     directions:PositiveInt = 128                            # kept, for what was measured of combinations' members
     least_combinations:PositiveInt = 8                      # in training, for anything but the sum of their members

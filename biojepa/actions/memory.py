@@ -234,7 +234,7 @@ def stack_earns(
     basis:np.ndarray,               # (r, G)
     config:MemoryConfig,
 )->bool:
-    "Whether stacks that had not seen a row answer it better than the mean of the others, with `confidence`."
+    "Whether stacks that had not seen a row answer it better than the mean of the others."
     n = len(Y)
     others = (responses.sum(0) - responses)/(n - 1)
     said, fold = np.zeros(Y.shape), np.arange(n) % min(config.folds, n)
