@@ -23,7 +23,7 @@ from biojepa.actions.members import (
     process_weights, prototype_weights, target_components
 )
 from ..config import MemoryConfig
-from ..data.conditions import amounts_of, name_of
+from ..data.conditions import name_of
 
 # %% ../../nbs/2_actions/10_memory.ipynb #dc7fd01a
 MEMBERS = ("process", "prototypes", "forest")   # of a stack
