@@ -5,6 +5,7 @@
    baselines and variable genes, cell by cell and gene by gene.
 3. They train the same model, to rounding: as released, and with the memory and the switches of the default run."""
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +24,11 @@ from biojepa.data.simulate import simulate_perturb_seq
 from biojepa.data.splits import make_split
 from biojepa.evaluate import cases, retrieval, sheets
 from biojepa.evaluate.counted import count_responses, replicate_responses
+from biojepa.evaluate.uncertainty import dealt_variance, error_and_variance, uncertainty_table
 from biojepa.explore import representations, search
 from biojepa.explore.gene_probes import gene_probe
 from biojepa.explore.probes import label_parts
+from biojepa.explore.released import random_vectors
 from biojepa.model.biojepa import BioJEPA
 from biojepa.predict import anndata as predict_module, peers
 from biojepa.predict.baselines import additive, half_of_the_cells, train_mean, with_own_gene
@@ -205,6 +208,25 @@ def test_counts_of_a_prediction_and_of_halves_are_drawn_by_name(two):
             p = side.profiles["summed counts"]
             yield from (by_gene(adata, p.mean), by_gene(adata, np.nan_to_num(side.calls[0])))
     same(counted, two, exact=False)
+
+
+def test_chance_of_uncertainty_follows_names(two):
+    "What variances dealt anew would know, and the deal itself."
+    def asked(adata, split):
+        ps = train_mean(held_out_set(adata, split), adata, split)
+        said = replace(ps, variance=.1 + (ps.control.toarray() - ps.observed.toarray())**2)
+        dealt = dealt_variance(said, 3)
+        by_cell = pd.Series(dealt.variance.sum(1), dealt.cells.index).sort_index()
+        return uncertainty_table(error_and_variance(said), n=20).iloc[:, 3:], by_cell
+    same(asked, two, exact=False)
+
+
+def test_random_vectors_follow_names():
+    names = [f"G{i}" for i in range(30)]
+    order = np.random.default_rng(0).permutation(30)
+    x, again = random_vectors(names, 5, 1), random_vectors([names[i] for i in order], 5, 1)
+    np.testing.assert_array_equal(x[order], again)
+    assert abs(x.std() - 1) < .2 and not np.allclose(x, random_vectors(names, 5, 2))
 
 
 def test_folds_of_a_probe_of_genes_follow_names(two):

@@ -377,12 +377,14 @@ def test_released_gene_probe_by_hand():
     score = 3*(x @ rng.normal(size=12)) + rng.normal(size=200)
     train, test = train_test_split(np.arange(200), test_size=.2, random_state=2)
     *_, (w, b) = adam_by_hand(x[train], lambda z: 2*(z - score[train, None])/len(train), (1, 12), 500, 1., 2)
-    guess, found = (x[test] @ w.T + b)[:, 0], old.released_gene_probe(x, score, 4., 2)
+    named, order = pd.Series(score, [f"G{i:03d}" for i in range(200)]), rng.permutation(200)
+    guess, found = (x[test] @ w.T + b)[:, 0], old.released_gene_probe(x, named, 4., 2)
+    assert old.released_gene_probe(x[order], named.iloc[order], 4., 2) == found     # the parts follow names
     assert found["r"] == pytest.approx(stats.pearsonr(guess, score[test])[0], abs=1e-4)
     assert found["rho"] == pytest.approx(stats.spearmanr(guess, score[test])[0], abs=5e-3)
     assert found["auroc"] == pytest.approx(roc_auc_score(score[test] > 4, guess), abs=5e-3)
     assert found["n_positive"] == (score[test] > 4).sum()
-    assert np.isnan(old.released_gene_probe(x, score, 1e9, 2)["auroc"])
+    assert np.isnan(old.released_gene_probe(x, named, 1e9, 2)["auroc"])
 
 
 def test_released_probes_read_the_students_latents_of_the_paired_control_cells(adata, monkeypatch):

@@ -164,7 +164,7 @@ def similarity_table(
 
 # %% ../../nbs/6_evaluate/15_pictures.ipynb #a1c4001e
 def latents_table(
-    representations:Mapping[str, np.ndarray],   # name -> (N, D)
+    representations:Mapping[str, np.ndarray],   # name -> (N, D), cells in the order of their names (`by_name`)
     labels:Mapping[str, np.ndarray],            # e.g. "batch" -> (N,)
     most:int=1000,                              # cells, drawn at random; components are learned on all
     seed:int=0,                                 # of the drawing

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import norm, rankdata
 
+from ..data.controls import name_ranks
 from .calibration import Level, error_blocks
 from .statistics import bootstrap_ci
 from ..predict.sets import PredictionSet, pseudobulk
@@ -76,6 +77,7 @@ def uncertainty_table(
     level:float=.95, seed:int=0,
 )->pd.DataFrame:    # 3 rows: method, level, metric, mean, low, high, chance_low, chance_high, n, n_conditions
     "How well variance tells error, beside what shuffled variances give; NaN where all variances are equal."
+    table = table.sort_values(["condition", "cell_type", "error", "variance"], kind="stable")   # whatever their order
     error, variance, rng = table["error"].to_numpy(), table["variance"].to_numpy(), np.random.default_rng(seed)
     rows = list(table.groupby(["condition", "cell_type"]).indices.values())
     own, drawn, dealt = _knows(error, variance), np.full((1, 3), np.nan), np.full((1, 3), np.nan)
@@ -101,8 +103,11 @@ def dealt_variance(
 )->PredictionSet:       # named "…, variance dealt anew"
     "The same predictions, each with the variance of another."
     rng, dealt = np.random.default_rng(seed), {}
-    for k in ("variance", "delta_variance"):
-        if (v := getattr(ps, k)) is not None: dealt[k] = v[rng.permutation(len(v))]
+    lines = ps.groups["condition"].astype(str) + " " + ps.groups["cell_type"].astype(str)
+    for k, names in dict(variance=ps.cells.index, delta_variance=lines).items():
+        if (v := getattr(ps, k)) is None: continue
+        order, dealt[k] = np.argsort(name_ranks(names)), np.empty_like(v)   # so that the deal follows names
+        dealt[k][order] = v[order[rng.permutation(len(v))]]
     return replace(ps, name=f"{ps.name}, variance dealt anew", **dealt)
 
 # %% ../../nbs/6_evaluate/12_uncertainty.ipynb #9e1a0001
