@@ -23,9 +23,10 @@ from biojepa.data.simulate import simulate_perturb_seq
 from biojepa.data.splits import make_split
 from biojepa.evaluate import cases, retrieval, sheets
 from biojepa.evaluate.counted import count_responses, replicate_responses
-from biojepa.explore import representations, search
+from biojepa.explore import representations
 from biojepa.explore.gene_probes import gene_probe
 from biojepa.explore.probes import label_parts
+from biojepa.explore.screen import draw_source
 from biojepa.model.biojepa import BioJEPA
 from biojepa.predict import anndata as predict_module, peers
 from biojepa.predict.baselines import additive, half_of_the_cells, train_mean, with_own_gene
@@ -177,7 +178,7 @@ def test_cells_that_are_probed_are_dealt_to_the_same_parts(two):
 
 
 def test_a_search_starts_from_the_same_cells(two):
-    found = [search._source(adata, 12, 0) for adata, _ in two]
+    found = [draw_source(adata, 12, 0) for adata, _ in two]
     one, other = (np.sort(x.numpy().sum(1)) for x, _ in found)
     np.testing.assert_allclose(one, other, rtol=1e-5)
 
