@@ -190,7 +190,7 @@ def test_sketches_of_latents_and_shares_of_genes_follow_names(two):
             torch.manual_seed(0)
             model = BioJEPA(small).follow_names_(adata.var_names)
         rows = by_name(adata, np.arange(adata.n_obs))
-        z = representations.latent_components(model, adata, rows[:20], rows[20:200], 3, 100, progress=False)
+        z = representations.latent_components(model, adata, rows[:20], rows[20:200], 3, 100)
         return np.abs(z), sorted(cases.some_genes(adata, .3, 1).var_names)
     one, other = (seen(*x) for x in two)
     np.testing.assert_allclose(one[0], other[0], atol=1e-3*one[0].max())

@@ -30,17 +30,11 @@ PAPER = [n for n in NOTEBOOKS if n.parent == PATHS.nbs and n.stem != "index"]
 MANY_PARAMETERS = {     # functions that still have more than seven; the list may only become shorter
     "evaluate.metrics.metric",
     "explore.gene_probes.gene_probe",
-    "explore.genesets.relation_table",
-    "explore.genesets.relation_test",
     "explore.pathways.action_spaces",
     "explore.pathways.pathway_table",
-    "explore.pathways.predicted_responses",
-    "explore.representations.latent_components",
-    "explore.search._descend",
     "explore.search.optimise_action",
     "explore.search.rank_actions",
-    "explore.search.screen_energies",
-    "explore.search.wanted_states",
+    "explore.states.wanted_states",
     "predict.model.predictions",
 }
 SETTINGS = configparser.ConfigParser()
