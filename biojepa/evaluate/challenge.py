@@ -183,8 +183,6 @@ LIMITS = dict(expression_error=(0., 1.), expression_error_log=(0., 1.),
 def challenge_scores(
     sets:Sequence[PredictionSet],       # on the same cells; the first is the template of the replicate
     adata:AnnData, split,
-    metrics:Sequence[str]=CHALLENGE,    # names in METRICS that need counts
-    part:Literal["train", "val", "test"]="test",
     deals:int=5,                        # of the cells into halves
     progress:bool=True,
 )->pd.DataFrame:                        # method (also "replicate"), metric, condition, cell_type, value, n_cells, seed
@@ -192,35 +190,30 @@ def challenge_scores(
     tables, observed = [], {}
     for s in tqdm(sets, desc="challenge", disable=not progress):
         key = (len(s), s.cells.index[0])
-        counted = count_responses(s, adata, split, part, observed=observed.get(key))
+        counted = count_responses(s, adata, split, observed=observed.get(key))
         observed[key] = counted.observed
-        tables.append(evaluate(s, metrics, counts=counted))
+        tables.append(evaluate(s, CHALLENGE, counts=counted))
     first = sets[0].with_prediction("replicate", sets[0].delta)
     whole = observed[len(first), first.cells.index[0]].calls
-    again = [
-        evaluate(first, metrics, counts=replicate_responses(first, adata, split, part, seed,
-                                                            whole)).assign(seed=seed)
-        for seed in range(deals)
-    ]
+    deal = partial(replicate_responses, first, adata, split, whole=whole)
+    again = [evaluate(first, CHALLENGE, counts=deal(seed=seed)).assign(seed=seed) for seed in range(deals)]
     return pd.concat([*(t.assign(seed=0) for t in tables), *again], ignore_index=True)
 
 def challenge_table(
     scores:pd.DataFrame,            # of `challenge_scores`
-    baseline:str="train_mean",      # stands for 0
-    replicate:str="replicate",      # stands for 1
 )->pd.DataFrame:                    # method × (metric, "u" and "s"), and ("all", "s"): the mean of the six
-    "Means over conditions and their place between the mean and the replicate."
+    "Means over conditions and their place between the mean (0) and the replicate (1)."
     keys = ["method", "metric"]
     u = scores.groupby([*keys, "seed"], sort=False)["value"].mean().groupby(keys, sort=False).mean().unstack()
     u = u.loc[scores["method"].unique(), scores["metric"].unique()]
-    if lacking := {baseline, replicate} - set(u.index):
+    if lacking := {"train_mean", "replicate"} - set(u.index):
         raise ValueError(
             f"scores: lack {', '.join(sorted(lacking))}, found {', '.join(u.index)}; score both ends")
     columns = {}
     for name, values in u.items():
         place = partial(scaled_score,
-                        mean=values[baseline],
-                        ceiling=values[replicate],
+                        mean=values["train_mean"],
+                        ceiling=values["replicate"],
                         direction=METRICS[name].direction)
         columns[name, "u"] = values
         columns[name, "s"] = values.map(place).clip(*LIMITS.get(name, (-np.inf, np.inf)))

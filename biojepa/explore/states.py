@@ -38,11 +38,10 @@ def state_latents(
     model:BioJEPA,
     cells:AnnData,          # prepared, the model's genes in its order
     mean:bool=True,         # their mean, or each
-    batch_size:int=64,      # cells encoded at once
 )->Tensor:                  # (K, G, D); K = 1 for the mean
     "The teacher's latents of some cells."
     if not cells.n_obs: raise ValueError("cells: found none; a state is made of at least one cell")
-    batches = (h.genes() for _, h in latents_of(model, cells, np.arange(cells.n_obs), batch_size))
+    batches = (h.genes() for _, h in latents_of(model, cells, np.arange(cells.n_obs), 64))
     if not mean: return torch.cat([*batches])
     return (sum(h.sum(0, keepdim=True, dtype=torch.float64) for h in batches)/cells.n_obs).float()
 
@@ -51,13 +50,12 @@ def target_state(
     cells:AnnData,                  # prepared cells in the wanted state
     reference:AnnData|None=None,    # prepared cells, what they were like before; None: the state is taken as it is
     each:bool=False,                # keep every cell, instead of their mean
-    batch_size:int=64,              # cells encoded at once
 )->TargetState:
     "A state to search for."
     given, (model, _) = model, model_and_genes(model)
-    latent = state_latents(model, ready_cells(given, cells, "target_state"), not each, batch_size)
+    latent = state_latents(model, ready_cells(given, cells, "target_state"), not each)
     if reference is None: return TargetState(latent, False, cells.n_obs)
-    before = state_latents(model, ready_cells(given, reference, "reference"), True, batch_size)
+    before = state_latents(model, ready_cells(given, reference, "reference"))
     return TargetState(latent - before, True, cells.n_obs)
 
 def ready_cells(
