@@ -123,7 +123,7 @@ def test_paper_notebook_is_skipped_by_nbdev_and_has_parameters(notebook):
 def test_a_folder_of_notebooks_is_a_folder_of_the_package(notebook):
     folder = re.fullmatch(r"\d_(\w+)", notebook.parent.name)[1]
     name = re.fullmatch(r"\d\d_(\w+)", notebook.stem)[1]
-    top_level = {"0_base/01_core", "0_base/02_config", "0_base/03_locks", "1_data/23_datasets", "4_training/09_cli"}
+    top_level = {"0_base/01_core", "0_base/02_config", "0_base/03_locks", "1_data/25_datasets", "4_training/09_cli"}
     expected = f"biojepa.{name}" if place(notebook) in top_level else f"biojepa.{folder}.{name}"
     assert module_of(notebook) == expected
 

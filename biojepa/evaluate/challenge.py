@@ -10,7 +10,6 @@ __all__ = ['PURITY', 'MIN_RESPONDING', 'CHALLENGE', 'LIMITS', 'cosine_distances'
 # %% ../../nbs/6_evaluate/19_challenge.ipynb #3c062512
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal
 
 import numpy as np
 import pandas as pd

@@ -102,8 +102,9 @@ def rank_actions(
     asked = _ask(model, source_cells, _states(model, target_state, reference), candidates, n_cells, seed)
     blocks = folder if isinstance(folder, Blocks) else Blocks(folder)
     measure, names = measure_of(asked.model, space, _places(asked.cells, genes)), list(asked.states)
+    states = list(asked.states.values())
     def screen(actions, blocks):
-        return screen_energies(asked.model, asked.source, actions, list(asked.states.values()), measure, blocks, progress)
+        return screen_energies(asked.model, asked.source, actions, states, measure, blocks, progress)
     energy, table = screen(asked.actions, blocks), asked.table
     found = ranking(energy, table, names)
     if not pairs: return found
