@@ -54,6 +54,7 @@ def drug(
     if held_out is None: return _hide_compounds(adata, *draw_parts(compounds, seed, test_fraction, val_fraction))
     return _hide_compounds(adata, held_out, draw_parts(compounds - set(held_out), seed, test_fraction, val_fraction)[1])
 
+# %% ../../nbs/1_data/16_compounds.ipynb #e70179f6
 def scaffolds_of(
     adata:AnnData,      # with uns["compounds"]
 )->pd.Series:           # compound -> SMILES of its ring systems and what joins them; its own SMILES if it has no ring
@@ -154,6 +155,7 @@ def dose_beyond(
     "The highest dose held out."
     return _one_dose(adata, seed, held_out, (test_fraction, val_fraction), "dose_beyond", 2, lambda rng, n: n - 1)
 
+# %% ../../nbs/1_data/16_compounds.ipynb #89db7aea
 def line_drug(
     adata:AnnData,
     seed:int,

@@ -54,6 +54,7 @@ def known_sizes(source:Source)->np.ndarray|None:
     sizes = source.obs.get(source.columns.library_size)
     return None if sizes is None else pd.to_numeric(sizes, errors="coerce").to_numpy(float)
 
+# %% ../../nbs/1_data/11_datasets.ipynb #50f48706
 def canonical_tables(
     x:sp.csr_matrix,    # (cells, anything) whose row sums are those of the values
     source:Source,      # with history
@@ -152,6 +153,7 @@ def _memory_of(stored, where:str, free:float)->float:   # bytes
     ]
     return 2.2*8*stored.size*sum(np.count_nonzero(x) for x in some)/sum(x.size for x in some)
 
+# %% ../../nbs/1_data/11_datasets.ipynb #5b237a09
 def _refuse_gaps(stored, where:str)->None:
     "A chunk that is not there would be read as zeros, which no stored value of a sparse matrix is."
     for part in (stored[name] for name in ("data", "indices") if isinstance(stored, zarr.Group)):

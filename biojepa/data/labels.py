@@ -76,6 +76,7 @@ def _refuse_unclear(
     raise source.error(f"column {name!r}: {found} name no single perturbation; leave these cells out with "
                        f"drop={sorted(set().union(*parts.values()))}, or take them for targets with keep=")
 
+# %% ../../nbs/1_data/09_labels.ipynb #e065ba4b
 def read_conditions(
     source:Source,
 )->pd.Series:   # canonical condition of each cell
@@ -107,6 +108,7 @@ def read_conditions(
     source.history.append(line)
     return _with_amounts(source, raw.map(spelling))
 
+# %% ../../nbs/1_data/09_labels.ipynb #bb15b217
 def _with_amounts(
     source:Source,
     condition:pd.Series,    # canonical condition of each cell

@@ -77,6 +77,7 @@ def _of_combinations(split, train, val, test)->Iterator[Check]:
                 wrong.append(f"{c} ({name}, in training: {listed(known)})")
     if n: yield Check("combinations", wrong, n, "as many members in training as the label says, at most")
 
+# %% ../../nbs/1_data/18_leakage.ipynb #6ea7cc9e
 def _of_compounds(split, adata, train, val, test)->Iterator[Check]:
     "What the kinds of splits for compounds promise."
     held, seen = ([p for c in some for p in parts_of(c, "ctrl")] for some in
