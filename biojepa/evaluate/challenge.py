@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from .calls import Calls
 from .counted import Counted, count_responses, replicate_responses
-from .metrics import METRICS, Standard, evaluate, metric, own_targets
+from .metrics import METRICS, Scale, Standard, evaluate, metric, own_targets
 from .summary import scaled_score
 from ..predict.sets import PredictionSet, Pseudobulk
 
@@ -36,9 +36,9 @@ def cosine_distances(
     size = np.outer(np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1))
     return 1 - np.divide(a @ b.T, size, out=np.zeros(size.shape), where=size > 0)
 
-@metric("perturbation", "PDS, cosine, of mean logs", chance=.5, needs=("counts",), name="pds_cosine_log",
-        standard=_standard(1, "log cells"), space="log cells")
-@metric("perturbation", "PDS, cosine", chance=.5, needs=("counts",), standard=_standard(1))
+@metric("perturbation", "PDS, cosine, of mean logs", Scale(chance=.5), needs=("counts",),
+        name="pds_cosine_log", standard=_standard(1, "log cells"), space="log cells")
+@metric("perturbation", "PDS, cosine", Scale(chance=.5), needs=("counts",), standard=_standard(1))
 def pds_cosine(
     pb:Pseudobulk,
     counts:Counted,
@@ -86,9 +86,10 @@ def error_parts(
     response = (keep*(seen.mean - base.mean)**2).sum(1) - seen.noise - base.noise
     return error/n, response/n
 
-@metric("panel", "squared error of mean logs, noise taken off (1: control)", "lower", 0., 1., ("counts",),
-        "expression_error_log", standard=_standard(2, "log cells", "ratio of sums"), space="log cells")
-@metric("panel", "squared error, noise taken off (1: control)", "lower", 0., 1., ("counts",),
+@metric("panel", "squared error of mean logs, noise taken off (1: control)", Scale("lower", 0., 1.),
+        needs=("counts",), name="expression_error_log",
+        standard=_standard(2, "log cells", "ratio of sums"), space="log cells")
+@metric("panel", "squared error, noise taken off (1: control)", Scale("lower", 0., 1.), needs=("counts",),
         standard=_standard(2, aggregation="ratio of sums"))
 def expression_error(
     pb:Pseudobulk,
@@ -114,7 +115,7 @@ def _ratio(a:np.ndarray, b:np.ndarray)->np.ndarray:
     "a over b, NaN where b is 0."
     return np.divide(a, b, out=np.full(len(a), np.nan), where=b > 0)
 
-@metric("perturbation", "direction fidelity", chance=.5, needs=("counts",), standard=_standard(3))
+@metric("perturbation", "direction fidelity", Scale(chance=.5), needs=("counts",), standard=_standard(3))
 def direction_fidelity(
     pb:Pseudobulk,
     counts:Counted,
@@ -159,8 +160,8 @@ def significant_jaccard(
 
 MIN_RESPONDING = 10     # genes behind an error of fold changes (cell-eval2: min_gate_size)
 
-@metric("perturbation", "error of fold changes (1: none predicted)", "lower", 0., 1., ("counts",),
-        standard=_standard(6))
+@metric("perturbation", "error of fold changes (1: none predicted)", Scale("lower", 0., 1.),
+        needs=("counts",), standard=_standard(6))
 def lfc_error(
     pb:Pseudobulk,
     counts:Counted,
