@@ -13,7 +13,9 @@ import pandas as pd
 from anndata import AnnData
 
 from .conditions import listed, parse_treatments
-from .held_out import KINDS_OF_GENES, Parts, column_of, draw_parts, require_known, shuffled, targets_of
+from biojepa.data.held_out import (
+    KINDS_OF_GENES, Parts, column_of, draw_parts, require_known, shuffled, targets_of
+)
 
 # %% ../../nbs/1_data/16_compounds.ipynb #c0b00002
 def compounds_of(

@@ -13,8 +13,8 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
-from .conditions import amounts_of, listed, name_of, parse_condition, parts_of
 from .compounds import scaffolds_of
+from .conditions import amounts_of, listed, name_of, parse_condition, parts_of
 from .held_out import column_of
 from .preprocess import cells_hash
 from .splits import PARTS, Split, values_hash

@@ -17,8 +17,8 @@ import pandas as pd
 from anndata import AnnData
 
 from ..core import atomic_path, object_hash
-from .conditions import listed
 from .compounds import KINDS
+from .conditions import listed
 from .held_out import check_names, column_of, is_control, read_lists
 
 # %% ../../nbs/1_data/17_splits.ipynb #07c2fd56
