@@ -16,7 +16,7 @@ test: export MPLBACKEND := Agg
 test: $(READY)          # export in step and notebooks clean, then the notebooks' own checks, then the rest
 	$(BIN)/pytest -q tests/test_repo.py
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q --ignore tests/test_repo.py
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/test_repo.py
 
 notebooks: $(READY)     # re-execute the library notebooks in place; paper notebooks are executed by make figures
 	for nb in nbs/index.ipynb nbs/[0-9]_*/*.ipynb; do $(BIN)/jupyter execute --inplace $$nb || exit 1; done

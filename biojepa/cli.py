@@ -70,6 +70,7 @@ def parser(
     _add_fit_options(p)
     return p
 
+# %% ../nbs/4_training/09_cli.ipynb #bbfe15fb
 def _add_fit_options(p:argparse.ArgumentParser)->None:
     "How the stages are run: devices and `FitOptions`."
     p.add_argument("--devices", type=int, default=1, help="processes on each machine")

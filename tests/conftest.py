@@ -14,6 +14,15 @@ THREADS = min(2, torch.get_num_threads())
 torch.set_num_threads(THREADS)
 
 
+LONGEST = ("test_paper_notebooks", "test_stages", "test_run", "test_preprocess", "test_model", "test_batches",
+           "test_site")
+
+
+def pytest_collection_modifyitems(items):
+    "Files that take longest come first: two workers, each taking the next file, then end at about the same time."
+    items.sort(key=lambda item: [*LONGEST, item.path.stem].index(item.path.stem))
+
+
 @pytest.fixture(autouse=True)
 def as_many_threads_as_before():
     "numba, which scanpy calls, gives torch all threads; a copy of a process with several of them waits for ever."

@@ -25,10 +25,11 @@ from biojepa.data.splits import make_split
 from biojepa.evaluate import cases, retrieval, sheets
 from biojepa.evaluate.counted import count_responses, replicate_responses
 from biojepa.evaluate.uncertainty import dealt_variance, error_and_variance, uncertainty_table
-from biojepa.explore import representations, search
+from biojepa.explore import representations
 from biojepa.explore.gene_probes import gene_probe
 from biojepa.explore.probes import label_parts
 from biojepa.explore.released import random_vectors
+from biojepa.explore.screen import draw_source
 from biojepa.model.biojepa import BioJEPA
 from biojepa.predict import anndata as predict_module, peers
 from biojepa.predict.baselines import additive, half_of_the_cells, train_mean, with_own_gene
@@ -180,7 +181,7 @@ def test_cells_that_are_probed_are_dealt_to_the_same_parts(two):
 
 
 def test_a_search_starts_from_the_same_cells(two):
-    found = [search._source(adata, 12, 0) for adata, _ in two]
+    found = [draw_source(adata, 12, 0) for adata, _ in two]
     one, other = (np.sort(x.numpy().sum(1)) for x, _ in found)
     np.testing.assert_allclose(one, other, rtol=1e-5)
 
@@ -192,7 +193,7 @@ def test_sketches_of_latents_and_shares_of_genes_follow_names(two):
             torch.manual_seed(0)
             model = BioJEPA(small).follow_names_(adata.var_names)
         rows = by_name(adata, np.arange(adata.n_obs))
-        z = representations.latent_components(model, adata, rows[:20], rows[20:200], 3, 100, progress=False)
+        z = representations.latent_components(model, adata, rows[:20], rows[20:200], 3, 100)
         return np.abs(z), sorted(cases.some_genes(adata, .3, 1).var_names)
     one, other = (seen(*x) for x in two)
     np.testing.assert_allclose(one[0], other[0], atol=1e-3*one[0].max())

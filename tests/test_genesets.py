@@ -108,7 +108,7 @@ def test_statistics_are_those_of_a_slow_loop(relation):
     x = np.random.default_rng(1).normal(size=(120, 4)) + np.eye(8)[LABELS][:, :4] + 1
     ask = np.arange(120) % 3 == 0
     for a, b in ((np.ones(120, bool),)*2, (ask, ~ask)):
-        found = g.relation_test(x, relation, 5, a, b, n_permutations=3)
+        found = g.relation_test(x, relation, 5, g.Sides(a, b), n_permutations=3)
         s = g.cosine(x)
         plain = cosine_similarity(x)
         share, inside, outside, plain_inside, plain_outside = [], [], [], [], []
@@ -156,7 +156,7 @@ def test_strata_take_away_what_the_stratum_explains(relation):
     "Vectors that only say which half of the sets an item is in: above chance, but not within the halves."
     half = (LABELS >= 4).to_numpy()
     x = np.stack([half, ~half], 1) + .2*np.random.default_rng(3).normal(size=(120, 2))
-    free, within = (g.relation_test(x, relation, 10, strata=s, n_permutations=200) for s in (None, half))
+    free, within = (g.relation_test(x, relation, 10, g.Sides(strata=s), n_permutations=200) for s in (None, half))
     assert free["knn"] == within["knn"] and free["knn_p"] < .01 and within["knn_p"] > .05 and within[
         "knn_null"] > free["knn_null"] + .05
 
@@ -172,12 +172,12 @@ def test_tables_and_set_similarity(relation):
     assert table["knn"][1] == g.relation_test(spaces["noise"][:120], relation, n_permutations=1)["knn"]
     s, similarity = g.cosine(perfect), g.set_similarity(perfect, LABELS)
     assert similarity.loc["0", "0"] == pytest.approx(1) and similarity.loc["0", "3"] == pytest.approx(s[0, 50])
-    for names, k, more, why in ((names, 10, dict(ask=np.arange(121) == 3), "1 may ask"),
-                                (names, 120, {}, "120 are related"), (["x"]*121, 3, {},
-                                                                      "of 121 items 0 are related"),
-                                (names, 2, dict(ask=np.arange(121) < 15, answer=np.arange(121)
-                                                > 20), "with 0 related pairs")):
-        out = g.relation_table(spaces, names, relation, k, **more, progress=False)
+    at = np.arange(121)
+    for names, k, sides, why in ((names, 10, g.Sides(at == 3), "1 may ask"),
+                                 (names, 120, g.Sides(), "120 are related"),
+                                 (["x"]*121, 3, g.Sides(), "of 121 items 0 are related"),
+                                 (names, 2, g.Sides(at < 15, at > 20), "with 0 related pairs")):
+        out = g.relation_table(spaces, names, relation, k, sides, progress=False)
         assert out["note"].str.startswith("left out").all() and why in out["note"][0]
     with pytest.raises(ValueError, match="found 120 vectors for 121 names"):
         g.relation_table({"short": perfect}, [*LABELS.index, "unknown"], relation, progress=False)

@@ -2,12 +2,11 @@
 import numpy as np
 import pytest
 import torch
-from training_cases import small_data
+from training_cases import small_data, small_experiment
 
 from biojepa.actions.action_tokens import action_batch
 from biojepa.actions.featurizers import featurize
 from biojepa.actions.vocabulary import ActionTable, Modality, Mode
-from biojepa.config import ModelConfig
 from biojepa.data.batches import ActionBatch
 from biojepa.data.controls import match_controls
 from biojepa.data.own_gene import own_gene_effects, targeted_values
@@ -23,19 +22,8 @@ G = 40
 
 def small(**switches):
     torch.manual_seed(0)
-    return BioJEPA(
-        ModelConfig(n_genes=G,
-                    d_model=8,
-                    n_heads=2,
-                    n_encoder_layers=1,
-                    n_masked_predictor_layers=1,
-                    n_predictor_layers=1,
-                    d_action=12,
-                    d_mode=4,
-                    d_chemical=4,
-                    d_protein=24,
-                    d_dna=20,
-                    **(dict(predicts="change", intervenes=True, readout="per_gene") | switches)))
+    ours = dict(predicts="change", intervenes=True, readout="per_gene") | switches
+    return BioJEPA(small_experiment().model.changed(**ours))
 
 
 @pytest.fixture(scope="module")

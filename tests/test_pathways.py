@@ -88,7 +88,8 @@ def test_action_spaces_are_means_of_what_each_guide_has(screen):
 def test_predicted_responses_are_those_of_predict_on_the_same_cells(screen):
     model, adata, split, actions, table = screen
     p = int(table.rows(adata, split, "test")[0])
-    got = g.predicted_responses(model, adata, actions, table, np.array([p]), n_cells=10**6, progress=False)[0]
+    controls = g.drawn_controls(adata, 10**6)
+    got = g.predicted_responses(model, adata, actions, table, np.array([p]), controls, progress=False)[0]
     line = adata.obs.cell_type[adata.obs.perturbation == table.perturbation[p]].unique()
     controls = np.flatnonzero((adata.obs.condition == "ctrl") & adata.obs.cell_type.isin(line))
     slow = []

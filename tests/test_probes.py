@@ -97,12 +97,12 @@ def test_a_sketch_keeps_scalar_products_on_average():
 def test_components_of_latents_see_only_the_cells_they_are_fitted_to(adata):
     torch.manual_seed(0)
     model, fit, rows = BioJEPA(preset("smoke").model.changed(n_genes=G)), np.arange(100), np.arange(200, 230)
-    got, other = r.latent_components(model, adata, rows, fit, 4, progress=False), adata.copy()
+    got, other = r.latent_components(model, adata, rows, fit, 4), adata.copy()
     other.X[300:] = other.X[300:]*3
-    np.testing.assert_allclose(r.latent_components(model, other, rows, fit, 4, progress=False), got, atol=1e-3)
+    np.testing.assert_allclose(r.latent_components(model, other, rows, fit, 4), got, atol=1e-3)
     assert got.shape == (30, 4)
     with pytest.raises(ValueError, match="found 2 cells"):
-        r.latent_components(model, adata, rows, fit[:2], 4, progress=False)
+        r.latent_components(model, adata, rows, fit[:2], 4)
 
 
 def test_the_cells_that_are_probed(adata):

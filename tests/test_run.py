@@ -19,9 +19,9 @@ from biojepa.actions.vocabulary import Modality, Mode
 from biojepa.cli import experiment_of, main, parser
 from biojepa.config import Columns, DataConfig, config_hash, named_experiment, preset, with_settings
 from biojepa.core import PATHS, file_hash
+from biojepa.data.compounds import KINDS
 from biojepa.data.controls import name_ranks
 from biojepa.data.datasets import load_dataset
-from biojepa.data.held_out import KINDS
 from biojepa.data.loaders import Roster
 from biojepa.data.network import SimulationSpec
 from biojepa.data.preprocess import prepare

@@ -21,7 +21,7 @@ from biojepa.config import preset
 from biojepa.core import content_hash, object_hash
 from biojepa.data.loaders import Roster
 from biojepa.data.preprocess import TARGET_SUM, prepare
-from biojepa.explore.search import target_state
+from biojepa.explore.states import target_state
 from biojepa.model.biojepa import BioJEPA
 from biojepa.model.saving import (
     cell_space, check_space, from_pretrained, require_memory, save_pretrained, seal

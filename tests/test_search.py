@@ -15,11 +15,10 @@ from biojepa.actions.vocabulary import ActionTable
 from biojepa.config import ModelConfig
 from biojepa.data.batches import ActionBatch, dense_rows, row_source
 from biojepa.evaluate.retrieval import retrieval_table
-from biojepa.explore import search
-from biojepa.explore.search import (
-    Measure, TargetState, measure_of, optimise_action, pair_actions, rank_actions, ranking, recovered,
-    screen_energies, target_state, wanted_states
-)
+from biojepa.explore import screen
+from biojepa.explore.screen import Blocks, Source, pair_actions, ranking, screen_energies
+from biojepa.explore.search import optimise_action, rank_actions, recovered
+from biojepa.explore.states import Measure, TargetState, measure_of, target_state, wanted_states
 from biojepa.model.biojepa import BioJEPA, Context
 from biojepa.model.saving import Pretrained, save_pretrained
 from biojepa.predict.many import predict_many, predict_naively, time_forms
@@ -68,8 +67,8 @@ def controls(adata): return adata[adata.obs.condition == "ctrl"]
 
 def source(adata, n=5):
     cells = controls(adata)
-    return dense_rows(row_source(cells),
-                      np.arange(n)), torch.from_numpy(cells.obs.log_library_size.to_numpy(np.float32)[:n])
+    return Source(dense_rows(row_source(cells), np.arange(n)),
+                  torch.from_numpy(cells.obs.log_library_size.to_numpy(np.float32)[:n]))
 
 
 def planted(model, adata, table, actions, rows):
@@ -122,7 +121,7 @@ def test_energy_is_that_of_the_model(data, kind):
     assert state.latent.shape == (4, G, 8) and not state.relative
     y = dense_rows(row_source(outcome), np.arange(4))
     size = torch.from_numpy(outcome.obs.log_library_size.to_numpy(np.float32))
-    energy = screen_energies(model, x, library, actions, [state], progress=False)
+    energy = screen_energies(model, Source(x, library), actions, [state], progress=False)
     for p in (0, 3, 7):
         with torch.no_grad():
             by_hand = torch.stack([
@@ -151,28 +150,20 @@ def test_states_of_every_kind_in_one_screen(data, model):
                                kinds[1].latent,
                                atol=1e-6,
                                rtol=0)
-    together = screen_energies(model, x, library, actions, kinds, progress=False)
+    together = screen_energies(model, Source(x, library), actions, kinds, progress=False)
     for i, s in enumerate(kinds):
         np.testing.assert_allclose(together[..., i],
-                                   screen_energies(model, x, library, actions, [s], progress=False)[..., 0],
+                                   screen_energies(model, Source(x, library), actions, [s], progress=False)[..., 0],
                                    rtol=1e-5)
 
 
 def test_batches_of_cells_and_actions_do_not_matter(data, model):
     adata, _, table, actions = data
-    x, library = source(adata, 13)
+    cells = source(adata, 13)
     state = target_state(model, adata[adata.obs.condition == table.condition[3]], controls(adata))
-    whole = screen_energies(model, x, library, actions, [state], progress=False, batch_size=1000)
-    for batch_size, block in ((4, 3), (13, 64), (32, 1)):
-        np.testing.assert_allclose(screen_energies(model,
-                                                   x,
-                                                   library,
-                                                   actions, [state],
-                                                   batch_size=batch_size,
-                                                   block=block,
-                                                   progress=False),
-                                   whole,
-                                   rtol=1e-4)
+    whole, *others = (screen_energies(model, cells, actions, [state], blocks=b, progress=False)
+                      for b in (Blocks(batch_size=1000), Blocks(None, 3, 4), Blocks(None, 64, 13), Blocks(None, 1, 32)))
+    for other in others: np.testing.assert_allclose(other, whole, rtol=1e-4)
 
 
 def test_only_the_named_genes_count(data, model):
@@ -181,7 +172,7 @@ def test_only_the_named_genes_count(data, model):
     state = target_state(model, adata[adata.obs.condition == table.condition[3]], controls(adata))
     some = torch.tensor([1, 5, 8])
     moved = predict_many(model, Context(model, x, library), actions, relative=True)[:, :, some]
-    energy = screen_energies(model, x, library, actions, [state], Measure(genes=some), progress=False)
+    energy = screen_energies(model, Source(x, library), actions, [state], Measure(genes=some), progress=False)
     np.testing.assert_allclose(energy[1:, :, 0], (moved - state.latent[0, some]).abs().mean((2, 3)), rtol=1e-4)
     options = dict(n_cells=5, progress=False)
     assert not rank_actions(
@@ -239,12 +230,8 @@ def test_expression_is_what_the_readout_says(data, model):
     x, library = source(adata)
     outcome = adata[adata.obs.condition == table.condition[3]][:4]
     state, some = target_state(model, outcome, each=True), torch.tensor([1, 5, 8])
-    energy = screen_energies(model,
-                             x,
-                             library,
-                             actions, [state],
-                             measure_of(model, "expression", some),
-                             progress=False)
+    measure = measure_of(model, "expression", some)
+    energy = screen_energies(model, Source(x, library), actions, [state], measure, progress=False)
     ends = model.readout(predict_many(model, Context(model, x, library), actions).flatten(0, 1))
     wanted = model.readout(state.latent)
     by_hand = (ends[:, None, some] - wanted[None, :, some]).abs().mean((1, 2)).unflatten(0, (-1, 5))
@@ -358,57 +345,32 @@ def test_run_folder_pretrained_and_model_agree(data, model, tmp_path):
 def test_a_killed_screen_goes_on(data, model, tmp_path):
     adata, _, table, actions = data
     state = target_state(model, adata[adata.obs.condition == table.condition[3]], controls(adata))
-    options = dict(n_cells=5, block=4, progress=False)
-    whole = rank_actions(model, controls(adata), state, actions, table, pairs=3, **options)
-    slow = search._block_energies
+    options, kept = dict(n_cells=5, progress=False), Blocks(tmp_path/"kept", size=4)
+    def screened(model=model, **changed):
+        return rank_actions(model, controls(adata), state, actions, table, **(options | dict(folder=kept) | changed))
+    whole, slow = screened(pairs=3, folder=Blocks(size=4)), screen._block_energies
     def dawdling(*a):
         time.sleep(.05)
         return slow(*a)
-    search._block_energies = dawdling
-    try:
-        child = in_child(lambda: rank_actions(
-            model, controls(adata), state, actions, table, pairs=3, folder=tmp_path/"kept", **options))
-    finally:
-        search._block_energies = slow
+    screen._block_energies = dawdling
+    try: child = in_child(lambda: screened(pairs=3))
+    finally: screen._block_energies = slow
     until = time.time() + 30
     while len(list((tmp_path/"kept").glob("energy-*.npy"))) < 2 and time.time() < until: time.sleep(.01)
     os.kill(child, signal.SIGKILL); os.waitpid(child, 0)
     done = sorted((tmp_path/"kept").glob("energy-*.npy"))
     assert 2 <= len(done) < 6
     times = {p: p.stat().st_mtime_ns for p in done}
-    pd.testing.assert_frame_equal(
-        rank_actions(model,
-                     controls(adata),
-                     state,
-                     actions,
-                     table,
-                     pairs=3,
-                     folder=tmp_path/"kept",
-                     **options), whole)
+    pd.testing.assert_frame_equal(screened(pairs=3), whole)
     assert {p: p.stat().st_mtime_ns for p in done} == times and (tmp_path/"kept"/"pairs").is_dir()
     for what, other in dict(source=dict(seed=1),
                             genes=dict(genes=list(adata.var_names[:3])),
                             space=dict(space="expression"),
-                            block=dict(block=5)).items():
-        with pytest.raises(ValueError, match=f"differs in .*{what}"):
-            rank_actions(model,
-                         controls(adata),
-                         state,
-                         actions,
-                         table,
-                         folder=tmp_path/"kept",
-                         **(options | other))
-    with pytest.raises(ValueError, match="differs in model"):
-        rank_actions(small(std=.2),
-                     controls(adata),
-                     state,
-                     actions,
-                     table,
-                     folder=tmp_path/"kept",
-                     **options)
+                            block=dict(folder=kept._replace(size=5))).items():
+        with pytest.raises(ValueError, match=f"differs in .*{what}"): screened(**other)
+    with pytest.raises(ValueError, match="differs in model"): screened(small(std=.2))
     (tmp_path/"kept"/"screen.json").write_text("{")
-    with pytest.raises(ValueError, match="screen.json: not readable"):
-        rank_actions(model, controls(adata), state, actions, table, folder=tmp_path/"kept", **options)
+    with pytest.raises(ValueError, match="screen.json: not readable"): screened(folder=tmp_path/"kept")
 
 
 def test_wanted_states_are_changes_against_the_controls_of_their_batches(data, model):

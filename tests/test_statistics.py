@@ -12,7 +12,7 @@ from biojepa.data.simulate import simulate_perturb_seq
 from biojepa.data.splits import make_split
 from biojepa.evaluate.metrics import METRICS, evaluate
 from biojepa.evaluate.statistics import (
-    _draw_means, _draws, bootstrap_ci, bootstrap_panel, hierarchical_bootstrap, paired_bootstrap, verdict
+    _draw_means, _draws, bootstrap_ci, hierarchical_bootstrap, paired_bootstrap, verdict
 )
 from biojepa.evaluate.summary import BOUNDS, noise_ceilings, scaled_score, summarise
 from biojepa.predict.baselines import HalvesError, half_of_the_cells, noise_ceiling
@@ -299,37 +299,7 @@ def test_table_refuses():
         summarise(rows[rows["method"] == "model"])
 
 
-@pytest.fixture
-def panel():
-    rng = np.random.default_rng(0)
-    size = rng.gamma(3, .2, 60)
-    delta = rng.normal(size=(60, 40))*size[:, None]
-    conditions = pd.DataFrame(
-        dict(condition=[f"G{i}+ctrl" for i in range(60)],
-             cell_type="K562",
-             targets=[(f"G{i}", ) for i in range(60)],
-             n_cells=20))
-    return Pseudobulk("model", tuple(f"G{i}" for i in range(40)), conditions, delta,
-                      rng.normal(size=(60, 40))*(size + rng.gamma(3, .1, 60))[:, None], np.ones((60, 40)),
-                      None, np.zeros(40))
-
-
-def test_panel_metric_has_an_interval(panel):
-    found = bootstrap_panel(panel, "severity_r", 500)
-    r = METRICS["severity_r"].function(panel)
-    fisher = np.tanh(np.arctanh(r) + np.array([-1.96, 1.96])/np.sqrt(57))
-    assert found.estimate == pytest.approx(r) and found.n == 60
-    assert found[1:3] == pytest.approx(fisher, abs=.12)
-
-
-def test_panel_metric_refusals(panel):
-    with pytest.raises(ValueError, match="choose one of severity_r"): bootstrap_panel(panel, "pds")
-    constant = bootstrap_panel(panel._replace(predicted=np.tile(panel.predicted[:1], (60, 1))),
-                               "severity_rho", 100)
-    assert np.isnan(constant[:3]).all()
-
-
-def test_panel_metric_in_the_table(panel):
+def test_panel_metric_in_the_table():
     one = lambda method, value: pd.DataFrame(
         [dict(method=method, metric="severity_r", condition="", cell_type="", value=value)])
     row = summarise(pd.concat([one("train_mean", np.nan), one("model", .6)])).set_index("method").loc["model"]

@@ -61,6 +61,7 @@ def _read_chunks(
         rows |= {k: v for k, v in zip(keys, values) if k in wanted}
     return rows
 
+# %% ../../nbs/2_actions/03_cache.ipynb #b5c23c1d
 def _write_chunk(
     folder:Path,   # cache of one configuration
     rows:dict,     # hash -> (width,) row

@@ -113,6 +113,7 @@ def _held_counts(x:sp.csr_matrix)->Held:
     return Held(None, f"whole numbers, but the smallest of a cell is {unit:,.0f} and occurs again and again "
                       "(scaled and rounded?)")
 
+# %% ../../nbs/1_data/07_values.ipynb #fcd3894d
 def _held_logs(
     x:sp.csr_matrix,            # (N, G) values, some of them fractions
     whole:np.ndarray,           # (N,) cells of three or more values, all of them whole

@@ -222,8 +222,6 @@ def compare_calibrations(
     tests:Sequence[PredictionSet],      # methods on the test perturbations; those without a variance are left out
     vals:Sequence[PredictionSet],       # the same methods on validation perturbations
     levels:Sequence[Level]=("cell", "perturbation"),
-    kinds:Sequence[str]=("scale", "conformal", "constant"),
-    nominal:Sequence[float]=LEVELS,
 )->list[Calibration]:
     "Every method with variances, as predicted and after each recalibration."
     known, found = {s.name: s for s in vals}, []
@@ -231,12 +229,12 @@ def compare_calibrations(
         if (s.variance if level == "cell" else s.delta_variance) is None: continue
         if s.name not in known:
             raise ValueError(f"vals: lacks {s.name!r}; give its predictions for validation perturbations")
-        found.append(calibrate(s, level, nominal=nominal))
-        for kind in kinds:
-            try: repair = fit_recalibration(known[s.name], kind, level, nominal)
+        found.append(calibrate(s, level))
+        for kind in ("scale", "conformal", "constant"):
+            try: repair = fit_recalibration(known[s.name], kind, level)
             except ZeroVarianceError as error:
                 warnings.warn(f"recalibration {kind!r} left out: {error}", stacklevel=2)
-            else: found.append(calibrate(s, level, repair, nominal))
+            else: found.append(calibrate(s, level, repair))
     if not found:
         raise ValueError(
             f"tests: none of {[s.name for s in tests]} predicts a variance; there is nothing to calibrate")

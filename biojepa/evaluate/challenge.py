@@ -10,7 +10,6 @@ __all__ = ['PURITY', 'MIN_RESPONDING', 'CHALLENGE', 'LIMITS', 'cosine_distances'
 # %% ../../nbs/6_evaluate/19_challenge.ipynb #3c062512
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -19,7 +18,7 @@ from tqdm import tqdm
 
 from .calls import Calls
 from .counted import Counted, count_responses, replicate_responses
-from .metrics import METRICS, Standard, evaluate, metric, own_targets
+from .metrics import METRICS, Scale, Standard, evaluate, metric, own_targets
 from .summary import scaled_score
 from ..predict.sets import PredictionSet, Pseudobulk
 
@@ -37,9 +36,9 @@ def cosine_distances(
     size = np.outer(np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1))
     return 1 - np.divide(a @ b.T, size, out=np.zeros(size.shape), where=size > 0)
 
-@metric("perturbation", "PDS, cosine, of mean logs", chance=.5, needs=("counts",), name="pds_cosine_log",
-        standard=_standard(1, "log cells"), space="log cells")
-@metric("perturbation", "PDS, cosine", chance=.5, needs=("counts",), standard=_standard(1))
+@metric("perturbation", "PDS, cosine, of mean logs", Scale(chance=.5), needs=("counts",),
+        name="pds_cosine_log", standard=_standard(1, "log cells"), space="log cells")
+@metric("perturbation", "PDS, cosine", Scale(chance=.5), needs=("counts",), standard=_standard(1))
 def pds_cosine(
     pb:Pseudobulk,
     counts:Counted,
@@ -87,9 +86,10 @@ def error_parts(
     response = (keep*(seen.mean - base.mean)**2).sum(1) - seen.noise - base.noise
     return error/n, response/n
 
-@metric("panel", "squared error of mean logs, noise taken off (1: control)", "lower", 0., 1., ("counts",),
-        "expression_error_log", standard=_standard(2, "log cells", "ratio of sums"), space="log cells")
-@metric("panel", "squared error, noise taken off (1: control)", "lower", 0., 1., ("counts",),
+@metric("panel", "squared error of mean logs, noise taken off (1: control)", Scale("lower", 0., 1.),
+        needs=("counts",), name="expression_error_log",
+        standard=_standard(2, "log cells", "ratio of sums"), space="log cells")
+@metric("panel", "squared error, noise taken off (1: control)", Scale("lower", 0., 1.), needs=("counts",),
         standard=_standard(2, aggregation="ratio of sums"))
 def expression_error(
     pb:Pseudobulk,
@@ -115,7 +115,7 @@ def _ratio(a:np.ndarray, b:np.ndarray)->np.ndarray:
     "a over b, NaN where b is 0."
     return np.divide(a, b, out=np.full(len(a), np.nan), where=b > 0)
 
-@metric("perturbation", "direction fidelity", chance=.5, needs=("counts",), standard=_standard(3))
+@metric("perturbation", "direction fidelity", Scale(chance=.5), needs=("counts",), standard=_standard(3))
 def direction_fidelity(
     pb:Pseudobulk,
     counts:Counted,
@@ -160,8 +160,8 @@ def significant_jaccard(
 
 MIN_RESPONDING = 10     # genes behind an error of fold changes (cell-eval2: min_gate_size)
 
-@metric("perturbation", "error of fold changes (1: none predicted)", "lower", 0., 1., ("counts",),
-        standard=_standard(6))
+@metric("perturbation", "error of fold changes (1: none predicted)", Scale("lower", 0., 1.),
+        needs=("counts",), standard=_standard(6))
 def lfc_error(
     pb:Pseudobulk,
     counts:Counted,
@@ -183,8 +183,6 @@ LIMITS = dict(expression_error=(0., 1.), expression_error_log=(0., 1.),
 def challenge_scores(
     sets:Sequence[PredictionSet],       # on the same cells; the first is the template of the replicate
     adata:AnnData, split,
-    metrics:Sequence[str]=CHALLENGE,    # names in METRICS that need counts
-    part:Literal["train", "val", "test"]="test",
     deals:int=5,                        # of the cells into halves
     progress:bool=True,
 )->pd.DataFrame:                        # method (also "replicate"), metric, condition, cell_type, value, n_cells, seed
@@ -192,35 +190,30 @@ def challenge_scores(
     tables, observed = [], {}
     for s in tqdm(sets, desc="challenge", disable=not progress):
         key = (len(s), s.cells.index[0])
-        counted = count_responses(s, adata, split, part, observed=observed.get(key))
+        counted = count_responses(s, adata, split, observed=observed.get(key))
         observed[key] = counted.observed
-        tables.append(evaluate(s, metrics, counts=counted))
+        tables.append(evaluate(s, CHALLENGE, counts=counted))
     first = sets[0].with_prediction("replicate", sets[0].delta)
     whole = observed[len(first), first.cells.index[0]].calls
-    again = [
-        evaluate(first, metrics, counts=replicate_responses(first, adata, split, part, seed,
-                                                            whole)).assign(seed=seed)
-        for seed in range(deals)
-    ]
+    deal = partial(replicate_responses, first, adata, split, whole=whole)
+    again = [evaluate(first, CHALLENGE, counts=deal(seed=seed)).assign(seed=seed) for seed in range(deals)]
     return pd.concat([*(t.assign(seed=0) for t in tables), *again], ignore_index=True)
 
 def challenge_table(
     scores:pd.DataFrame,            # of `challenge_scores`
-    baseline:str="train_mean",      # stands for 0
-    replicate:str="replicate",      # stands for 1
 )->pd.DataFrame:                    # method × (metric, "u" and "s"), and ("all", "s"): the mean of the six
-    "Means over conditions and their place between the mean and the replicate."
+    "Means over conditions and their place between the mean (0) and the replicate (1)."
     keys = ["method", "metric"]
     u = scores.groupby([*keys, "seed"], sort=False)["value"].mean().groupby(keys, sort=False).mean().unstack()
     u = u.loc[scores["method"].unique(), scores["metric"].unique()]
-    if lacking := {baseline, replicate} - set(u.index):
+    if lacking := {"train_mean", "replicate"} - set(u.index):
         raise ValueError(
             f"scores: lack {', '.join(sorted(lacking))}, found {', '.join(u.index)}; score both ends")
     columns = {}
     for name, values in u.items():
         place = partial(scaled_score,
-                        mean=values[baseline],
-                        ceiling=values[replicate],
+                        mean=values["train_mean"],
+                        ceiling=values["replicate"],
                         direction=METRICS[name].direction)
         columns[name, "u"] = values
         columns[name, "s"] = values.map(place).clip(*LIMITS.get(name, (-np.inf, np.inf)))

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from .metrics import metric, own_targets
+from .metrics import Scale, metric, own_targets
 from ..predict.sets import Pseudobulk
 
 # %% ../../nbs/6_evaluate/07_directions.ipynb #8e2a9b6e
@@ -87,7 +87,7 @@ def _dealt(
     predicted, observed = direction(pb.predicted, threshold), direction(pb.observed, threshold)
     return (_shares(predicted, used)*_shares(observed, chosen)).sum(0)
 
-@metric("perturbation", "balanced three-class direction", chance=1/3)
+@metric("perturbation", "balanced three-class direction", Scale(chance=1/3))
 def direction_balanced(
     pb:Pseudobulk,
     threshold:float=.1,

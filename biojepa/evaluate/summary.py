@@ -139,7 +139,7 @@ def summarise(
     level:float=.95,                # share of the draws inside an interval
     seed:int=0,                     # of the draws
 )->pd.DataFrame:    # metric, method, mean, low, high, difference (to the reference) with interval and p, scaled, n
-    "Metrics × methods with intervals, differences and scaled scores; for metrics of a panel see `bootstrap_panel`."
+    "Metrics × methods with intervals, differences and scaled scores."
     tidy, rows = _checked(tidy), []
     if reference not in set(tidy["method"]):
         raise ValueError(

@@ -46,7 +46,6 @@ def seen_elsewhere(
 
 def case_methods(
     run:Run,
-    progress:bool=False,
 )->list[PredictionSet]:     # the model first
     "The model, the baselines of every case and the bounds, on the test cells of a run."
     tested = run.adata.obs["condition"].iloc[run.split.cells(run.adata, "test")].astype(str)
@@ -56,7 +55,7 @@ def case_methods(
     if run.table.dosed: names.append("other_doses")
     if any(len(parse_condition(c)) > 1 for c in set(tested)): names.append("additive")
     names += ["half_of_the_cells", *(["oracle"] if {"truth", "true_log_fold"} & set(run.adata.uns) else [])]
-    sets = all_methods(run, names, seed=run.experiment.seed, progress=progress)
+    sets = all_methods(run, names, seed=run.experiment.seed, progress=False)
     bounds = [s for s in sets if s.name in BOUNDS]
     template = next(s for s in sets if s.name == "control_mean")
     return [*(s for s in sets if s not in bounds), seen_elsewhere(template, run.adata, run.split), *bounds]
@@ -138,7 +137,6 @@ def run_case(
 def run_cases(
     cases:Sequence[Case],       # the first is the reference
     runs:Path=PATHS.runs,       # where run folders live
-    metrics:Sequence[str]=SCORED,
     progress:bool=True,
     **options,                  # of `run_stages`
 )->Transfer:
@@ -149,8 +147,8 @@ def run_cases(
         bar.set_postfix_str(case.name)
         run = run_case(case, runs, progress=progress and case.screen is None, **options)
         sets = case_methods(run)
-        ceilings = noise_ceilings(sets[0], run.adata, run.split, metrics)
-        scores.append(score_case(case, sets, run.split, reference, metrics, ceilings))
+        ceilings = noise_ceilings(sets[0], run.adata, run.split, SCORED)
+        scores.append(score_case(case, sets, run.split, reference, SCORED, ceilings))
         about.append(_about(case, run))
         if reference is None: reference = sets[0]
     return Transfer(pd.concat(scores, ignore_index=True), pd.DataFrame(about))

@@ -19,7 +19,7 @@ from scipy.stats import false_discovery_control, t as student
 from ..data.batches import row_source
 from ..data.means import groups_of, sparse_rows
 from .challenge import challenge_scores, challenge_table
-from .metrics import METRICS, Standard, evaluate, metric
+from .metrics import METRICS, Scale, Standard, evaluate, metric
 from .profiles import members_of
 from ..predict.baselines import HalvesError, half_of_the_cells, train_mean
 from ..predict.sets import PredictionSet, Pseudobulk
@@ -86,7 +86,7 @@ def response_weights(
 MEJIA = Standard(anchors=("train_mean", "interpolated_duplicate"),
                  source="Mejia et al. 2025, WMSE and R²w of Δ")
 
-@metric("perturbation", "weighted squared error of Δ", "lower", 0., None, ("weights",), standard=MEJIA)
+@metric("perturbation", "weighted squared error of Δ", Scale("lower", 0.), needs=("weights",), standard=MEJIA)
 def wmse(
     pb:Pseudobulk,
     weights:np.ndarray,     # (C, G) of `response_weights`
@@ -94,7 +94,8 @@ def wmse(
     "Squared error of Δ where the response is."
     return (weights*(pb.predicted - pb.observed)**2).sum(1)
 
-@metric("perturbation", "weighted R² of Δ to all perturbations", chance=0., needs=("weights",), standard=MEJIA)
+@metric("perturbation", "weighted R² of Δ to all perturbations", Scale(chance=0.), needs=("weights",),
+        standard=MEJIA)
 def r2_weighted(
     pb:Pseudobulk,
     weights:np.ndarray,     # (C, G) of `response_weights`

@@ -128,11 +128,10 @@ def latent_components(
     n:int,                  # components
     most:int=2000,          # cells to learn on, drawn from `fit_rows`
     seed:int=0,             # of the drawing
-    progress:bool=True,     # show a bar
 )->np.ndarray:              # (N, n) float32
     "Principal components of the latents of all genes, as sketched."
     some, sketch = _some(adata, fit_rows, most, seed), partial(gene_sketch, place=model.place)
-    x = cell_latents(model, adata, np.concatenate([some, np.asarray(rows)]), sketch, progress=progress)
+    x = cell_latents(model, adata, np.concatenate([some, np.asarray(rows)]), sketch)
     return _components(x[:len(some)], n, seed).transform(x[len(some):])
 
 def library_size(

@@ -189,6 +189,7 @@ def _carried_over(
     fallback = sorted(set(template.groups["condition"][~known]))
     return template.with_prediction(name, delta, n_fallback=len(fallback), fallback=fallback, lines=source)
 
+# %% ../../nbs/5_predict/06_baselines.ipynb #3b0c2b0b
 def same_elsewhere(
     template:PredictionSet, adata:AnnData, split,
     name:str="same_elsewhere",

@@ -92,13 +92,11 @@ def choose(
     grid:Sequence,          # values of the hyper-parameter
     fit:Callable,           # value, training rows, asked rows -> Δ (n, G)
     delta:np.ndarray,       # (C, G) of the training rows
-    folds:int=5,
-    seed:int=0,             # of the folds
 )->tuple:                   # best value, {value: score}
-    "Cross-validate a hyper-parameter over training conditions."
+    "Cross-validate a hyper-parameter over training conditions, in five folds."
     n = len(delta)
     if len(grid) == 1 or n < 6: return grid[len(grid)//2], {}
-    fold, total = np.random.default_rng(seed).permutation(n) % min(folds, n), dict.fromkeys(grid, 0.)
+    fold, total = np.random.default_rng(0).permutation(n) % 5, dict.fromkeys(grid, 0.)
     for f in range(fold.max() + 1):
         train, asked = np.flatnonzero(fold != f), np.flatnonzero(fold == f)
         for v in grid: total[v] += _correlation(delta[asked], fit(v, train, asked))*len(asked)/n

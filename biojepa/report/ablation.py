@@ -57,20 +57,16 @@ LADDER = (
 def answers(
     run:Run,
     name:str,
-    part:str="test",
-    seed:int=0,         # of control pairing
 )->PredictionSet:
     "What a run says, under a name."
-    template = test_set(run.adata, run.split, part, seed)
+    template = test_set(run.adata, run.split)
     return predictions(run, template=template, name=name, progress=False)
 
 def untrained_answers(
-    run:Run,            # with or without a memory
-    part:str="test",
-    seed:int=0,
+    run:Run,    # with or without a memory
 )->Iterator[PredictionSet]:
     "Rungs that need no training: the train mean, and memories of one member, of two and of three."
-    given = test_set(run.adata, run.split, part, seed), run.adata, run.split
+    given = test_set(run.adata, run.split), run.adata, run.split
     yield train_mean(*given)
     for name, members in MEMORIES.items():
         memories = remember(run.adata, run.split, run.features, MemoryConfig(members=members))
@@ -81,7 +77,6 @@ def climb(
     rungs:Sequence[Rung]=LADDER,
     seeds:Sequence[int]=(0,),
     runs:Path=PATHS.runs,       # where run folders live; finished ones are only read
-    part:str="test",
     **options,                  # of `run_stages`
 )->dict[str, list[PredictionSet]]:  # rung -> one set for each seed
     "Train every rung that the data allow with every seed, and ask each the same questions."
@@ -90,10 +85,10 @@ def climb(
     for rung in tqdm(rungs, desc="rungs"):
         for seed in seeds:
             run = run_stages(with_settings(experiment, rung.settings | dict(seed=seed)), runs=runs, **options)
-            found.setdefault(rung.name, []).append(answers(run, rung.name, part))
+            found.setdefault(rung.name, []).append(answers(run, rung.name))
             options |= dict(adata=run.adata, split=run.split)
             first = first or run
-    for made in untrained_answers(first, part): found[made.name] = [made]
+    for made in untrained_answers(first): found[made.name] = [made]
     return found
 
 # %% ../../nbs/9_report/09_ablation.ipynb #ab1a0009

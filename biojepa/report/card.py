@@ -40,14 +40,13 @@ SHOWN = ("r_delta", "r_delta_perturbed_mean", "r_top20_without_target", "pds", "
 
 def score_lines(
     table:pd.DataFrame,     # of `summarise`
-    metrics=SHOWN,          # those that are shown, where the table has them
 )->list[str]:               # rows in Markdown
     "The model beside the train mean and the noise ceiling."
     if lost := {"metric", "method", "mean", "low", "high", "n"} - set(table):
         raise ValueError(f"scores: no column {', '.join(sorted(lost))}; give the csv that `biojepa eval` writes")
     lines = ["|metric|BioJEPA-AC [95 %]|train mean|noise ceiling|n|", "|---|---|---|---|---|"]
     said = table.set_index(["metric", "method"])
-    for metric in (m for m in metrics if (m, "biojepa") in said.index):
+    for metric in (m for m in SHOWN if (m, "biojepa") in said.index):
         ours = said.loc[(metric, "biojepa")]
         beside = [said["mean"].get((metric, other)) for other in ("train_mean", "noise_ceiling")]
         beside = ["–" if value is None or pd.isna(value) else f"{value:.3f}" for value in beside]

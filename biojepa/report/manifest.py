@@ -97,6 +97,7 @@ def stamp_of(
     return dict(notebook=notebook, run=object_hash(made["made_from"]), code=made.get("code"),
                 parameters=made.get("parameters"), files=files)
 
+# %% ../../nbs/9_report/01_manifest.ipynb #f8fbb0bc
 @dataclass(frozen=True)
 class Report:
     "Writes tables and figures, and lists them in `MANIFEST.json`."

@@ -273,6 +273,7 @@ def held_out_changes(
             said[g] = decoded_change(model, context, change, own, maps, cell).mean(0).float().cpu().numpy()
     return means.delta, said
 
+# %% ../../nbs/4_training/06_dynamics.ipynb #642a1c3b
 class Settled(NamedTuple):
     "How much of what the predictor adds to the memory was kept, and why."
     share:float             # kept, from 0 to 1

@@ -246,6 +246,7 @@ def run_stages(
     with only_one(folder) if fabric.is_global_zero else nullcontext():
         return _run_in(folder, experiment, roster, actions, memories, stages, fabric, **options)
 
+# %% ../../nbs/4_training/08_run.ipynb #19ed51d6
 def _run_in(
     folder:Path,                    # of this run, and of no other process
     experiment:ExperimentConfig,
