@@ -403,7 +403,7 @@ def test_without_vicreg_the_monitor_fires(tmp_path):
             torch.arange(0, 40, 4))
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            stage = StageConfig(epochs=120, batch_size=32, lr=2e-2)
+            stage = StageConfig(epochs=60, batch_size=32, lr=2e-2)
             stage = pretrain_stage(model, data["adata"], data["split"], stage, monitor=monitor)
             log = fit(model, stage, tmp_path/name, progress=False, validate_every=100)
         found[name] = (log.collapsed.max(), log.std_teacher.min()/monitor.start["std_teacher"],

@@ -266,7 +266,10 @@ def optimise_action(
     goal, spread = _Goal(module, context, state, measure_of(module, space)), _spread(real[whole])
     u = torch.zeros_like(spread.centre)
     if start is not None:
-        row = _row_of(table, start)
+        if start not in table.perturbation:
+            raise ValueError(
+                f"start: {start!r} is not among the {len(table)} actions; give the name of a perturbation of the table")
+        row = table.perturbation.index(start)
         goal, u = goal._replace(own=actions.take([row])), spread.standard(real[row])
     u, history = _descend(goal, spread, u, steps, lr, pull, progress)
     found = spread.latent(u)
@@ -279,12 +282,3 @@ def optimise_action(
              dict(perturbation="(found by gradient)", condition="")]
     return OptimisedAction(found.cpu(), history, pd.DataFrame(names).assign(
         cosine=[*cosine[near], 1.], distance=[*apart[near], 0.], energy=energy, gain=1 - energy/history.nothing[0]))
-
-def _row_of(table:ActionTable, name:str)->int:
-    "The row of a perturbation."
-    if name not in table.perturbation:
-        raise ValueError(
-            f"start: {name!r} is not among the {len(table)} actions; give the name of a perturbation of "
-            f"the table"
-        )
-    return table.perturbation.index(name)

@@ -17,6 +17,7 @@ from anndata import AnnData
 from sklearn.ensemble import RandomForestRegressor
 
 from ..actions.banks import FeatureBank
+from ..actions.memory import row_correlations
 from ..actions.vocabulary import ActionTable, Modality
 from ..data.conditions import amounts_of, name_of
 from .baselines import Guess, Training, guess_by_line, mean_guess, training_deltas
@@ -79,15 +80,6 @@ def _with_amounts(X:np.ndarray, targets, Q:np.ndarray, asked)->tuple[np.ndarray,
     centre, spread = A.mean(0), np.sqrt(((A - A.mean(0))**2).sum(1).mean()) or 1.
     return np.c_[X, (A - centre)/spread], np.c_[Q, (B - centre)/spread]
 
-def _correlation(
-    observed:np.ndarray,    # (n, G)
-    predicted:np.ndarray,   # (n, G)
-)->float:
-    "Mean Pearson over rows; a constant row counts 0."
-    o, p = (x - x.mean(1, keepdims=True) for x in (observed, predicted))
-    norm = np.linalg.norm(o, axis=1)*np.linalg.norm(p, axis=1)
-    return float(np.mean((o*p).sum(1)/np.where(norm > 0, norm, np.inf)))
-
 def choose(
     grid:Sequence,          # values of the hyper-parameter
     fit:Callable,           # value, training rows, asked rows -> Δ (n, G)
@@ -99,7 +91,7 @@ def choose(
     fold, total = np.random.default_rng(0).permutation(n) % 5, dict.fromkeys(grid, 0.)
     for f in range(fold.max() + 1):
         train, asked = np.flatnonzero(fold != f), np.flatnonzero(fold == f)
-        for v in grid: total[v] += _correlation(delta[asked], fit(v, train, asked))*len(asked)/n
+        for v in grid: total[v] += row_correlations(delta[asked], fit(v, train, asked)).mean()*len(asked)/n
     return max(total, key=total.get), {str(v): round(s, 4) for v, s in total.items()}
 
 # %% ../../nbs/5_predict/07_regressors.ipynb #62e19494

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+from ..actions.memory import row_correlations
 from ..actions.recall import remember
 from ..config import ExperimentConfig, MemoryConfig, with_settings
 from ..core import PATHS
@@ -105,8 +106,7 @@ def correlations(
     def each(made):
         means = pseudobulk(made)
         shift = means.train_delta if beyond else 0
-        rows = zip(means.predicted - shift, means.observed - shift)
-        return [np.corrcoef(p, o)[0, 1] if np.ptp(p) > 1e-12 else 0. for p, o in rows]
+        return row_correlations(means.predicted - shift, means.observed - shift)
     return np.mean([each(made) for made in sets], 0)
 
 def ladder_table(

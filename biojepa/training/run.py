@@ -266,7 +266,11 @@ def _run_in(
         sweep(folder, deep=True)
         open_folder(folder, experiment, run_identity(roster, actions), about)
         split.save(folder/"split.json")
-    if memories: memories = _as_begun(memories, folder/"memory.safetensors", actions, fabric)
+    if memories:    # as the run began with: another machine may round them to other directions
+        path = folder/"memory.safetensors"
+        if fabric.is_global_zero and not path.is_file(): save_memories(memories, path)
+        fabric.barrier()
+        memories = load_memories(path, actions.banks)
     actions = actions.remembering(memories)
     with own_randomness(experiment.seed): model = BioJEPA(experiment.model).follow_names_(adata.var_names)
     settled = None
@@ -297,12 +301,6 @@ def _data(experiment:ExperimentConfig, adata:AnnData|None, split:Split|None, run
             split = make_split(adata, data.split, data.split_seed, held_out=data.held_out)
         split = fabric.broadcast(split)
     return (adata, split) if adata is not None else load_data(data, split, runs)
-
-def _as_begun(memories:Memories, path:Path, actions:Actions, fabric:Fabric)->Memories:
-    "The memories that the run began with: another machine may round them to other directions."
-    if fabric.is_global_zero and not path.is_file(): save_memories(memories, path)
-    fabric.barrier()
-    return load_memories(path, actions.banks)
 
 def _settled(
     model:BioJEPA, experiment:ExperimentConfig, roster:Roster, actions:Actions, folder:Path, fabric:Fabric,
