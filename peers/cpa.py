@@ -101,10 +101,9 @@ def main():
     adata = cells_and_questions(cells, asked, args.controls, args.seed)
     with contextlib.redirect_stdout(sys.stderr):    # the package prints
         model, known = trained(adata, args)
-        questions = np.flatnonzero(adata.obs["question"] >= 0)
-        model.predict(adata, indices=questions, batch_size=1024)
-    said = pd.DataFrame(adata.obsm["CPA_pred"]).groupby(adata.obs["question"].to_numpy()[questions]).mean()
-    mean = np.clip(said.to_numpy(np.float32), 0, None)
+        model.predict(adata, batch_size=1024)
+    said = pd.DataFrame(adata.obsm["CPA_pred"]).groupby(adata.obs["question"].to_numpy()).mean()
+    mean = np.clip(said.loc[range(len(asked))].to_numpy(np.float32), 0, None)
     name = f"cpa, {args.features}" if args.features else "cpa"
     unknown = [c for c in asked["targets"] if known and not all(known[t] for t in c.split("+"))]
     settings = {k: v for k, v in vars(args).items() if k != "folder"} | dict(

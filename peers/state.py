@@ -175,7 +175,7 @@ def main():
     if unknown.any(): mean[unknown] = train_means(sets)[unknown]
     name = f"state, {args.features}" if args.features else "state"
     settings = {k: v for k, v in vars(args).items() if k != "folder"} | dict(
-        best_step=best, losses=losses, parameters=sum(p.numel() for p in model.parameters()),
+        best_step=best, losses=losses, parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         unknown=sorted(sets.asked["condition"][unknown]), cpu_seconds=time.process_time() - cpu)
     answer = ad.AnnData(mean.astype(np.float32), obs=sets.asked[["condition", "cell_type"]],
                         var=pd.DataFrame(index=sets.cells.var_names))
