@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 PAPER := $(sort $(wildcard nbs/8*.ipynb nbs/9*.ipynb))
 PAPERMILL := $(BIN)/papermill --no-progress-bar --stderr-file -
 
-.PHONY: eval test docs figures notebooks bench demo clean
+.PHONY: eval test docs figures notebooks bench demo peers clean
 
 eval: $(READY)          # the main job: the evaluation notebook on the embedded default
 	@mkdir -p runs
@@ -37,6 +37,18 @@ demo: $(READY)          # the small model in the package, trained anew
 bench: $(READY)         # collapsed against naive: figures/benchmark.csv, .md and .png
 	$(BIN)/python -m biojepa.report.benchmark
 
+PEERS := state cpa
+RUN ?= $(error give the folder of a run, as make peers RUN=runs/2fa9e94e7058-0)
+
+peers: $(READY) $(PEERS:%=.venvs/%/.installed)  # peers with environments of their own answer a run: peers/README.md
+	$(BIN)/python -m biojepa.predict.methods $(RUN)
+	for p in $(PEERS); do .venvs/$$p/bin/python peers/$$p.py $(RUN)/peers $(PEER_OPTIONS) || exit 1; done
+
+.venvs/%/.installed: peers/%.lock
+	$(PYTHON) -m venv .venvs/$*
+	.venvs/$*/bin/python -m pip install -qq --disable-pip-version-check --no-deps -r $<
+	@touch $@
+
 $(READY): requirements.lock pyproject.toml
 	$(PYTHON) -m venv .venv
 	@echo "installing the pinned packages into .venv: some minutes, then nothing to do again"
@@ -46,4 +58,4 @@ $(READY): requirements.lock pyproject.toml
 	@mkdir -p runs && touch $@
 
 clean:                  # everything that can be made again
-	rm -rf .venv runs _docs _proc *.egg-info
+	rm -rf .venv .venvs runs _docs _proc *.egg-info

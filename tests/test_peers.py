@@ -1,8 +1,15 @@
-"What GEARS is given and what is made of its answers; the slow tests train the shipped network."
+"What peers are given and what is made of their answers; the slow tests train GEARS as shipped."
+import ast
 import os
 import random
+import re
+import shutil
+import subprocess
+import sys
 import warnings
+from types import SimpleNamespace
 
+import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,6 +17,7 @@ import scipy.sparse as sp
 import torch
 from scipy import stats
 
+from biojepa.core import PATHS
 from biojepa.data.datasets import load_dataset
 from biojepa.data.network import SimulationSpec
 from biojepa.data.preprocess import prepare
@@ -17,8 +25,11 @@ from biojepa.data.simulate import simulate_perturb_seq
 from biojepa.data.splits import make_split
 from biojepa.evaluate.metrics import pds
 from biojepa.predict import peers
+from biojepa.predict.methods import run_baselines
+from biojepa.predict.outside import outside_answers, read_answer, task_of, write_task
 from biojepa.predict.peers import Gears, coexpression, gears_predictions, relation_graph
 from biojepa.predict.sets import pseudobulk, test_set
+from biojepa.predict.told import told
 
 
 def screen(**options):
@@ -282,3 +293,128 @@ def test_gears_learns_what_it_sees():
     pb = pseudobulk(found)
     r = [np.corrcoef(p, o)[0, 1] for p, o in zip(pb.predicted, pb.observed)]
     assert np.mean(r) > .5 and np.mean(pds(pb)) > .7
+
+# ---- peers with an environment of their own ----
+
+STUB = '''
+import json, sys
+from pathlib import Path
+import anndata as ad, numpy as np, pandas as pd
+folder = Path(sys.argv[1])
+cells, asked = ad.read_h5ad(folder/"cells.h5ad"), pd.read_csv(folder/"questions.csv", dtype=str)
+x = pd.DataFrame(cells.X.toarray().astype(float), cells.obs_names, cells.var_names)
+control = x[cells.obs["part"] == "control"].groupby(cells.obs["cell_type"], observed=True).mean()
+seen = x[cells.obs["part"] == "train"].groupby([cells.obs["condition"], cells.obs["cell_type"]], observed=True).mean()
+change = (seen - control.loc[seen.index.get_level_values(1)].to_numpy()).mean()
+mean = control.loc[asked["cell_type"]].to_numpy() + change.to_numpy()
+shuffled = np.random.default_rng(0).permutation(cells.n_vars)
+answer = ad.AnnData(mean[::-1], obs=asked[["condition", "cell_type"]][::-1], var=cells.var)[:, shuffled].copy()
+answer.uns |= dict(task=json.loads((folder/"task.json").read_text())["task"], name="state, stub", package="stub 1",
+                   seconds=1.5, peak_gb=.25, settings=json.dumps(dict(steps=0)))
+(folder/"stub").mkdir()
+answer.write_h5ad(folder/"stub"/"answer.h5ad")
+'''
+
+
+@pytest.fixture(scope="module")
+def elsewhere(adata, tmp_path_factory):
+    "A task, its template, and the folder in which a stub has answered in a process of its own."
+    split = holding(adata)
+    template = test_set(adata, split)
+    folder = write_task(tmp_path_factory.mktemp("task"), template, adata, split)
+    subprocess.run([sys.executable, "-c", STUB, folder], check=True)
+    return SimpleNamespace(adata=adata, split=split, template=template, folder=folder)
+
+
+@pytest.fixture
+def changed(elsewhere, tmp_path):
+    "Reads the stub's answer after a change."
+    def read(change=lambda a: a, template=elsewhere.template, **said):
+        answer = change(ad.read_h5ad(elsewhere.folder/"stub"/"answer.h5ad")).copy()
+        answer.uns = {k: v for k, v in (answer.uns | said).items() if v is not None}
+        answer.write_h5ad(tmp_path/"answer.h5ad")
+        return read_answer(tmp_path/"answer.h5ad", template)
+    return read
+
+
+def test_an_answer_from_elsewhere_scores_as_our_own(elsewhere):
+    given = elsewhere.template, elsewhere.adata, elsewhere.split
+    (found,), own = outside_answers(elsewhere.folder, elsewhere.template), run_baselines(*given, only=["train_mean"])
+    own = own["train_mean"]
+    assert found.name == "state, stub" and found.provenance["peer"] == "stub 1"
+    assert (found.provenance["seconds"], found.provenance["peak_gb"]) == (1.5, .25)
+    for field in ("observed", "control", "cells", "groups", "control_mean", "genes"):
+        assert getattr(found, field) is getattr(elsewhere.template, field)
+    assert found.delta == pytest.approx(own.delta, abs=1e-6) and np.abs(own.delta).max() > .1
+    assert np.asarray(pds(pseudobulk(found))) == pytest.approx(np.asarray(pds(pseudobulk(own))), abs=1e-5)
+    told(found.name)
+
+
+def test_what_is_asked_about_cannot_be_read(elsewhere):
+    cells = ad.read_h5ad(elsewhere.folder/"cells.h5ad")
+    part = cells.obs["part"].astype(str).to_numpy()
+    assert set(part) == {"train", "val", "test", "control"}
+    assert not cells.X[part == "test"].count_nonzero()
+    rest = cells[part != "test"]
+    assert (rest.X != elsewhere.adata[rest.obs_names].X).count_nonzero() == 0
+    asked = pd.read_csv(elsewhere.folder/"questions.csv")
+    assert set(asked["condition"]) == set(elsewhere.split.test) == set(cells.obs["condition"][part == "test"])
+    assert asked["n_cells"].sum() == (part == "test").sum()
+    on_disk = set((elsewhere.folder).glob("*"))
+    assert {p.name for p in on_disk} == {"cells.h5ad", "questions.csv", "split.json", "task.json", "stub"}
+
+
+def test_an_answer_is_refused_by_name(elsewhere, changed):
+    assert changed().name == "state, stub"
+    first = elsewhere.template.genes[0]
+    with pytest.raises(ValueError, match=rf"lacks 1 of 120 genes \({first}\)"):
+        changed(lambda a: a[:, a.var_names != first])
+    with pytest.raises(ValueError, match="no answer for .* in line1"): changed(lambda a: a[1:])
+    def doubled(a): return ad.concat([a, a[:1]], merge="same", uns_merge="same", index_unique="-")
+    with pytest.raises(ValueError, match="obs has .* twice"): changed(doubled)
+    def spoiled(a): a.X[0, 3] = np.nan; return a
+    with pytest.raises(ValueError, match="X has 1 NaN"): changed(spoiled)
+    with pytest.raises(ValueError, match="obs lacks cell_type"):
+        changed(lambda a: ad.AnnData(a.X, a.obs[["condition"]], a.var, a.uns))
+    with pytest.raises(ValueError, match="uns lacks peak_gb"): changed(peak_gb=None)
+    with pytest.raises(ValueError, match="seconds.* is .*nan"): changed(seconds=np.nan)
+    with pytest.raises(ValueError, match="settings.* is not JSON"): changed(settings="small")
+    with pytest.raises(ValueError, match="name.* is empty"): changed(name=" ")
+
+
+def test_an_answer_to_another_run_is_refused(elsewhere, changed):
+    "Another part, another split, other values: each is another question."
+    adata, split = elsewhere.adata, elsewhere.split
+    assert changed(template=test_set(adata, split, seed=3)).name == "state, stub"
+    other, doubled = holding(adata, val=False), adata.copy()
+    doubled.X = doubled.X*2
+    for template in (test_set(adata, split, "val"), test_set(adata, other), test_set(doubled, split)):
+        with pytest.raises(ValueError, match=f"answers task {task_of(elsewhere.template)}, this run asks"):
+            changed(template=template)
+
+
+def test_answers_of_a_folder(elsewhere, tmp_path):
+    with pytest.raises(ValueError, match="holds no answer.h5ad"): outside_answers(tmp_path, elsewhere.template)
+    for name in ("a", "b"):
+        (tmp_path/name).mkdir()
+        shutil.copy(elsewhere.folder/"stub"/"answer.h5ad", tmp_path/name)
+    with pytest.raises(ValueError, match="two answers are named 'state, stub'"):
+        outside_answers(tmp_path, elsewhere.template)
+    alone, = outside_answers(tmp_path/"a", elsewhere.template)
+    assert alone.name == "state, stub"
+
+
+SCRIPTS = [PATHS.root/"peers"/f"{name}.py" for name in ("cpa", "state")]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.stem)
+def test_a_peers_script_stands_alone(script):
+    "It says what can be set without its package, imports nothing of ours, and its environment is pinned."
+    imported = {name.split(".")[0] for node in ast.walk(ast.parse(script.read_text(), feature_version=(3, 11)))
+                for name in ([a.name for a in node.names] if isinstance(node, ast.Import) else
+                             [node.module] if isinstance(node, ast.ImportFrom) else [])}
+    assert "biojepa" not in imported
+    said = subprocess.run([sys.executable, script, "--help"], check=True, capture_output=True, text=True).stdout
+    assert "folder" in said and "--seed" in said
+    lock = [line for line in script.with_suffix(".lock").read_text().splitlines() if not line.startswith("#")]
+    assert len(lock) > 20 and all(re.fullmatch(r"[\w.-]+==[\w.+!-]+", line) for line in lock)

@@ -40,6 +40,8 @@ class Look(NamedTuple):
 LOOKS = {  # name -> colour, marker, dashes, label
     "biojepa":           (BLUE, "o", "-", "BioJEPA-AC"),
     "gears":             (ORANGE, "P", (0, (8, 2)), "GEARS"),
+    "state":             (RED, "p", (0, (8, 2)), "STATE"),
+    "cpa":               (RED, "H", (0, (6, 2, 1, 2)), "CPA"),
     "oracle":            (GREEN, "*", "-", "planted truth"),
     "noise_ceiling":     (GREEN, "d", (0, (1, 1)), "noise ceiling"),
     "measured":          (GREEN, "s", "-", "measured"),

@@ -70,7 +70,7 @@ def mathml(
 
 # %% ../../nbs/9_report/07_site.ipynb #1af82cad
 HOME = "https://github.com/biojepa/biojepa/blob/main"   # where links to files without a page lead
-_OURS = r"(figures|tests|data|biojepa|nbs|dev|CITATION|CONTRIBUTING|LICENSE|pyproject|requirements)\b"
+_OURS = r"(figures|tests|data|biojepa|nbs|dev|peers|CITATION|CONTRIBUTING|LICENSE|pyproject|requirements)\b"
 
 def place(
     path:Path,  # of a notebook below `nbs`
