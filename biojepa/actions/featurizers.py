@@ -188,7 +188,7 @@ def featurize(
     if kind not in FEATURIZERS:
         raise ValueError(f"kind: found {kind!r}; registered are {listed(sorted(FEATURIZERS))}. `import "
                          "biojepa.actions.pretrained` adds 'esm2_fair', 'esm2_hf' and 'ntv3', `import "
-                         "biojepa.actions.gene_tables` adds 'graph'")
+                         "biojepa.actions.gene_tables` adds 'graph' and 'text'")
     made = FEATURIZERS[kind]
     if not (isinstance(made, type) and issubclass(made, SequenceFeaturizer)): return made(inputs, **options)
     made = made(**options)

@@ -60,13 +60,18 @@ def cells_to_learn_from(
 
 # %% ../../nbs/5_predict/10_outside.ipynb #8574bda7
 _ABOUT = {
-    "cells.h5ad": "X: logarithms as the run had them; obs: condition, targets, cell_type, batch, part (train, val, "
-                  "test, control); cells of the part that is asked about have empty rows",
-    "questions.csv": "condition, targets, cell_type, n_cells: one answer is wanted for each row",
-    "split.json": "who is held out, and how that was drawn",
-    "features_*.csv": "a row per target: what it is described by",
-    "*/answer.h5ad": "wanted. X: mean expression after the perturbation, a row per question; obs: condition, "
-                     "cell_type; uns: task, name, package, seconds, peak_gb, settings (JSON)",
+    "cells.h5ad":
+    "X: logarithms as the run had them; obs: condition, targets, cell_type, batch, part (train, val, "
+    "test, control); cells of the part that is asked about have empty rows",
+    "questions.csv":
+    "condition, targets, cell_type, n_cells: one answer is wanted for each row",
+    "split.json":
+    "who is held out, and how that was drawn",
+    "features_*.csv":
+    "a row per target: what it is described by",
+    "*/answer.h5ad":
+    "wanted. X: mean expression after the perturbation, a row per question; obs: condition, "
+    "cell_type; uns: task, name, package, seconds, peak_gb, settings (JSON)",
 }
 
 def write_task(
@@ -99,8 +104,9 @@ def _said(path:Path, uns:Mapping, template:PredictionSet)->dict:
     if lacking := [k for k in _SAID if k not in uns]:
         raise ValueError(f"{path}: uns lacks {', '.join(lacking)}; an answer says {', '.join(_SAID)}")
     if (found := str(uns["task"])) != (task := task_of(template)):
-        raise ValueError(f"{path}: answers task {found}, this run asks {task}: other cells, values, split or part; "
-                         "write the task of this run and ask the peer again")
+        raise ValueError(
+            f"{path}: answers task {found}, this run asks {task}: other cells, values, split or part; "
+            "write the task of this run and ask the peer again")
     try: settings = json.loads(str(uns["settings"]))
     except ValueError as error: raise ValueError(f"{path}: uns['settings'] is not JSON ({error})") from error
     costs = {}
@@ -109,24 +115,31 @@ def _said(path:Path, uns:Mapping, template:PredictionSet)->dict:
         except (TypeError, ValueError): costs[k] = np.nan
         if not 0 <= costs[k] < np.inf:
             raise ValueError(f"{path}: uns[{k!r}] is {uns[k]!r}; say what it cost, a number of 0 or more")
-    if not (name := str(uns["name"]).strip()): raise ValueError(f"{path}: uns['name'] is empty; name the method")
+    if not (name := str(uns["name"]).strip()):
+        raise ValueError(f"{path}: uns['name'] is empty; name the method")
     return dict(name=name, peer=str(uns["package"]), peer_settings=settings, **costs)
 
 # %% ../../nbs/5_predict/10_outside.ipynb #c4accc5a
 def _means(path:Path, answer:AnnData, template:PredictionSet)->np.ndarray:  # (P, G) float64
     "Mean expression of each group of the template."
-    for where, names in (("var_names", answer.var_names), ("obs", pd.MultiIndex.from_frame(_keys(path, answer.obs)))):
+    for where, names in (("var_names", answer.var_names), ("obs",
+                                                           pd.MultiIndex.from_frame(_keys(path,
+                                                                                          answer.obs)))):
         if names.has_duplicates:
-            raise ValueError(f"{path}: {where} has {names[names.duplicated()][0]!r} twice; answer each once")
+            raise ValueError(
+                f"{path}: {where} has {names[names.duplicated()][0]!r} twice; answer each once")
     genes = answer.var_names.get_indexer(list(template.genes))
     if (lacking := genes < 0).any():
         found = listed([g for g, no in zip(template.genes, lacking) if no], 3)
-        raise ValueError(f"{path}: lacks {lacking.sum()} of {len(genes)} genes ({found}); answer for every gene, by name")
+        raise ValueError(
+            f"{path}: lacks {lacking.sum()} of {len(genes)} genes ({found}); answer for every gene, by name"
+        )
     asked = pd.MultiIndex.from_frame(template.groups[["condition", "cell_type"]].astype(str))
     rows = pd.MultiIndex.from_frame(_keys(path, answer.obs)).get_indexer(asked)
     if (lacking := rows < 0).any():
         found = listed([f"{c} in {line}" for c, line in dict.fromkeys(asked[lacking])], 3)
-        raise ValueError(f"{path}: no answer for {found}; answer every row of questions.csv, the train mean if need be")
+        raise ValueError(
+            f"{path}: no answer for {found}; answer every row of questions.csv, the train mean if need be")
     X = answer.X.toarray() if sp.issparse(answer.X) else np.asarray(answer.X)
     mean = X[:, genes].astype(np.float64)
     if bad := int((~np.isfinite(mean[np.unique(rows)])).sum()):

@@ -60,7 +60,7 @@ def load_data(
 )->tuple[AnnData, Split]:       # prepared cells, and who is held out
     "Read, split and prepare the data of an experiment."
     if stored := is_converted(data.dataset): _check_stored(data)
-    missing = "skip" if data.relations else "error" if data.features == "pretrained" else "warn"
+    missing = "skip" if data.relations or data.gene_tables else "error" if data.features == "pretrained" else "warn"
     loaded = load_screen(data.dataset,
                          data.guides,
                          data.proteins,
