@@ -121,7 +121,8 @@ def _means(path:Path, answer:AnnData, template:PredictionSet)->np.ndarray:  # (P
     genes = answer.var_names.get_indexer(list(template.genes))
     if (lacking := genes < 0).any():
         found = listed([g for g, no in zip(template.genes, lacking) if no], 3)
-        raise ValueError(f"{path}: lacks {lacking.sum()} of {len(genes)} genes ({found}); answer for every gene, by name")
+        raise ValueError(f"{path}: lacks {lacking.sum()} of {len(genes)} genes ({found}); answer for every gene, "
+                         "by name")
     asked = pd.MultiIndex.from_frame(template.groups[["condition", "cell_type"]].astype(str))
     rows = pd.MultiIndex.from_frame(_keys(path, answer.obs)).get_indexer(asked)
     if (lacking := rows < 0).any():
