@@ -34,7 +34,7 @@ class MemoryAnswer(NamedTuple):
     recall:np.ndarray       # (Q, 1 + R) the same in few numbers: times the train mean, and along each direction
     variance:np.ndarray     # (Q,) of the process, between 0 (measured) and the prior's (nothing known)
     reliability:np.ndarray  # (Q,) share of the prior's variance that is gone; 0 where the stack is all zero
-    known:np.ndarray        # (Q,) bool: every target is related to something; without any the answer is the train mean
+    known: np.ndarray  # (Q,) bool: every target is related to something; without any the answer is the train mean
     weights:np.ndarray      # (Q, P) on training perturbations, over all components
     sd:np.ndarray           # (Q, G) of the error: 1.96 of it to each side held 95 % of left-out answers
 
@@ -43,7 +43,7 @@ class Memory:
     "Training responses, and how to weigh them for any gene of a table of relations."
     perturbations:tuple[tuple[str, ...], ...]   # P, targets of each
     mean:np.ndarray                             # (G,) train mean
-    basis:np.ndarray                            # (R, G) orthonormal rows; the first r are what members answer in
+    basis: np.ndarray  # (R, G) orthonormal rows; the first r are what members answer in
     scores:np.ndarray                           # (P, R) responses in the basis, without the mean
     features:tuple[FeatureBank, ...]            # of every gene that can be asked about
     block_weights:dict[str, float]
@@ -51,8 +51,8 @@ class Memory:
     labels:np.ndarray                           # (n, P) clusterings
     forest:Forest|None                          # None: it is no member
     stack:np.ndarray                            # (3, r) weights of `MEMBERS`
-    sums:np.ndarray                             # (5,) of mean, members and the sum of single answers, for combinations
-    spread:np.ndarray                           # (G,) error of a gene, scaled so that 95 % of left-out answers are held
+    sums: np.ndarray  # (5,) of mean, members and the sum of single answers, for combinations
+    spread: np.ndarray  # (G,) error of a gene, scaled so that 95 % of left-out answers are held
     growth:np.ndarray                           # (2,) a + b · variance: how errors grow where nothing is near
     config:MemoryConfig
 
@@ -63,10 +63,12 @@ class Memory:
 
     def kernel(self, perturbations)->tuple[np.ndarray, np.ndarray]:  # (Q, P), (Q,)
         "Of some perturbations to the training ones, and to themselves: the variance before anything was measured."
-        if not self.block_weights: return np.zeros((len(perturbations), len(self.scores))), np.ones(len(perturbations))
+        if not self.block_weights:
+            return np.zeros((len(perturbations), len(self.scores))), np.ones(len(perturbations))
         asked = sorted({t for targets in perturbations for t in targets})
         M, own = membership(perturbations, asked), membership(self.perturbations, self.genes)
-        k, prior = (kernel_of(apart(self.features, asked, to), self.block_weights) for to in (self.genes, asked))
+        k, prior = (kernel_of(apart(self.features, asked, to), self.block_weights)
+                    for to in (self.genes, asked))
         return M @ k @ own.T, np.einsum("ij,jk,ik->i", M, prior, M)
 
     def weights(self, process:np.ndarray, asked=None)->list[np.ndarray]:  # three of (Q, P)
@@ -178,7 +180,7 @@ def row_correlations(P:np.ndarray, T:np.ndarray)->np.ndarray:  # 0 where one is 
 
 class _Choice(NamedTuple):
     "A way to weigh blocks, and how well its left-out answers fit what was measured."
-    r:float             # mean correlation; where there are doses, which change sizes, the explained share of squares
+    r: float  # mean correlation; where there are doses, which change sizes, the explained share of squares
     noise:float
     rank:int
     weights:dict[str, float]
@@ -253,8 +255,11 @@ def _sum_weights(
     "How to weigh mean, members and sum for combinations, on training combinations left out."
     several = np.array([len(t) > 1 for t in memory.perturbations])
     if several.sum() < memory.config.least_combinations: return memory.sums
-    left_out = [memory.change(replace(memory, sums=one).recall(memory.perturbations, weights, True)[several]).ravel()
-                for one in np.eye(len(memory.sums))]
+    left_out = [
+        memory.change(replace(memory, sums=one).recall(memory.perturbations, weights,
+                                                       True)[several]).ravel()
+        for one in np.eye(len(memory.sums))
+    ]
     q, r = np.linalg.qr(np.stack(left_out, 1))
     return nnls(r, q.T @ delta[several].ravel())[0]
 
@@ -297,7 +302,8 @@ def fit_memory(
     Y, r = (delta - mean) @ basis.T, choice.rank
     forest = None
     if "forest" in config.members:
-        forest = grown_forest(target_components(features, perturbations, config.forest_width), Y[:, :r], config.trees)
+        forest = grown_forest(target_components(features, perturbations, config.forest_width), Y[:, :r],
+                              config.trees)
     memory = Memory(perturbations, mean, basis, Y, features, choice.weights, choice.noise,
                     cluster_labels(Y[:, :r], config.prototypes), forest, np.zeros((len(MEMBERS), r)),
                     np.eye(2 + len(MEMBERS))[-1], np.zeros(len(mean)), np.array([1., 0]), config)
