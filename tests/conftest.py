@@ -14,8 +14,8 @@ THREADS = min(2, torch.get_num_threads())
 torch.set_num_threads(THREADS)
 
 
-LONGEST = ("test_paper_notebooks", "test_stages", "test_run", "test_preprocess", "test_model", "test_batches",
-           "test_site")
+LONGEST = ("test_paper_notebooks", "test_run", "test_splits", "test_metrics", "test_stages", "test_site",
+           "test_datasets", "test_command", "test_data_order", "test_preprocess", "test_model", "test_released")
 
 
 def pytest_collection_modifyitems(items):

@@ -16,7 +16,7 @@ from biojepa.data.preprocess import prepare
 from biojepa.data.splits import make_split
 from biojepa.evaluate import metrics as m, published as p
 from biojepa.evaluate.differential import observed_de
-from biojepa.evaluate.metrics import METRICS, evaluate
+from biojepa.evaluate.metrics import METRICS, Scale, evaluate
 from biojepa.evaluate.published import published_protocol, published_table, published_values
 from biojepa.predict.sets import PredictionSet, pseudobulk, test_set
 
@@ -510,11 +510,11 @@ def test_registry_says_how_to_read_each_metric():
 def test_a_metric_once_declared_keeps_its_meaning():
     "The same declaration again is allowed, as when a cell is run twice; another direction, space or source is not."
     before = METRICS["pds"]
-    same = dict(label=before.label, chance=.5, standard=before.standard, name="pds")
+    same = dict(label=before.label, scale=Scale(chance=.5), standard=before.standard, name="pds")
     m.metric("perturbation", **same)(m.pds)
     assert METRICS["pds"] == before
-    for other in (dict(direction="lower"), dict(standard=before.standard._replace(space="summed counts")),
-                  dict(best=0.)):
+    for other in (dict(scale=Scale("lower", chance=.5)), dict(scale=Scale(best=0., chance=.5)),
+                  dict(standard=before.standard._replace(space="summed counts"))):
         with pytest.raises(ValueError, match="means something else"):
             m.metric("perturbation", **same | other)(m.pds)
     with pytest.raises(AttributeError): METRICS["pds"].standard.space = "counts"
