@@ -107,8 +107,8 @@ def main():
     name = f"cpa, {args.features}" if args.features else "cpa"
     unknown = [c for c in asked["targets"] if known and not all(known[t] for t in c.split("+"))]
     settings = {k: v for k, v in vars(args).items() if k != "folder"} | dict(
-        best_metric=float(np.nanmax(model.epoch_history.get("cpa_metric", [np.nan]))), unknown=unknown,
-        parameters=sum(p.numel() for p in model.module.parameters()), cpu_seconds=time.process_time() - cpu)
+        unknown=unknown, parameters=sum(p.numel() for p in model.module.parameters()),
+        cpu_seconds=time.process_time() - cpu)
     answer = ad.AnnData(mean, obs=asked[["condition", "cell_type"]], var=cells.var)
     answer.uns.update(task=task["task"], name=name, package="cpa-tools " + version("cpa-tools"),
                       seconds=time.time() - begun, peak_gb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20,
