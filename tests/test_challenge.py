@@ -17,7 +17,7 @@ from scipy import stats
 from screens import held_out_screen
 
 from biojepa.data.network import SimulationSpec
-from biojepa.evaluate import challenge as c, counted as k
+from biojepa.evaluate import calls as rank_calls, challenge as c, counted as k
 from biojepa.evaluate.calls import Calls, rank_test, response_calls
 from biojepa.evaluate.metrics import METRICS, evaluate, own_targets
 from biojepa.evaluate.profiles import (
@@ -95,6 +95,19 @@ def test_calls_are_gated_by_the_controls_and_adjusted_within_a_condition():
 
 
 # --- 2. profiles and their noise
+
+def test_groups_tested_in_blocks_are_called_as_they_are_alone(monkeypatch):
+    rng, code = np.random.default_rng(3), np.random.default_rng(4).integers(0, 7, 400)
+    cells, control = (sp.csr_matrix(rng.poisson(2., (n, 9)).astype(np.float32)) for n in (400, 90))
+    at_once = response_calls(cells, code, 7, control)
+    blocks = rank_calls.blocks_of_groups(code, 7, 100)
+    assert 2 < len(blocks) < 7 and np.concatenate(blocks).tolist() == [*range(7)]
+    for g in range(7):
+        alone = response_calls(cells[code == g], np.zeros((code == g).sum(), int), 1, control)
+        for one, other in zip(at_once, alone): np.testing.assert_allclose(one[[g]], other, rtol=1e-12)
+    monkeypatch.setattr(rank_calls, "blocks_of_groups", lambda *x: blocks)
+    for one, other in zip(at_once, response_calls(cells, code, 7, control)): np.testing.assert_array_equal(one, other)
+
 
 def test_noise_is_the_jackknife_by_the_letter():
     X = np.random.default_rng(2).poisson(1., (12, 40)).astype(float)

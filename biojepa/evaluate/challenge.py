@@ -16,6 +16,7 @@ import pandas as pd
 from anndata import AnnData
 from tqdm import tqdm
 
+from ..core import return_freed_memory
 from .calls import Calls
 from .counted import Counted, count_responses, replicate_responses
 from .metrics import METRICS, Scale, Standard, evaluate, metric, own_targets
@@ -193,6 +194,7 @@ def challenge_scores(
         counted = count_responses(s, adata, split, observed=observed.get(key))
         observed[key] = counted.observed
         tables.append(evaluate(s, CHALLENGE, counts=counted))
+        return_freed_memory()
     first = sets[0].with_prediction("replicate", sets[0].delta)
     whole = observed[len(first), first.cells.index[0]].calls
     deal = partial(replicate_responses, first, adata, split, whole=whole)

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+from ..core import return_freed_memory
 from ..data.conditions import parse_condition
 from .differential import observed_de
 from .metrics import METRICS, effect_size, evaluate
@@ -38,6 +39,7 @@ def score_all(
         tables.append(evaluate(s, metrics, tests[cells]))
     try: tables.append(noise_ceilings(sets[0], run.adata, run.split, metrics))
     except HalvesError as error: warnings.warn(f"no noise ceiling: {error}", stacklevel=2)
+    return_freed_memory()
     return pd.concat(tables, ignore_index=True)
 
 # %% ../../nbs/6_evaluate/06_compare.ipynb #f4131d68

@@ -20,7 +20,7 @@ from .calls import Calls, response_calls
 from biojepa.evaluate.profiles import (
     Profiles, counts_of, drawn_counts, folds_of, mean_profiles, scaled_profiles, summed_profiles
 )
-from ..predict.baselines import halves
+from ..predict.baselines import HalvesError, halves
 from ..predict.sets import PredictionSet, pseudobulk
 
 # %% ../../nbs/6_evaluate/18_counted.ipynb #d2d1b26a
@@ -102,9 +102,10 @@ def predicted_side(
     share = ps.groups["n_cells"].to_numpy(float)/table["n_cells"].to_numpy()[code]
     of_condition = sp.csr_matrix((share, (code, np.arange(len(code))))) @ fold
     calls, profiles, genes = [], np.zeros(bulk.predicted.shape), np.argsort(ps.genes, kind="stable")
-    for x in lines:
-        cells = drawn_counts(x.paired[:, genes], fold[:, genes], ps.group[x.at], seed)[:, np.argsort(genes)]
-        calls.append(response_calls(cells, x.code, len(x.rows), x.control))
+    for x in lines:     # genes in the order of their names, so that what is drawn follows them
+        cells = drawn_counts(x.paired[:, genes], fold[:, genes], ps.group[x.at], seed)
+        named = response_calls(cells, x.code, len(x.rows), x.control[:, genes])
+        calls.append(Calls(*(field[:, np.argsort(genes)] for field in named)))
         profiles[x.rows] = scaled_profiles(x.control, of_condition[x.rows]).mean
     order, none = np.argsort(np.concatenate([x.rows for x in lines])), np.zeros(len(profiles))
     logs = observed.control["log cells"].mean + bulk.predicted
@@ -135,7 +136,7 @@ def replicate_responses(
     "One half of the cells as the prediction of the other; a perturbation with a single cell is an error."
     lines, rng = lines_of(template, adata, split, part), np.random.default_rng(seed)
     if alone := sum((np.bincount(x.code, minlength=len(x.rows)) < 2).sum() for x in lines):
-        raise ValueError(
+        raise HalvesError(
             f"template: {alone} conditions have a single cell, which cannot be halved; hold out others")
     both, rows = ([], []), [x.rows for x in lines]
     if whole is None:

@@ -101,11 +101,11 @@ def mean_profiles(
     n:int,                  # groups
 )->Profiles:
     "Means of log cells: every cell weighs the same."
-    logged = sp.csr_matrix(sp.diags(TARGET_SUM/totals_of(counts)) @ counts)
-    logged.data = np.log1p(logged.data)
     mean, noise = np.zeros((n, counts.shape[1])), np.zeros(n)
     for g, rows in enumerate(members_of(code, n)):
-        x, size = logged[rows], len(rows)
+        own, size = counts[rows], len(rows)
+        x = sp.csr_matrix(sp.diags(TARGET_SUM/totals_of(own)) @ own)
+        x.data = np.log1p(x.data)
         mean[g] = np.asarray(x.mean(0)).ravel()
         if size > 1: noise[g] = (x.multiply(x).sum() - size*(mean[g]**2).sum())/(size - 1)/size
     return Profiles("log cells", mean, noise, np.bincount(code, minlength=n))
