@@ -122,9 +122,8 @@ def _said(path:Path, uns:Mapping, template:PredictionSet)->dict:
 # %% ../../nbs/5_predict/10_outside.ipynb #c4accc5a
 def _means(path:Path, answer:AnnData, template:PredictionSet)->np.ndarray:  # (P, G) float64
     "Mean expression of each group of the template."
-    for where, names in (("var_names", answer.var_names), ("obs",
-                                                           pd.MultiIndex.from_frame(_keys(path,
-                                                                                          answer.obs)))):
+    told = pd.MultiIndex.from_frame(_keys(path, answer.obs))
+    for where, names in (("var_names", answer.var_names), ("obs", told)):
         if names.has_duplicates:
             raise ValueError(
                 f"{path}: {where} has {names[names.duplicated()][0]!r} twice; answer each once")
@@ -132,10 +131,9 @@ def _means(path:Path, answer:AnnData, template:PredictionSet)->np.ndarray:  # (P
     if (lacking := genes < 0).any():
         found = listed([g for g, no in zip(template.genes, lacking) if no], 3)
         raise ValueError(
-            f"{path}: lacks {lacking.sum()} of {len(genes)} genes ({found}); answer for every gene, by name"
-        )
+            f"{path}: lacks {lacking.sum()} of {len(genes)} genes ({found}); answer for every gene, by name")
     asked = pd.MultiIndex.from_frame(template.groups[["condition", "cell_type"]].astype(str))
-    rows = pd.MultiIndex.from_frame(_keys(path, answer.obs)).get_indexer(asked)
+    rows = told.get_indexer(asked)
     if (lacking := rows < 0).any():
         found = listed([f"{c} in {line}" for c, line in dict.fromkeys(asked[lacking])], 3)
         raise ValueError(
