@@ -17,6 +17,7 @@ from sklearn.neighbors import NearestNeighbors
 from biojepa.actions.banks import FeatureBank
 from biojepa.actions.gene_tables import spectral_embedding
 from biojepa.actions.vocabulary import ActionTable, Modality
+from biojepa.core import keep_freed_memory
 from biojepa.data.datasets import load_dataset
 from biojepa.data.means import group_means, train_mean_delta
 from biojepa.data.network import SimulationSpec
@@ -623,6 +624,8 @@ def test_a_cost_is_of_one_method_and_ratios_are_to_another(case):
     template = case[2]
     def slow(): time.sleep(.1); return template
     def large(): return replace(template, delta=template.delta + 0*np.ones(40_000_000).sum())    # 320 MB
+    keep_freed_memory()
+    np.ones(60_000_000).sum()       # left behind by others; nobody's need
     sets = [replace(with_cost(make), name=name) for name, make in
             dict(train_mean=slow, large=large, small=lambda: template).items()]
     waited, large, small = (s.cost for s in sets)
