@@ -68,7 +68,7 @@ def per_million(
 def blocks_of_groups(
     code:np.ndarray,        # (N,) group of each cell
     n:int,                  # groups
-    most:int=10_000,        # cells of a block, unless a group has more
+    most:int=5_000,         # cells of a block, unless a group has more
 )->list[np.ndarray]:        # neighbouring groups of each block
     "Groups that are tested together, so that only some cells are scaled at a time."
     block = np.cumsum(np.bincount(code, minlength=n))//most

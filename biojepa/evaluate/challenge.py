@@ -199,6 +199,7 @@ def challenge_scores(
     whole = observed[len(first), first.cells.index[0]].calls
     deal = partial(replicate_responses, first, adata, split, whole=whole)
     again = [evaluate(first, CHALLENGE, counts=deal(seed=seed)).assign(seed=seed) for seed in range(deals)]
+    return_freed_memory()
     return pd.concat([*(t.assign(seed=0) for t in tables), *again], ignore_index=True)
 
 def challenge_table(

@@ -14,6 +14,7 @@ import scipy.sparse as sp
 from anndata import AnnData
 
 from ..data.batches import row_source
+from ..data.matrix import row_blocks
 from ..data.means import sparse_rows
 from ..data.preprocess import TARGET_SUM
 from ..predict.sets import PredictionSet, expression_space
@@ -136,7 +137,8 @@ def drawn_counts(
     "Control cells with molecules taken away or added by chance, so that a group's mean is its fold of theirs."
     if (counts.data % 1).any():
         made = sp.csr_matrix(counts, dtype=np.float64, copy=True)
-        made.data *= fold[np.repeat(group, np.diff(made.indptr)), made.indices]
+        for rows, values, row in row_blocks(made):
+            made.data[values] *= fold[group[rows][row], made.indices[values]]
         return made
     rng, depth, rows = np.random.default_rng(seed), totals_of(counts), []
     share = np.asarray(counts.sum(0, dtype=np.float64)).ravel()/depth.sum()     # of a cell's molecules, by gene
