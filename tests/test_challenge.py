@@ -21,7 +21,7 @@ from biojepa.evaluate import calls as rank_calls, challenge as c, counted as k
 from biojepa.evaluate.calls import Calls, rank_test, response_calls
 from biojepa.evaluate.metrics import METRICS, evaluate, own_targets
 from biojepa.evaluate.profiles import (
-    BULK_SUM, Profiles, drawn_counts, folds_of, jackknife_noise, mean_profiles, summed_profiles
+    BULK_SUM, Profiles, counts_of, drawn_counts, folds_of, jackknife_noise, mean_profiles, summed_profiles
 )
 from biojepa.predict.baselines import oracle, train_mean
 from biojepa.predict.sets import Pseudobulk, pseudobulk, test_set
@@ -414,8 +414,9 @@ def test_cell_eval_says_the_same_of_the_same_cells(case, tmp_path):
     line = k.lines_of(template, adata, split)[0]
     ps, bulk = oracle(template, adata), pseudobulk(template)
     names = bulk.conditions["condition"].iloc[line.rows].str.replace("+ctrl", "", regex=False).to_numpy()
-    drawn = drawn_counts(line.paired, folds_of(ps), ps.group[line.at])
-    for name, cells in dict(real=line.cells, said=drawn).items():
+    observed, paired = (counts_of(adata, rows) for rows in (line.own, line.beside))
+    drawn = drawn_counts(paired, folds_of(ps), ps.group[line.at])
+    for name, cells in dict(real=observed, said=drawn).items():
         obs = pd.DataFrame(
             dict(target=np.r_[names[line.code],
                               np.repeat("non-targeting", line.control.shape[0])]))

@@ -63,19 +63,24 @@ def joined(
 
 # %% ../../nbs/6_evaluate/18_counted.ipynb #bc49fb57
 class Line(NamedTuple):
-    "The cells of one cell line, for one set of predictions."
+    "The cells of one cell line, for one set of predictions; counts of the many are read when asked for."
     rows:np.ndarray         # (n,) conditions of this line, rows of the pseudobulk
     at:np.ndarray           # (N,) cells of the set
     code:np.ndarray         # (N,) place in `rows` of each cell's condition
-    cells:sp.csr_matrix     # (N, G) counts of the observed cells
-    paired:sp.csr_matrix    # (N, G) counts of the control cell beside each
     control:sp.csr_matrix   # (M, G) counts of all control cells
+    adata:AnnData           # where the others are
+    own:np.ndarray          # (N,) the cells, rows of `adata`
+    beside:np.ndarray       # (N,) the control cell of each, rows of `adata`
+
+    def side(self)->Side:
+        "What was observed."
+        return side_of_cells(counts_of(self.adata, self.own), self.code, len(self.rows), self.control)
 
 def lines_of(
     ps:PredictionSet, adata:AnnData, split,
     part:Literal["train", "val", "test"]="test",
 )->list[Line]:
-    "Counts behind a set of predictions, line by line."
+    "What counts a set of predictions is about, line by line."
     table, condition = groups_of(ps.cells, "condition")
     kinds, controls = adata.obs["cell_type"].astype(str).to_numpy(), by_name(adata, split.controls(adata, part))
     named = np.argsort(name_ranks(ps.cells.index), kind="stable")
@@ -87,7 +92,7 @@ def lines_of(
         at = named[np.isin(condition[named], rows)]
         code = np.searchsorted(rows, condition[at])
         pool = counts_of(adata, controls[kinds[controls] == line])
-        lines.append(Line(rows, at, code, counts_of(adata, own[at]), counts_of(adata, beside[at]), pool))
+        lines.append(Line(rows, at, code, pool, adata, own[at], beside[at]))
     return lines
 
 # %% ../../nbs/6_evaluate/18_counted.ipynb #b35165a2
@@ -103,7 +108,7 @@ def predicted_side(
     of_condition = sp.csr_matrix((share, (code, np.arange(len(code))))) @ fold
     calls, profiles, genes = [], np.zeros(bulk.predicted.shape), np.argsort(ps.genes, kind="stable")
     for x in lines:     # genes in the order of their names, so that what is drawn follows them
-        cells = drawn_counts(x.paired[:, genes], fold[:, genes], ps.group[x.at], seed)
+        cells = drawn_counts(counts_of(x.adata, x.beside)[:, genes], fold[:, genes], ps.group[x.at], seed)
         named = response_calls(cells, x.code, len(x.rows), x.control[:, genes])
         calls.append(Calls(*(field[:, np.argsort(genes)] for field in named)))
         profiles[x.rows] = scaled_profiles(x.control, of_condition[x.rows]).mean
@@ -121,9 +126,7 @@ def count_responses(
 )->Counted:
     "Both sides on counts, for the metrics of this notebook."
     lines = lines_of(ps, adata, split, part)
-    if observed is None:
-        sides = [side_of_cells(x.cells, x.code, len(x.rows), x.control) for x in lines]
-        observed = joined(sides, [x.rows for x in lines])
+    if observed is None: observed = joined([x.side() for x in lines], [x.rows for x in lines])
     return Counted(observed, predicted_side(ps, lines, observed, seed), observed.calls)
 
 # %% ../../nbs/6_evaluate/18_counted.ipynb #d46cb5e5
@@ -139,10 +142,10 @@ def replicate_responses(
         raise HalvesError(
             f"template: {alone} conditions have a single cell, which cannot be halved; hold out others")
     both, rows = ([], []), [x.rows for x in lines]
-    if whole is None:
-        whole = joined([side_of_cells(x.cells, x.code, len(x.rows), x.control) for x in lines], rows).calls
+    if whole is None: whole = joined([x.side() for x in lines], rows).calls
     for x in lines:
-        first, own = halves(x.code, rng), halves(np.zeros(x.control.shape[0]), rng)
-        for sides, at, beside in zip(both, (~first, first), (~own, own)):
-            sides.append(side_of_cells(x.cells[at], x.code[at], len(x.rows), x.control[beside]))
+        first, pool = halves(x.code, rng), halves(np.zeros(x.control.shape[0]), rng)
+        for sides, at, beside in zip(both, (~first, first), (~pool, pool)):
+            cells = counts_of(adata, x.own[at])
+            sides.append(side_of_cells(cells, x.code[at], len(x.rows), x.control[beside]))
     return Counted(*(joined(sides, rows) for sides in both), whole)
