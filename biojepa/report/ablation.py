@@ -48,6 +48,7 @@ LADDER = (
          KEPT | {"model.mask_keeps_gene": True, "model.value_embedding": "offset"}),
     Rung("VICReg over cells", "all that is learned is kept", KEPT | {"model.vicreg_over": "cells"}),
     Rung("without alignment", "all that is learned is kept", KEPT | {"align.lr": NEARLY_NOTHING}),
+    Rung("without noise on actions", "all that is learned is kept", KEPT | {"dynamics.action_noise": 0.}),
     Rung("sees each gene's relation to the targets", "all that is learned is kept",
          KEPT | {"model.sees_relations": True}, "relations"),
     Rung("without the targeted gene's own change", "as it is", {"model.intervenes": False}),
