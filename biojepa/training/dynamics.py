@@ -30,7 +30,7 @@ from ..data.own_gene import own_gene_effects
 from ..model.biojepa import BioJEPA, Context, latents_of
 from ..model.losses import gaussian_nll, latent_distance
 from ..model.objectives import check_mask, dynamics_loss
-from .loop import Stage, StepOutput
+from .loop import Stage, StepOutput, mean_over_pieces
 
 # %% ../../nbs/4_training/06_dynamics.ipynb #25678f41
 def actions_of(
@@ -237,8 +237,11 @@ def _held_out_dynamics(
     pairs = next(iter(pair_loader(adata, split, "val", batch_size=n_pairs, seed=seed, training=True)))
     def validate(model):
         device = next(model.parameters()).device
-        out = dynamics_step(model, pairs.to(device), torch.Generator(device).manual_seed(seed), actions, slots)
-        return {f"val_{k}": v.item() for k, v in dict(loss=out.loss, **out.logs).items()}
+        generator = torch.Generator(device).manual_seed(seed)
+        def look(some):
+            out = dynamics_step(model, some.to(device), generator, actions, slots)
+            return dict(loss=out.loss, **out.logs)
+        return {f"val_{k}": v for k, v in mean_over_pieces(look, pairs, adata.n_vars).items()}
     return validate
 
 # %% ../../nbs/4_training/06_dynamics.ipynb #7a3e0003

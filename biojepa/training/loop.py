@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['StepFunction', 'StepOutput', 'Stage', 'train_only', 'one_cycle', 'Meter', 'choose_precision', 'make_fabric',
-           'size_of', 'pieces_of', 'FitOptions', 'Training', 'take_step', 'DivergedError', 'Progress', 'diverged',
-           'log_row', 'should_stop', 'resume_', 'save_checkpoint', 'fit']
+           'size_of', 'pieces_of', 'mean_over_pieces', 'FitOptions', 'Training', 'take_step', 'DivergedError',
+           'Progress', 'diverged', 'log_row', 'should_stop', 'resume_', 'save_checkpoint', 'fit']
 
 # %% ../../nbs/4_training/02_loop.ipynb #0fb1416c
 import json
@@ -181,6 +181,18 @@ def pieces_of(
     edges = np.linspace(0, size, min(n, size) + 1).round().astype(int)
     for a, b in zip(edges[:-1], edges[1:]):
         yield (batch if n == 1 else rows(batch, slice(a, b))), (b - a)/size
+
+def mean_over_pieces(
+    look:Callable[[NamedTuple], dict[str, Tensor]],     # what is measured on a batch
+    batch:NamedTuple,
+    n_genes:int,
+    tokens:int=2**17,       # cells × genes of a piece, at most
+)->dict[str, float]:
+    "A batch looked at in pieces that fit into memory, one where it is small."
+    total = {}
+    for piece, share in pieces_of(batch, -(-size_of(batch)*n_genes//tokens)):
+        for k, v in look(piece).items(): total[k] = total.get(k, 0.) + share*float(v)
+    return total
 
 # %% ../../nbs/4_training/02_loop.ipynb #757e162b
 class FitOptions(Frozen):

@@ -16,7 +16,7 @@ from ..data.batches import CellBatch
 from ..data.loaders import Roster, cell_loader
 from ..model.biojepa import BioJEPA
 from ..model.objectives import pretrain_loss
-from .loop import Stage, StepOutput
+from .loop import Stage, StepOutput, mean_over_pieces
 
 # %% ../../nbs/4_training/04_pretrain.ipynb #85ced199
 def pretrain_step(
@@ -50,8 +50,9 @@ def held_out_loss(
     @torch.no_grad()
     def validate(model):
         device = next(model.parameters()).device
-        loss = pretrain_loss(model, cells.to(device), generator=torch.Generator(device).manual_seed(seed))
-        return {f"val_{k}": v.item() for k, v in loss._asdict().items()}
+        generator = torch.Generator(device).manual_seed(seed)
+        def look(some): return pretrain_loss(model, some.to(device), generator=generator)._asdict()
+        return {f"val_{k}": v for k, v in mean_over_pieces(look, cells, adata.n_vars).items()}
     return validate
 
 # %% ../../nbs/4_training/04_pretrain.ipynb #37b4232a
