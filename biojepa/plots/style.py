@@ -67,12 +67,13 @@ def look(
 )->Look:
     "How it is drawn, in every figure."
     base, *rest = name.removeprefix("shuffled ").split(", ")
+    base, times, amplitude = base.partition(" × ")
     if base in LOOKS: found = Look(*LOOKS[base])
     elif re.search("latent|embedding|predicted", base.lower()): found = Look(BLUE, "o", "-", base)
     elif base.startswith("observed"): found = Look(GREEN, "s", "-", base)
     else: found = Look("0.45", "D", "-", base.replace("_", " "))
     shuffled = "shuffled "*name.startswith("shuffled ")
-    found = found._replace(label=", ".join([shuffled + found.label, *rest]))
+    found = found._replace(label=", ".join([shuffled + found.label + times + amplitude, *rest]))
     if not shuffled and not re.search("exchanged|anew|no target", ", ".join(rest)): return found
     pale = .5 + .5*np.array(to_rgb(found.color))
     return found._replace(color=to_hex(pale), line=(0, (1, 1.5)))
