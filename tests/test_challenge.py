@@ -349,6 +349,18 @@ def test_lines_are_scored_apart_and_in_order(case, counted):
                                    both.predicted.profiles["summed counts"].mean[rows], rtol=1e-6)
 
 
+def test_conditions_counted_some_at_a_time_say_the_same(case, counted):
+    adata, split, template = case
+    _, both = counted
+    some = k.lines_of(template, adata, split, most=50)
+    assert len(some) > len(k.lines_of(template, adata, split)) and max(len(x.at) for x in some) < len(template)
+    apart = k.joined([x.side() for x in some], [x.rows for x in some])
+    for space, profiles in apart.profiles.items():
+        np.testing.assert_array_equal(profiles.mean, both.observed.profiles[space].mean)
+        np.testing.assert_array_equal(apart.control[space].mean, both.observed.control[space].mean)
+    for found, whole in zip(apart.calls, both.observed.calls): np.testing.assert_array_equal(found, whole)
+
+
 def test_table_runs_from_the_mean_to_the_repeat(case):
     adata, split, template = case
     sets = [template, train_mean(template), oracle(template, adata)]

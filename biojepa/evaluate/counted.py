@@ -16,7 +16,7 @@ from anndata import AnnData
 
 from ..data.controls import by_name, name_ranks
 from ..data.means import groups_of
-from .calls import Calls, response_calls
+from .calls import Calls, blocks_of_groups, response_calls
 from biojepa.evaluate.profiles import (
     Profiles, counts_of, drawn_counts, folds_of, mean_profiles, scaled_profiles, summed_profiles
 )
@@ -63,11 +63,11 @@ def joined(
 
 # %% ../../nbs/6_evaluate/18_counted.ipynb #bc49fb57
 class Line(NamedTuple):
-    "The cells of one cell line, for one set of predictions; counts of the many are read when asked for."
-    rows:np.ndarray         # (n,) conditions of this line, rows of the pseudobulk
+    "Some conditions of one cell line, for one set of predictions; counts of their cells are read when asked for."
+    rows:np.ndarray         # (n,) conditions, rows of the pseudobulk
     at:np.ndarray           # (N,) cells of the set
     code:np.ndarray         # (N,) place in `rows` of each cell's condition
-    control:sp.csr_matrix   # (M, G) counts of all control cells
+    control:sp.csr_matrix   # (M, G) counts of all control cells of the line
     adata:AnnData           # where the others are
     own:np.ndarray          # (N,) the cells, rows of `adata`
     beside:np.ndarray       # (N,) the control cell of each, rows of `adata`
@@ -79,8 +79,9 @@ class Line(NamedTuple):
 def lines_of(
     ps:PredictionSet, adata:AnnData, split,
     part:Literal["train", "val", "test"]="test",
+    most:int=10_000,    # cells of each
 )->list[Line]:
-    "What counts a set of predictions is about, line by line."
+    "What counts a set of predictions is about, line by line, and some conditions at a time where there are many cells."
     table, condition = groups_of(ps.cells, "condition")
     kinds, controls = adata.obs["cell_type"].astype(str).to_numpy(), by_name(adata, split.controls(adata, part))
     named = np.argsort(name_ranks(ps.cells.index), kind="stable")
@@ -92,7 +93,10 @@ def lines_of(
         at = named[np.isin(condition[named], rows)]
         code = np.searchsorted(rows, condition[at])
         pool = counts_of(adata, controls[kinds[controls] == line])
-        lines.append(Line(rows, at, code, pool, adata, own[at], beside[at]))
+        for some in blocks_of_groups(code, len(rows), most):
+            here = np.isin(code, some)
+            cells = at[here]
+            lines.append(Line(rows[some], cells, code[here] - some[0], pool, adata, own[cells], beside[cells]))
     return lines
 
 # %% ../../nbs/6_evaluate/18_counted.ipynb #b35165a2
