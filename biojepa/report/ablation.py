@@ -70,13 +70,14 @@ def banks_beside(
     run:Run,
     tables:Mapping[str, str],   # name -> file of genes
 )->dict[str, tuple[FeatureBank, ...]]:  # rung -> features of targets
-    "What a memory can be told instead: a table beside what the run has, all of them, and each alone."
+    "What a memory can be told instead: raw eigenvectors, a table beside what the run has, all of them, and each alone."
     data, rungs = run.experiment.data, {}
     for name, path in tables.items(): rungs[f"memory: with {name}"] = dict(gene_tables=(path,))
     if len(tables) > 1: rungs["memory: with all tables"] = dict(gene_tables=tuple(tables.values()))
     own = data.gene_tables or ()
     rungs = {rung: dict(gene_tables=own + fields["gene_tables"]) for rung, fields in rungs.items()}
     for name, path in tables.items(): rungs[f"memory: {name} alone"] = dict(gene_tables=(path,), relations=None)
+    if data.relations: rungs["memory: raw eigenvectors of relations"] = dict(relation_features="spectral")
     return {rung: describe_actions(run.adata, run.split, data=data.changed(**fields)).banks
             for rung, fields in rungs.items()}
 
