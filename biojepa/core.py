@@ -215,6 +215,7 @@ def in_words(size:int)->str:  # of bytes
     unit = min(int(math.log10(max(size, 1))//3), 4)
     return f"{size/1000**unit:.3g} {('bytes', 'kB', 'MB', 'GB', 'TB')[unit]}"
 
+# %% ../nbs/0_base/01_core.ipynb #a7c300c1
 @contextmanager
 def writing(
     path:Path,          # of the file

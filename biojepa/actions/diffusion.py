@@ -121,6 +121,7 @@ def _by_database(relations, databases)->dict[str, pd.DataFrame]:
     parts = {db: table[known == db] for db in wanted}
     return parts | dict(all=table) if len(parts) > 1 else parts
 
+# %% ../../nbs/2_actions/08_diffusion.ipynb #b0bc88c1
 def diffused_features(
     relations:pd.DataFrame|str|Path|None,   # gene pairs: a, b, optional weight and db; None: only what stands beside
     genes:Sequence[str],                    # landmarks: the targets of a screen

@@ -136,6 +136,7 @@ def target_components(
     parts.append(np.stack([np.sum([amounts_of(t) for t in targets], 0) for targets in perturbations]))
     return np.concatenate(parts, 1).astype(np.float32)
 
+# %% ../../nbs/2_actions/09_members.ipynb #4d3e00c1
 def grown_forest(
     X:np.ndarray,           # (P, F) float32
     Y:np.ndarray,           # (P, r) responses

@@ -120,6 +120,7 @@ def change(self:Memory,
     "The change that some numbers stand for."
     return recall[:, :1]*self.mean + recall[:, 1:] @ self.basis
 
+# %% ../../nbs/2_actions/10_memory.ipynb #7f3086c1
 @patch
 def answer(self:Memory,
     perturbations:Sequence[tuple[str, ...]],    # Q, targets of each; any gene may be asked about
@@ -247,6 +248,7 @@ def stack_earns(
     gain = row_correlations(others + said @ basis, responses) - row_correlations(others, responses)
     return gain.mean() > t.ppf(config.confidence, n - 1)*max(gain.std(ddof=1), 1e-12)/np.sqrt(n)
 
+# %% ../../nbs/2_actions/10_memory.ipynb #f17c00c1
 def _sum_weights(
     memory:Memory,          # stacked; combinations are still sums
     delta:np.ndarray,       # (P, G)
@@ -284,6 +286,7 @@ def calibrated(
     spread = np.sort(np.abs(error)/np.maximum(wide, 1e-9), axis=0)[rank - 1]
     return replace(memory, spread=spread/norm.ppf(.5 + memory.config.coverage/2), growth=growth)
 
+# %% ../../nbs/2_actions/10_memory.ipynb #f17c00c2
 def fit_memory(
     perturbations:Sequence[tuple[str, ...]],    # P, targets of each
     delta:np.ndarray,                           # (P, G) pseudobulk changes, or log fold changes of a bulk screen

@@ -58,6 +58,7 @@ class Memories:
         "What the numbers of `recall` stand for: the mean and the directions of each memory, one after the other."
         return np.concatenate([part for m in self.of for part in (m.mean[None], m.basis)]).astype(np.float32)
 
+# %% ../../nbs/2_actions/11_recall.ipynb #4eca00c1
 def _only_the_mean(
     perturbations:Sequence[tuple[str, ...]],
     delta:np.ndarray,                           # (P, G)
@@ -77,6 +78,7 @@ def _fitted(perturbations, delta, features, config)->Memory:
     make = fit_memory if len(delta) >= 4 and features else _only_the_mean
     return make(perturbations, delta, features, config)
 
+# %% ../../nbs/2_actions/11_recall.ipynb #4eca00c2
 def fit_memories(
     lines:Sequence[str],                        # (N,) cell line of each response
     perturbations:Sequence[tuple[str, ...]],    # (N,) targets

@@ -131,6 +131,7 @@ def read_compounds(source:Source, condition:pd.Series)->pd.DataFrame:   # compou
     source.history.append(line)
     return first
 
+# %% ../../nbs/1_data/08_columns.ipynb #50a3b4c1
 def read_guide_sequences(source:Source)->dict[str, pd.Series]:  # guide_seq_a, guide_seq_b, …
     "One or two columns of guide DNA; empty where a cell has none."
     names, out = source.columns.guide_seq, {}

@@ -311,6 +311,7 @@ def _plain_columns(table:pd.DataFrame, where:str)->Companion:
     sequence = next((x for x in text if x in ("sequence", "protein", "seq")), text[1])
     return Companion(file="own", gene=gene, sequence=(sequence,))
 
+# %% ../../nbs/1_data/12_companions.ipynb #15c000c1
 def read_proteins(
     source:pd.DataFrame|str|Path,       # a column of genes and one of amino acids
     columns:Companion|None=None,        # what they are called; UniProt's names or simple ones (gene, sequence) if None

@@ -140,6 +140,7 @@ def _held_logs(
     return _scale_of(steps_of(x, np.expm1), x.data.max(), start, sizes if sizes is None else
                      sizes[np.diff(x.indptr) > 0])
 
+# %% ../../nbs/1_data/07_values.ipynb #fcd389c1
 def _scale_of(
     steps:Steps,                # of expm1, all cells
     top:float,                  # largest value

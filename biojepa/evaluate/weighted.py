@@ -68,6 +68,7 @@ def t_against_others(
         p[g] = 2*student.sf(np.abs(t[g]), np.maximum(free, 1))
     return t, p
 
+# %% ../../nbs/6_evaluate/20_weighted.ipynb #972d52c1
 def against_all_others(
     cells:sp.csr_matrix,    # (N, G) perturbed cells
     code:np.ndarray,        # (N,) condition of each, a row of `table`

@@ -59,6 +59,7 @@ def planted_scores(
     weight = np.abs(np.asarray(truth["edges"]["weight"])).reshape(len(source), -1).mean(1)
     return pd.Series(weight).groupby(source).sum().reindex(adata.var_names.astype(str), fill_value=0.)
 
+# %% ../../nbs/7_explore/03_gene_probes.ipynb #150541c1
 def effect_scores(
     adata:AnnData,      # prepared
 )->pd.Series:           # target gene that is measured -> effect

@@ -49,6 +49,7 @@ class ActionSpaces(NamedTuple):
                 f"use action_spaces(by='condition')")
         return single, targets.tolist()
 
+# %% ../../nbs/7_explore/06_pathways.ipynb #5d8801c1
 def action_spaces(
     model:BioJEPA,
     adata:AnnData,                  # prepared, genes in the model's order

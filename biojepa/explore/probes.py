@@ -121,6 +121,7 @@ def _shuffled(x:np.ndarray, labels:np.ndarray, parts:np.ndarray, n:int, seed:int
         values.append(fit_probe(x, mixed, parts).correct.mean())
     return dict(shuffled=np.mean(values), shuffled_high=np.max(values)) if n else {}
 
+# %% ../../nbs/7_explore/02_probes.ipynb #e5a483c1
 def probe_table(
     representations:Mapping[str, np.ndarray],   # name -> (N, K) of the same cells
     questions:Mapping[str, Sequence],           # name -> (N,) labels

@@ -85,6 +85,7 @@ def set_relation(
     member = sp.csr_matrix((np.ones(len(row), np.int32), (row, column)), (len(names), len(kept)))
     return _relation(source, names, member @ member.T, np.arange(len(names)))[0]
 
+# %% ../../nbs/7_explore/04_relations.ipynb #009bd4c1
 def label_relation(
     labels:Mapping[str, object],    # item -> its one label
     source:str="labels",

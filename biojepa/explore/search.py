@@ -186,6 +186,7 @@ class _Spread(NamedTuple):
 
 def _spread(real:Tensor)->_Spread: return _Spread(real.mean(0), real.std(0).clamp(min=1e-6))     # of (P, ...)
 
+# %% ../../nbs/7_explore/10_search.ipynb #73b981c1
 def _descend(
     goal:_Goal,
     spread:_Spread,

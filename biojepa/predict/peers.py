@@ -247,6 +247,7 @@ def undisturbed():
             else:  # queued until CUDA starts, as manual_seed does
                 torch.cuda.manual_seed_all(torch.initial_seed())
 
+# %% ../../nbs/5_predict/09_peers.ipynb #cd4b02c1
 def _import_gears()->tuple[type, type]:
     "GEARS and its graph; the import alone changes torch's threads, and so the rounding of a first run."
     with undisturbed():

@@ -60,6 +60,7 @@ METHODS: dict[str, Told] = dict(
     oracle=Told("answer", "", cells="truth", does="the planted effect"),
 )
 
+# %% ../../nbs/5_predict/12_told.ipynb #46e9afc1
 def told(
     name:str,       # of a method, as in a table of scores
 )->Told:
