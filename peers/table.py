@@ -3,7 +3,8 @@
     .venv/bin/python peers/table.py default=runs/2fa9e94e7058-0 pairs=runs/…
 
 A run needs config.json, split.json and answers in its folder `peers`; the model's row comes from the run's
-predictions.h5ad, which nbs/90_eval.ipynb saves, and is left out where there is none.
+predictions.h5ad, which nbs/90_eval.ipynb saves, and is left out where there is none. Sets of the table that are not
+named keep their rows.
 """
 import json
 import sys
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 import pandas as pd
 
 from biojepa.config import named_experiment
+from biojepa.core import PATHS
 from biojepa.data.splits import Split
 from biojepa.evaluate.compare import score_all
 from biojepa.evaluate.summary import summarise
@@ -70,7 +72,10 @@ def main():
     kept = ["set", "peer", "metric", "value", "low", "high", "n",
             *(c for c in found if c.startswith("beyond_")), "seconds", "peak_gb", "package", "settings"]
     missing = pd.DataFrame([dict(peer=peer, settings=why) for peer, why in MISSING.items()])
-    Report("peers", made_from=dict(sets=list(runs))).table(pd.concat([found[kept], missing]), "peers")
+    table = PATHS.figures/"peers.csv"
+    before = pd.read_csv(table).dropna(subset="set") if table.is_file() else pd.DataFrame(columns=kept)
+    rows = pd.concat([before[~before["set"].isin(list(runs))], found[kept], missing], ignore_index=True)
+    Report("peers", made_from=dict(sets=list(rows["set"].dropna().unique()))).table(rows, "peers")
 
 
 if __name__ == "__main__": main()
