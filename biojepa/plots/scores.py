@@ -164,7 +164,8 @@ def plot_ladder(
     "A bar for each rung's score, and the difference to the rung it is compared with."
     require_columns(table, "rung against metric value difference low high")
     metrics, rungs = list(dict.fromkeys(table["metric"])), list(dict.fromkeys(table["rung"]))
-    fig, axes = plt.subplots(1, 2*len(metrics), figsize=(7.4, .27*len(rungs) + 1.1), sharey=True, squeeze=False)
+    size = 2.4 + 2.2*len(metrics), .27*len(rungs) + 1.1
+    fig, axes = plt.subplots(1, 2*len(metrics), figsize=size, sharey=True, squeeze=False)
     for k, metric in enumerate(metrics):
         rows, (bars, gains) = table[table["metric"] == metric].set_index("rung").loc[rungs], axes[0, 2*k:2*k + 2]
         bars.barh(range(len(rungs)), rows["value"], color=BLUE, height=.7)
