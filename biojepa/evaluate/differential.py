@@ -25,7 +25,6 @@ class DETable(NamedTuple):
     conditions:pd.DataFrame     # condition, cell_type, n_cells, n_controls
     score:np.ndarray            # (C, G) t, or z of the Wilcoxon test; NaN where it could not be tested
     p_adjusted:np.ndarray       # (C, G) Benjamini-Hochberg within a condition; NaN likewise
-    error:np.ndarray            # (C, G) standard error of the observed mean Δ
 
     def matched(self, pb:Pseudobulk)->Self:
         "The rows of a pseudobulk, in its order; other genes or a missing condition are errors."
@@ -43,25 +42,16 @@ class DETable(NamedTuple):
                 f"this set"
             )
         return self._replace(conditions=self.conditions.iloc[rows], score=self.score[rows],
-                             p_adjusted=self.p_adjusted[rows], error=self.error[rows])
+                             p_adjusted=self.p_adjusted[rows])
 
 # %% ../../nbs/6_evaluate/02_differential.ipynb #3d2a40e2
-def _squared_error_of_mean(
-    X:sparse.csr_matrix,    # (n, G)
-)->np.ndarray:              # (G,) variance of the mean; NaN for a single cell
-    "Squared standard error of each gene's mean."
-    n = X.shape[0]
-    mean = np.asarray(X.mean(0, dtype=np.float64)).ravel()
-    square = np.asarray(X.multiply(X).mean(0, dtype=np.float64)).ravel()
-    return np.maximum(square - mean**2, 0)/(n - 1) if n > 1 else np.full(X.shape[1], np.nan)
-
 def _tested(
     X:sparse.csr_matrix,        # (n, G) perturbed cells
     control:sparse.csr_matrix,  # (m, G)
     condition:np.ndarray,       # (n,)
     line:str,                   # cell line
     method:str,
-)->tuple[pd.DataFrame, np.ndarray, np.ndarray, np.ndarray]:  # conditions; scores, p and errors, (C, G) each
+)->tuple[pd.DataFrame, np.ndarray, np.ndarray]:  # conditions; scores and p, (C, G) each
     "Run scanpy's test and put genes back in order."
     import scanpy as sc  # takes seconds, so only where it is used
     names, counts = np.unique(condition, return_counts=True)
@@ -80,9 +70,8 @@ def _tested(
         for g in tested:
             row, order = groups.index(g), np.char.lstrip(result["names"][g].astype(str), "v").astype(int)
             score[row, order], p[row, order] = result["scores"][g], result["pvals_adj"][g]
-    own = np.stack([_squared_error_of_mean(X[condition == name]) for name in names])
     about = pd.DataFrame(dict(condition=names, cell_type=line, n_cells=counts, n_controls=control.shape[0]))
-    return about, score, p, np.sqrt(own + _squared_error_of_mean(control))
+    return about, score, p
 
 # %% ../../nbs/6_evaluate/02_differential.ipynb #8a7cf401
 def observed_de(

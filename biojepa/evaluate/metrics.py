@@ -153,13 +153,12 @@ def de_overlap(
     n:int=20,           # genes to compare
     alpha:float=.05,    # false discovery rate
 )->np.ndarray:          # (C,) NaN where no gene is significant; chance is k/G
-    "Share of the most significant genes that the prediction ranks among its own."
+    "Share of the strongest genes, as many as are significant, that are among the prediction's strongest."
     share, de = np.full(len(pb.conditions), np.nan), de.matched(pb)
-    over = np.divide(1., de.error, out=np.zeros(de.error.shape), where=de.error > 0)
     for i, significant in enumerate(de.p_adjusted < alpha):
         if not (k := min(n, int(significant.sum()))): continue
-        true = np.argsort(-np.abs(pb.observed[i]*over[i]), kind="stable")[:k]
-        share[i] = top_share(np.abs(pb.predicted[i]*over[i]), k)[true].mean()
+        true = np.argsort(-np.abs(pb.observed[i]), kind="stable")[:k]
+        share[i] = top_share(np.abs(pb.predicted[i]), k)[true].mean()
     return share
 
 @metric("perturbation", "direction of significant genes", Scale(chance=.5), needs=("de",))
