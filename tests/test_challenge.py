@@ -100,8 +100,10 @@ def test_groups_tested_in_blocks_are_called_as_they_are_alone(monkeypatch):
     rng, code = np.random.default_rng(3), np.random.default_rng(4).integers(0, 7, 400)
     cells, control = (sp.csr_matrix(rng.poisson(2., (n, 9)).astype(np.float32)) for n in (400, 90))
     at_once = response_calls(cells, code, 7, control)
-    blocks = rank_calls.blocks_of_groups(code, 7, 100)
+    blocks = rank_calls.blocks_of_groups(code, 7, 150)
     assert 2 < len(blocks) < 7 and np.concatenate(blocks).tolist() == [*range(7)]
+    assert max(np.isin(code, groups).sum() for groups in blocks) <= 150
+    assert [b.tolist() for b in rank_calls.blocks_of_groups(code, 7, 10)] == [[g] for g in range(7)]
     for g in range(7):
         alone = response_calls(cells[code == g], np.zeros((code == g).sum(), int), 1, control)
         for one, other in zip(at_once, alone): np.testing.assert_allclose(one[[g]], other, rtol=1e-12)

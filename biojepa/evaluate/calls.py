@@ -68,11 +68,15 @@ def per_million(
 def blocks_of_groups(
     code:np.ndarray,        # (N,) group of each cell
     n:int,                  # groups
-    most:int=5_000,         # cells of a block, unless a group has more
+    most:int=10_000,        # cells of a block, unless a group has more
 )->list[np.ndarray]:        # neighbouring groups of each block
     "Groups that are tested together, so that only some cells are scaled at a time."
-    block = np.cumsum(np.bincount(code, minlength=n))//most
-    return np.split(np.arange(n), np.flatnonzero(np.diff(block)) + 1)
+    blocks, held = [], most
+    for group, size in enumerate(np.bincount(code, minlength=n)):
+        if held + size > most: blocks, held = [*blocks, []], 0
+        blocks[-1].append(group)
+        held += size
+    return [np.array(block) for block in blocks]
 
 def response_calls(
     counts:sp.csr_matrix,   # (N, G)

@@ -79,7 +79,7 @@ class Line(NamedTuple):
 def lines_of(
     ps:PredictionSet, adata:AnnData, split,
     part:Literal["train", "val", "test"]="test",
-    most:int=10_000,    # cells of each
+    most:int=10_000,    # cells of each, see `blocks_of_groups`
 )->list[Line]:
     "What counts a set of predictions is about, line by line, and some conditions at a time where there are many cells."
     table, condition = groups_of(ps.cells, "condition")
