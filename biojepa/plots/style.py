@@ -74,9 +74,10 @@ def look(
     else: found = Look("0.45", "D", "-", base.replace("_", " "))
     shuffled = "shuffled "*name.startswith("shuffled ")
     found = found._replace(label=", ".join([shuffled + found.label + times + amplitude, *rest]))
-    if not shuffled and not re.search("exchanged|anew|no target", ", ".join(rest)): return found
+    broken = shuffled or re.search("exchanged|anew|no target", ", ".join(rest))
+    if not broken and not times: return found
     pale = .5 + .5*np.array(to_rgb(found.color))
-    return found._replace(color=to_hex(pale), line=(0, (1, 1.5)))
+    return found._replace(color=to_hex(pale), line=(0, (1, 1.5)) if broken else found.line)
 
 # %% ../../nbs/8_plots/01_style.ipynb #d0505d56
 STYLE = {
