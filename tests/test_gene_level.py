@@ -140,7 +140,7 @@ def test_significant_genes_are_relevant(pb):
     p = np.ones((C, G))
     p[:, 100:110] = .001
     p[3] = 1.   # nothing is significant
-    de = DETable(pb.genes, pb.conditions.assign(n_controls=5), p, p, p)
+    de = DETable(pb.genes, pb.conditions.assign(n_controls=5), p, p)
     table = g.gene_rankings(pb, ks=(20,), de=de).query("quantity == 'precision'")
     size = np.abs(pb.predicted[0, others(pb, 0)])
     assert table["value"].iloc[0] == pytest.approx(np.isin(np.argsort(-size)[:20], np.arange(99, 109)).mean())
@@ -208,7 +208,7 @@ def test_means_with_intervals_and_chance(pb):
     (lambda pb: d.direction(pb.observed, -1), "threshold"),
     (lambda pb: d.direction_by_effect(pb, edges=(0, 2, 1)), "edges"),
     (lambda pb: g.gene_rankings(pb, ks=(1000,)), "ks"),
-    (lambda pb: g.gene_rankings(pb, de=DETable(("X",), pb.conditions, *[np.ones((C, 1))]*3)), "de: was made "
+    (lambda pb: g.gene_rankings(pb, de=DETable(("X",), pb.conditions, *[np.ones((C, 1))]*2)), "de: was made "
                                                                                               "for "
                                                                                               "other genes"),
     (lambda pb: g.mean_curves(pd.DataFrame(dict(value=[1.])), ["method"]), "method"),
