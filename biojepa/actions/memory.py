@@ -53,7 +53,7 @@ class Memory:
     stack:np.ndarray                            # (3, r) weights of `MEMBERS`
     sums: np.ndarray  # (5,) of mean, members and the sum of single answers, for combinations
     spread: np.ndarray  # (G,) error of a gene, scaled so that 95 % of left-out answers are held
-    growth:np.ndarray                           # (2,) a + b · variance: how errors grow where nothing is near
+    growth:np.ndarray                           # (3,) of squared errors, see `width`
     config:MemoryConfig
 
     @property
@@ -120,6 +120,24 @@ def change(self:Memory,
     "The change that some numbers stand for."
     return recall[:, :1]*self.mean + recall[:, 1:] @ self.basis
 
+@patch
+def relative(self:Memory,
+    delta:np.ndarray,       # (Q, G)
+)->np.ndarray:              # (Q, G)
+    "Squared changes, as multiples of a gene's mean square among training responses; 0 where it never changes."
+    size = np.linalg.qr(self.scores, "r")/np.sqrt(len(self.scores))
+    typical = np.square(self.mean) + np.square(size @ self.basis).sum(0)
+    return np.divide(np.square(delta), typical, out=np.zeros_like(delta), where=typical > 1e-12)
+
+@patch
+def width(self:Memory,
+    variance:np.ndarray,    # (Q,) of the process
+    delta:np.ndarray,       # (Q, G) answers
+)->np.ndarray:              # (Q, G) sd, up to a factor of each gene: `spread`
+    "How errors grow where nothing is near, and with the size of what is said."
+    a, b, c = self.growth
+    return np.sqrt(a + b*variance[:, None] + c*self.relative(delta))
+
 # %% ../../nbs/2_actions/10_memory.ipynb #7f3086c1
 @patch
 def answer(self:Memory,
@@ -140,10 +158,10 @@ def answer(self:Memory,
     recall[~some] = np.eye(1, recall.shape[1])
     size = np.linalg.norm(self.scores[:, :self.stack.shape[1]], axis=0)
     share = self.stack @ size/max(size.sum(), 1e-12)
-    sd = np.sqrt(self.growth[0] + self.growth[1]*variance)[:, None]*self.spread
+    delta = self.change(recall)
+    sd = self.width(variance, delta)*self.spread
     reliability = (1 - variance/prior)*self.stack.any()     # the train mean knows nothing of a target
-    return MemoryAnswer(self.change(recall), recall, variance, reliability, known,
-                        sum(s*W for s, W in zip(share, weights)), sd)
+    return MemoryAnswer(delta, recall, variance, reliability, known, sum(s*W for s, W in zip(share, weights)), sd)
 
 @patch
 def left_out(self:Memory)->np.ndarray:  # (P, 1 + R)
@@ -265,6 +283,7 @@ def _sum_weights(
     q, r = np.linalg.qr(np.stack(left_out, 1))
     return nnls(r, q.T @ delta[several].ravel())[0]
 
+# %% ../../nbs/2_actions/10_memory.ipynb #f17c00d2
 @patch
 def left_out_variance(self:Memory)->np.ndarray:  # (P,)
     "The process's variance at each training perturbation without having seen it."
@@ -273,18 +292,23 @@ def left_out_variance(self:Memory)->np.ndarray:  # (P,)
 
 def calibrated(
     memory:Memory,
-    error:np.ndarray,       # (n, G) of left-out answers
+    said:np.ndarray,        # (n, G) left-out answers
+    error:np.ndarray,       # (n, G) of them
     variance:np.ndarray,    # (n,) of the process, left out
 )->Memory:                  # the same with `spread` and `growth`
-    "How wrong left-out answers are, gene by gene, and how that grows with the process's variance."
-    size = np.sqrt(np.square(error).mean(0))
-    some = size > 1e-9
-    relative = np.square(error[:, some]/size[some]).mean(1)
-    growth = nnls(np.stack([np.ones(len(variance)), variance], 1), relative)[0]
-    wide = np.sqrt(growth[0] + growth[1]*variance)[:, None]
-    rank = min(len(error), int(np.ceil(memory.config.coverage*(len(error) + 1))))
-    spread = np.sort(np.abs(error)/np.maximum(wide, 1e-9), axis=0)[rank - 1]
-    return replace(memory, spread=spread/norm.ppf(.5 + memory.config.coverage/2), growth=growth)
+    "How wrong left-out answers are, gene by gene, and how that grows."
+    n, size = len(error), np.square(error).mean(0)
+    some = size > 1e-18
+    if not some.any(): return memory
+    relative = np.square(error[:, some])/size[some]
+    of = np.ones_like(relative), np.broadcast_to(variance[:, None], relative.shape), memory.relative(said)[:, some]
+    q, r = np.linalg.qr(np.stack([x.ravel() for x in of], 1))
+    memory = replace(memory, growth=nnls(r, q.T @ relative.ravel())[0])
+    ratio = np.abs(error)/np.maximum(memory.width(variance, said), 1e-9)
+    tail, rank = .5 + memory.config.coverage/2, int(np.ceil(memory.config.coverage*(n + 1)))
+    spread = np.sort(ratio, axis=0)[min(n, rank) - 1]
+    if rank > n: spread = np.maximum(spread, np.sqrt(np.square(ratio).mean(0))*t.ppf(tail, n - 1))  # too few
+    return replace(memory, spread=spread/norm.ppf(tail))
 
 # %% ../../nbs/2_actions/10_memory.ipynb #f17c00c2
 def fit_memory(
@@ -309,7 +333,7 @@ def fit_memory(
                               config.trees)
     memory = Memory(perturbations, mean, basis, Y, features, choice.weights, choice.noise,
                     cluster_labels(Y[:, :r], config.prototypes), forest, np.zeros((len(MEMBERS), r)),
-                    np.eye(2 + len(MEMBERS))[-1], np.zeros(len(mean)), np.array([1., 0]), config)
+                    np.eye(2 + len(MEMBERS))[-1], np.zeros(len(mean)), np.eye(3)[0], config)
     _, process = process_weights(memory.kernel(perturbations)[0], choice.noise)
     weights = memory.weights(process)
     added = [left_out_answers(W, Y[:, :r])*(name in config.members)     # what is left out gets the weight 0
@@ -318,7 +342,8 @@ def fit_memory(
     if stack_earns(added, alone, delta, basis[:r], config):
         memory = replace(memory, stack=stack_weights(added, alone, config.pooled))
     memory = replace(memory, sums=_sum_weights(memory, delta, weights))
-    return calibrated(memory, delta - memory.change(memory.left_out()), memory.left_out_variance())
+    said = memory.change(memory.left_out())
+    return calibrated(memory, said, delta - said, memory.left_out_variance())
 
 def _check_responses(perturbations:tuple, delta:np.ndarray)->None:
     "Refuse what cannot be remembered."

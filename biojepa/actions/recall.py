@@ -71,7 +71,7 @@ def _only_the_mean(
     sums = np.eye(2 + len(MEMBERS))[0]
     return Memory(tuple(perturbations), delta.mean(0), np.zeros((1, G)), np.zeros((P, 1)), features,
                   {}, 1., np.zeros((1, P), np.int64), None, np.zeros((len(MEMBERS), 1)), sums, spread,
-                  np.array([1., 0]), config)
+                  np.eye(3)[0], config)
 
 def _fitted(perturbations, delta, features, config)->Memory:
     "A memory of some responses; of the mean only where there is too little for more."
@@ -97,32 +97,32 @@ def fit_memories(
     groups = {}
     for k, t in enumerate(targets): groups.setdefault(t, []).append(k)
     shared = _fitted(list(groups), np.stack([added[at].mean(0) for at in groups.values()]), features, config)
-    of, shares, errors = [], [], []
+    of, shares, told = [], [], []
     for line, mean in zip(names, means):
-        told = replace(shared, mean=mean + shared.mean)
-        memory, error = _better_memory([targets[k] for k in rows[line]], delta[rows[line]], told)
+        here = replace(shared, mean=mean + shared.mean)
+        memory, said = _better_memory([targets[k] for k in rows[line]], delta[rows[line]], here)
         of.append(memory)
         shares.append(memory.perturbations is shared.perturbations)
-        errors.append(error)
+        told.append(said)
     variance = shared.left_out_variance()[[list(groups).index(targets[k]) for line in names for k in rows[line]]]
-    other = calibrated(replace(shared, mean=means.mean(0) + shared.mean), np.concatenate(errors), variance)
+    said, measured = np.concatenate(told), np.concatenate([delta[rows[line]] for line in names])
+    other = calibrated(replace(shared, mean=means.mean(0) + shared.mean), said, measured - said, variance)
     return Memories(tuple(names), (*of, other), tuple(shares))
 
 def _better_memory(
     targets:Sequence[tuple[str, ...]],  # of one line
     delta:np.ndarray,                   # (P, G)
     shared:Memory,                      # with this line's mean
-)->tuple[Memory, np.ndarray]:           # (P, G) the shared memory's errors, left out
+)->tuple[Memory, np.ndarray]:           # (P, G) the shared memory's answers, left out
     "A line's own memory if left-out answers say that it is better, else the shared one, calibrated on the line."
     rows = [shared.perturbations.index(t) for t in targets]
     without = (delta.mean(0) - delta)/max(len(delta) - 1, 1)    # its mean without a row, from its mean
     said = shared.change(shared.left_out()[rows]) + without
-    error = delta - said
     if len(targets) >= shared.config.least_targets and shared.features:
         own = fit_memory(targets, delta, shared.features, shared.config)
         r = [row_correlations(s, delta).mean() for s in (own.change(own.left_out()), said)]
-        if r[0] > r[1]: return own, error
-    return calibrated(shared, error, shared.left_out_variance()[rows]), error
+        if r[0] > r[1]: return own, said
+    return calibrated(shared, said, delta - said, shared.left_out_variance()[rows]), said
 
 # %% ../../nbs/2_actions/11_recall.ipynb #4eca0010
 def recall_table(
@@ -209,6 +209,8 @@ def load_memories(
     for k, own in enumerate(about["of"]):
         perturbations = tuple(map(tuple, own.pop("perturbations")))
         parts = {name: arrays[f"{k}.{name}"] for name in _ARRAYS}
+        parts["growth"] = np.pad(parts["growth"], (0, 3 - len(parts["growth"])))     # two in older models
+        parts["growth"] = np.pad(parts["growth"], (0, 3 - len(parts["growth"])))     # two in older models
         if (found := len(parts["stack"])) != len(MEMBERS):
             raise ValueError(f"{path}: holds a stack of {found} members, where {len(MEMBERS)} belong "
                              f"({', '.join(MEMBERS)}); it is of another version, train the model again")
