@@ -15,7 +15,8 @@ from typing import Literal, NamedTuple
 
 import pandas as pd
 from pydantic import (
-    BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, field_validator, model_validator
+    BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt, field_validator,
+    model_validator
 )
 
 from .core import object_hash
@@ -114,7 +115,8 @@ class StageConfig(Frozen):
     temperature:float = Field(0.07, gt=0)    # align: τ of InfoNCE
     target: Literal[
         "cell", "mean"] = "cell"  # dynamics: latents of a perturbed cell, or its perturbation's mean change
-    action_noise:float = Field(0., ge=0)     # dynamics, "mean": noise on action latents, relative to their size
+    action_noise: NonNegativeFloat | tuple[NonNegativeFloat, ...] = 0.  # dynamics, "mean": noise on action latents,
+                                             # relative to their size; of several the one that left-out targets prefer
     side_weight: float = Field(
         0.1, ge=0)  # dynamics, "mean": latent distance and likelihood, beside the decoded change
     keeps:Literal["confirmed", "all", "none"] = "confirmed"    # dynamics: of what is learned beside a memory
@@ -123,6 +125,14 @@ class StageConfig(Frozen):
     map_ridge:float = Field(1e-3, gt=0)      # dynamics, readout: added to the covariance of the latents
     latents: Literal["predicted",
                      "observed"] = "predicted"  # readout: what is decoded, predicted or the teacher's
+
+    @field_validator("action_noise", mode="before")
+    @classmethod
+    def _several(cls, given):
+        if isinstance(given, str) and "," in given: return given.split(",")
+        if isinstance(given, (tuple, list)) and not given:
+            raise ValueError("found no amount; give one, or several to choose from")
+        return given
 
 # %% ../nbs/0_base/02_config.ipynb #c01a0002
 def _names(text):  # "a, b" as ["a", "b"]; anything else as it is
@@ -283,7 +293,7 @@ def preset(
         further = dict(pretrain=dict(lr=1e-3),
                        align=dict(feature_noise=3.),
                        readout=dict(lr=1e-4, latents="observed"),
-                       dynamics=dict(lr=3e-3, target="mean", action_noise=2.))
+                       dynamics=dict(lr=3e-3, target="mean", action_noise=(.5, 1., 2., 4.)))
         stages = _stages((2, 100, 4, 1), (32, 128, 16, 32), **further)
         return ExperimentConfig(name=name, model=ModelConfig(n_genes=600, d_model=32, **small, **switches),
                                 data=DataConfig(tokens=("protein", "dna")), memory=MemoryConfig(), **stages)
@@ -371,7 +381,7 @@ DEPARTURES = (
     Departure("+", "one readout for all genes, trained on predicted latents",
               "one a gene, on observed latents", ("model.readout", "readout.latents"),
               "the table of training/readout"),
-    Departure("+", "no noise on features or actions", "noise, against few targets",
+    Departure("+", "no noise on features or actions", "noise, against few targets; on actions as they prefer",
               ("align.feature_noise", "dynamics.action_noise"), "the ladder of training/dynamics"),
     Departure("+", "the teacher follows with 0.996", "0.99 for short runs", ("model.ema_momentum", )),
 )

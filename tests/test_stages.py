@@ -4,6 +4,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import Ridge
 from torch.utils._python_dispatch import TorchDispatchMode
 from training_cases import small_data
 
@@ -21,7 +22,8 @@ from biojepa.model.biojepa import BioJEPA, Context
 from biojepa.predict.many import predict_many
 from biojepa.training.align import align_stage, retrieval_report
 from biojepa.training.dynamics import (
-    GeneMaps, dynamics_stage, gene_maps, last_layers, mean_targets, noisy, scale_residual_, settle_
+    GeneMaps, dynamics_stage, gene_maps, last_layers, left_out_gains, mean_targets, noisy, scale_residual_,
+    settle_
 )
 from biojepa.training.loop import fit
 from biojepa.training.monitor import CollapseMonitor
@@ -118,6 +120,63 @@ def test_no_stage_sees_a_held_out_perturbation(screen):
         assert not held & {c for b in screen.stage(name, model).loader for c in b.pert.tolist()}
     codes = set(screen.table.target_codes[screen.train].tolist())
     assert {t for b in screen.stage("align", model).loader for t in b.target.tolist()} < codes
+
+
+def noise_case(screen):
+    "A model, its targets, the condition of each perturbation, and latents and changes by trained condition."
+    model, adata = small(), screen.adata
+    maps = GeneMaps(torch.ones(60, 4), torch.ones(60, 4))
+    targets = mean_targets(adata, screen.split, torch.zeros(adata.n_obs, dtype=torch.long), maps)
+    with torch.no_grad(): latent = model.composer(screen.actions)*screen.actions.present[..., None]
+    condition, left = np.array(screen.table.condition), targets.delta[:, 0].clone().numpy()
+    if screen.actions.genes is not None:
+        for row, genes in zip(left, screen.actions.genes.numpy()): row[genes[genes >= 0]] = 0
+    names = np.unique(condition[screen.train])
+    own = [[p for p in screen.train if condition[p] == name] for name in names]
+    Z, Y = (np.stack([values[at].mean(0) for at in own]).astype(float)
+            for values in (latent.flatten(1).numpy(), left))
+    return model, targets, condition, Z, Y, latent[screen.actions.present].square().mean().item()
+
+
+def test_noise_is_chosen_as_by_leaving_each_target_out(screen):
+    "Against a ridge regression fitted anew without each condition; all guides of one go together."
+    model, targets, condition, Z, Y, size = noise_case(screen)
+    gains = left_out_gains(model, screen.actions, targets, condition, (.5, 2.))
+    for noise, gain in gains.items():
+        error = 0
+        for i in range(len(Z)):
+            rest = np.arange(len(Z)) != i
+            fitted = Ridge(alpha=len(Z)*noise**2*size).fit(Z[rest], Y[rest])
+            error += np.square(Y[i] - fitted.predict(Z[i:i + 1])[0]).sum()
+        assert gain == pytest.approx(1 - error/np.square(Y).sum(), abs=1e-6)
+
+
+def test_noise_on_latents_is_a_ridge_penalty(screen):
+    "Bishop (1995): least squares on many noisy copies of the latents is ridge with n s² σ²."
+    *_, Z, Y, size = noise_case(screen)
+    Z, Y, rng, noise = Z[:, :6] - Z[:, :6].mean(0), Y - Y.mean(0), np.random.default_rng(0), 1.
+    copies = 4000
+    noisy_Z = np.tile(Z, (copies, 1)) + noise*np.sqrt(size)*rng.normal(size=(copies*len(Z), 6))
+    found = np.linalg.lstsq(noisy_Z, np.tile(Y, (copies, 1)), rcond=None)[0]
+    exact = np.linalg.solve(Z.T @ Z + len(Z)*noise**2*size*np.eye(6), Z.T @ Y)
+    np.testing.assert_allclose(found, exact, atol=.02*np.abs(exact).max())
+
+
+def test_dynamics_takes_the_noise_that_left_out_targets_prefer(screen):
+    "Planted: changes that are linear in the latents want the least noise, changes drawn at random the most."
+    model, targets, condition, *_ = noise_case(screen)
+    with torch.no_grad(): latent = (model.composer(screen.actions)*screen.actions.present[..., None]).flatten(1)
+    measured, draw = targets.delta.any(-1, keepdim=True), torch.Generator().manual_seed(0)
+    way = torch.randn(latent.shape[1], 60, generator=draw)
+    linear = targets._replace(delta=torch.where(measured, (latent @ way)[:, None], 0.))
+    drawn = targets._replace(delta=torch.where(measured, torch.randn(targets.delta.shape, generator=draw), 0.))
+    plain, noises = screen.actions._replace(genes=None), (.125, .5, 2., 8.)
+    assert left_out_gains(model, plain, linear, condition, noises).idxmax() == .125
+    assert left_out_gains(model, plain, drawn, condition, noises).idxmax() == 8
+    stage = screen.stage("dynamics", small(), SHORT.changed(target="mean", action_noise=noises))
+    gains = left_out_gains(small(), screen.actions, targets, condition, noises)
+    assert stage.config.action_noise == gains.idxmax() and isinstance(stage.config.action_noise, float)
+    with pytest.raises(ValueError, match="found no amount"): SHORT.changed(action_noise=())
 
 
 def test_mean_targets_against_a_loop_over_cells(screen):

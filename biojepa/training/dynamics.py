@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['actions_of', 'dynamics_step', 'GeneMaps', 'gene_maps', 'training_maps', 'MeanTargets', 'mean_targets', 'noisy',
-           'decoded_change', 'mean_dynamics_step', 'learn_interventions_', 'dynamics_stage', 'held_out_changes',
-           'Settled', 'last_layers', 'scale_residual_', 'settle_']
+           'to_be_learned', 'left_out_gains', 'decoded_change', 'mean_dynamics_step', 'learn_interventions_',
+           'dynamics_stage', 'held_out_changes', 'Settled', 'last_layers', 'scale_residual_', 'settle_']
 
 # %% ../../nbs/4_training/06_dynamics.ipynb #b2fb4a96
 from functools import partial
-from typing import Callable, NamedTuple
+from typing import Callable, NamedTuple, Sequence
 
 import numpy as np
 import pandas as pd
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..actions.memory import row_correlations
 from ..actions.recall import line_slots
-from ..actions.vocabulary import Mode
+from ..actions.vocabulary import ActionTable, Mode
 from ..config import StageConfig
 from ..data.batches import ActionBatch, PairBatch, dense_rows, row_source
 from ..data.controls import by_name
@@ -148,6 +148,47 @@ def noisy(
     noise = torch.randn(action.shape, generator=generator, device=action.device)
     return action + size*rms*noise*present[..., None]
 
+# %% ../../nbs/4_training/06_dynamics.ipynb #cfd520f3
+def to_be_learned(
+    model:BioJEPA,
+    actions:ActionBatch,    # (P, A, F) with what is remembered of each, left out
+    targets:MeanTargets,    # of P perturbations and S memories
+)->Tensor:                  # (P, S, G); NaN where nothing was measured
+    "Mean changes without the targeted genes and without what is remembered."
+    left = targets.delta.clone()
+    measured = left.any(-1, keepdim=True)
+    if actions.recall is not None: left -= actions.recall.to(left)[:, :left.shape[1]] @ model.responses.to(left)
+    if actions.genes is not None:
+        row, k = (actions.genes >= 0).nonzero(as_tuple=True)
+        left[row, :, actions.genes[row, k]] = 0
+    return left.where(measured, torch.nan)
+
+@torch.inference_mode()
+def left_out_gains(
+    model:BioJEPA,              # its composer as alignment left it
+    actions:ActionBatch,        # (P, A, F)
+    targets:MeanTargets,        # of training perturbations; the others' are zero
+    condition:Sequence[str],    # (P,) guides of one condition are left out together
+    noises:Sequence[float],     # relative to the latents' root mean square
+)->pd.Series:                   # noise -> share of what is to be learned that is explained of left-out conditions
+    "How well a linear map from noisy action latents answers for conditions that it was not fitted to."
+    latent = model.composer(actions.to(next(model.parameters()).device)).double().cpu()
+    present, left = actions.present.cpu(), to_be_learned(model, actions, targets).nanmean(1).double().numpy()
+    size = latent[present].square().mean().item()
+    latent = (latent*present[..., None]).flatten(1).numpy()
+    trained = ~np.isnan(left).any(1)
+    _, code = np.unique(np.asarray(condition)[trained], return_inverse=True)
+    mean = np.eye(code.max() + 1)[:, code]/np.bincount(code)[:, None]
+    Z, Y, n = mean @ latent[trained], mean @ left[trained], len(mean)
+    Z -= Z.mean(0)
+    values, U = np.linalg.eigh(Z @ Z.T)
+    gains = {}
+    for noise in noises:
+        hat = (U*(values/(values + max(n*noise**2*size, 1e-6*values[-1])))) @ U.T + 1/n
+        error = (Y - hat @ Y)/(1 - np.diag(hat))[:, None]
+        gains[float(noise)] = 1 - np.square(error).sum()/np.square(Y).sum()
+    return pd.Series(gains, name="explained").rename_axis("noise")
+
 # %% ../../nbs/4_training/06_dynamics.ipynb #dbf8e312
 def decoded_change(
     model:BioJEPA,
@@ -169,7 +210,7 @@ def mean_dynamics_step(
     actions:ActionBatch,        # (P, A, F) the table of actions
     slots:Tensor,               # see `actions_of`
     targets:MeanTargets,        # of the training perturbations
-    config:StageConfig,         # `action_noise`, `side_weight`
+    config:StageConfig,         # `action_noise` (one), `side_weight`
 )->StepOutput:
     "Predict the mean change of expression through latents, and the spread of single cells around it."
     acts, hidden = actions_of(batch, actions, slots), None
@@ -222,6 +263,10 @@ def dynamics_stage(
     if model.config.n_recalled: model.lift.copy_(maps.lift)
     if config.target == "mean":
         targets = mean_targets(adata, split, slots, maps)
+        if not isinstance(config.action_noise, float):
+            gains = left_out_gains(model, actions, targets, ActionTable.from_anndata(adata).condition,
+                                   config.action_noise)
+            config = config.changed(action_noise=float(gains.idxmax()))
         step = partial(mean_dynamics_step, actions=actions, slots=slots, targets=targets, config=config)
     trains = {"predictor": config.lr, "composer": config.lr_composer or config.lr}
     validate = _held_out_dynamics(adata, split, actions, slots, seed)

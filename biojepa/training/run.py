@@ -130,6 +130,7 @@ class Run(NamedTuple):
     features:tuple[FeatureBank, ...]    # of targets and guides, one bank per modality
     memories:Memories|None = None       # what training perturbations say of others, where the model has a memory
     settled:Settled|None = None         # how much of what was learned beside it was kept
+    action_noise:float = 0.             # in dynamics, as configured or chosen
 
     @property
     def label(self)->str:
@@ -273,13 +274,14 @@ def _run_in(
         memories = load_memories(path, actions.banks)
     actions = actions.remembering(memories)
     with own_randomness(experiment.seed): model = BioJEPA(experiment.model).follow_names_(adata.var_names)
-    settled = None
+    settled, noise = None, 0.
     if memories: model.responses.copy_(torch.from_numpy(memories.responses))
     if experiment.model.sees_relations:
         model.gene_features.copy_(torch.from_numpy(gene_features(actions.banks, adata.var_names)))
     for name in stages:
         if stage := build_stage(name, model, experiment, roster, actions):
             logs[name] = fit(model, stage, folder/name, seed=experiment.seed, fabric=fabric, **options)
+            if name == "dynamics": noise = stage.config.action_noise
         if memories and name == "dynamics": settled = _settled(model, experiment, roster, actions, folder, fabric)
     if fabric.is_global_zero:
         save_pretrained(model, folder/"model", adata.var_names, actions.table.perturbation, actions.banks,
@@ -287,7 +289,7 @@ def _run_in(
     fabric.barrier()
     log = pd.concat(logs, names=["stage"]).reset_index("stage").reset_index(drop=True)
     return Run(model, folder, log, adata, split, actions.actions, actions.table, experiment, actions.banks,
-               memories, settled)
+               memories, settled, noise)
 
 # %% ../../nbs/4_training/08_run.ipynb #54ff0ba6
 def _data(experiment:ExperimentConfig, adata:AnnData|None, split:Split|None, runs:Path, fabric:Fabric)->tuple:
