@@ -34,7 +34,6 @@ MANY_PARAMETERS = {     # functions that still have more than seven; the list ma
     "explore.search.optimise_action",
     "explore.search.rank_actions",
     "explore.states.wanted_states",
-    "predict.model.predictions",
 }
 SETTINGS = configparser.ConfigParser()
 SETTINGS.read(PATHS.root/"settings.ini")
