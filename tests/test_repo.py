@@ -28,7 +28,6 @@ NOTEBOOKS = house.notebooks()
 LIBRARY = [n for n in NOTEBOOKS if n.parent != PATHS.nbs]
 PAPER = [n for n in NOTEBOOKS if n.parent == PATHS.nbs and n.stem != "index"]
 MANY_PARAMETERS = {     # functions that still have more than seven; the list may only become shorter
-    "explore.gene_probes.gene_probe",
     "explore.pathways.action_spaces",
     "explore.pathways.pathway_table",
     "explore.search.optimise_action",
