@@ -29,9 +29,6 @@ LIBRARY = [n for n in NOTEBOOKS if n.parent != PATHS.nbs]
 PAPER = [n for n in NOTEBOOKS if n.parent == PATHS.nbs and n.stem != "index"]
 MANY_PARAMETERS = {     # functions that still have more than seven; the list may only become shorter
     "explore.pathways.action_spaces",
-    "explore.pathways.pathway_table",
-    "explore.search.optimise_action",
-    "explore.search.rank_actions",
     "explore.states.wanted_states",
 }
 SETTINGS = configparser.ConfigParser()
