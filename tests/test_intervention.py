@@ -12,7 +12,7 @@ from biojepa.data.controls import match_controls
 from biojepa.data.own_gene import own_gene_effects, targeted_values
 from biojepa.model.biojepa import BioJEPA
 from biojepa.predict.baselines import train_mean, with_own_gene
-from biojepa.predict.model import predictions
+from biojepa.predict.model import Subject, predictions
 from biojepa.predict.sets import test_set
 from biojepa.training.align import jittered
 from biojepa.training.dynamics import learn_interventions_
@@ -132,7 +132,7 @@ def test_prediction_lowers_the_unseen_target_and_a_baseline_can_too(screen):
     with torch.no_grad():
         for g in range(G):
             model.readout.linear.weight[g] = torch.randn(8, generator=torch.Generator().manual_seed(g))
-    ps = predictions(model, adata, split, actions, table, progress=False)
+    ps = predictions(Subject(model, adata, split, actions, table), progress=False)
     informed = with_own_gene(train_mean(template, adata, split), adata, split)
     own = own_gene_effects(adata, split)
     names = list(adata.var_names)

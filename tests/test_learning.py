@@ -11,7 +11,7 @@ from biojepa.config import preset
 from biojepa.data.loaders import cell_loader
 from biojepa.model.biojepa import BioJEPA
 from biojepa.predict.baselines import train_mean, with_own_gene
-from biojepa.predict.model import predictions
+from biojepa.predict.model import Subject, predictions
 from biojepa.predict.regressors import nearest_neighbours, ridge, target_features
 from biojepa.predict.sets import pseudobulk, test_set
 from biojepa.training.monitor import effective_rank, encoder_latents
@@ -103,7 +103,8 @@ def test_better_than_baselines_on_features_and_than_a_mean_that_knows_the_target
     def r(s):
         bulk = pseudobulk(s)
         return np.array([np.corrcoef(a, b)[0, 1] for a, b in zip(bulk.predicted, bulk.observed)])
-    own = r(predictions(model, screen.adata, screen.split, screen.actions, screen.table, progress=False))
+    asked = Subject(model, screen.adata, screen.split, screen.actions, screen.table)
+    own = r(predictions(asked, progress=False))
     for other in others:
         difference, low, high = learning.paired_interval(own - r(other))
         assert low > 0, (other.name, difference, low, high)

@@ -19,7 +19,7 @@ from biojepa.explore.relations import label_relation
 from biojepa.explore.released import released_labels, released_neighbours, released_pathways, released_ratio
 from biojepa.explore.representations import gene_embeddings
 from biojepa.model.biojepa import BioJEPA
-from biojepa.predict.model import predictions
+from biojepa.predict.model import Subject, predictions
 
 
 @pytest.fixture(scope="module")
@@ -252,7 +252,7 @@ def test_module_similarity_is_empty_without_planted_modules(screen):
 def test_released_pathways_ask_the_released_questions(screen, tmp_path):
     "Genes and guides by the first set of their gene, held-out guides by their mean Δ; random numbers beside each."
     model, adata, split, actions, table = screen
-    answers = predictions(model, adata, split, actions, table, progress=False)
+    answers = predictions(Subject(*screen), progress=False)
     found = released_pathways(model, adata, actions, table, [answers], seed=1)
     truth = dict(zip(adata.uns["truth"]["gene"].astype(str), adata.uns["truth"]["module"].astype(str)))
     by = found.set_index(["question", "space"])

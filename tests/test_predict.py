@@ -22,7 +22,7 @@ from biojepa.data.splits import make_split
 from biojepa.model.biojepa import BioJEPA
 from biojepa.model.saving import Pretrained, save_pretrained
 from biojepa.predict.anndata import predict
-from biojepa.predict.model import changes, predictions
+from biojepa.predict.model import Subject, changes, predictions
 from biojepa.predict.sets import PredictionSet, pseudobulk, test_set
 from biojepa.training.run import Run
 
@@ -370,7 +370,7 @@ SWITCHES = dict(released={},
 def test_predictions_are_the_models_own_pair_by_pair(case, switches):
     adata, split = case
     model, (table, actions) = made(**switches), described(adata)
-    ps = predictions(model, adata, split, actions, table, batch_size=7, progress=False)
+    ps = predictions(Subject(model, adata, split, actions, table), batch_size=7, progress=False)
     delta, variance = map(
         np.stack,
         zip(*(plain_change(model, adata, row.control, actions, table.perturbation.index(row.perturbation))
@@ -390,24 +390,25 @@ def test_predictions_are_the_models_own_pair_by_pair(case, switches):
 def test_a_template_is_filled_in_and_not_asked_for_again(case, template, monkeypatch):
     adata, split = case
     model, (table, actions) = made(), described(adata)
-    plain = predictions(model, adata, split, actions, table, progress=False)
+    asked = Subject(model, adata, split, actions, table)
+    plain = predictions(asked, progress=False)
     monkeypatch.setattr("biojepa.predict.model.test_set", None)
-    given = predictions(model, adata, split, actions, table, template, progress=False)
+    given = predictions(asked, template=template, progress=False)
     np.testing.assert_array_equal(given.cell_delta, plain.cell_delta)
     assert given.observed is template.observed and given.control is template.control
     assert given.provenance == plain.provenance
     with pytest.raises(ValueError, match="part, seed: the template decides that already"):
-        predictions(model, adata, split, actions, table, template, part="val", seed=1)
+        predictions(asked, template=template, part="val", seed=1)
     other = held_out(adata, train=TRAIN[:2], val=VAL + TRAIN[2:])
     with pytest.raises(ValueError, match="the template was made with"):
-        predictions(model, adata, other, actions, table, template, progress=False)
+        predictions(asked._replace(split=other), template=template, progress=False)
 
 
 def test_half_precision_rounds_cells_and_not_means(case, template):
     adata, split = case
     model, (table, actions) = made(), described(adata)
-    full, half = (predictions(model, adata, split, actions, table, template, dtype=d, progress=False)
-                  for d in (np.float32, np.float16))
+    asked = Subject(model, adata, split, actions, table)
+    full, half = (predictions(asked, template=template, dtype=d, progress=False) for d in (np.float32, np.float16))
     assert half.cell_delta.dtype == half.variance.dtype == np.float16
     np.testing.assert_array_equal(half.delta, full.delta)
     np.testing.assert_array_equal(half.delta_variance, full.delta_variance)
@@ -417,8 +418,8 @@ def test_half_precision_rounds_cells_and_not_means(case, template):
 def test_batch_size_changes_nothing(case):
     adata, split = case
     model, (table, actions) = made(), described(adata)
-    one, many = (predictions(model, adata, split, actions, table, batch_size=n, progress=False)
-                 for n in (1, 10**4))
+    asked = Subject(model, adata, split, actions, table)
+    one, many = (predictions(asked, batch_size=n, progress=False) for n in (1, 10**4))
     np.testing.assert_allclose(one.cell_delta, many.cell_delta, atol=2e-5)
 
 
@@ -451,14 +452,14 @@ def test_a_finished_run_holds_everything(case, tmp_path):
                 experiment=preset("smoke"))
     run = Run(**dict.fromkeys(Run._fields) | held)
     ps = predictions(run, progress=False)
-    by_hand = predictions(model, adata, split, actions, table, progress=False)
+    by_hand = predictions(Subject(model, adata, split, actions, table), progress=False)
     np.testing.assert_array_equal(ps.cell_delta, by_hand.cell_delta)
     assert ps.provenance["run"] == "abc-0" and len(ps.provenance["experiment"]) == 12
     assert set(predictions(run, part="val", progress=False).groups["condition"]) == set(VAL)
-    with pytest.raises(ValueError, match="split, table: missing; give them, or a finished Run"):
-        predictions(model, adata, actions=actions)
+    with pytest.raises(ValueError, match="found a model alone; give Subject.*, or a finished Run"):
+        predictions(model, adata)
     with pytest.raises(ValueError, match="make it with ActionTable.from_anndata"):
-        predictions(model, adata, split, actions, table.select(range(3)), progress=False)
+        predictions(run._replace(table=table.select(range(3))), progress=False)
 
 
 # ---- AnnData in, AnnData out ----

@@ -28,13 +28,8 @@ NOTEBOOKS = house.notebooks()
 LIBRARY = [n for n in NOTEBOOKS if n.parent != PATHS.nbs]
 PAPER = [n for n in NOTEBOOKS if n.parent == PATHS.nbs and n.stem != "index"]
 MANY_PARAMETERS = {     # functions that still have more than seven; the list may only become shorter
-    "explore.gene_probes.gene_probe",
     "explore.pathways.action_spaces",
-    "explore.pathways.pathway_table",
-    "explore.search.optimise_action",
-    "explore.search.rank_actions",
     "explore.states.wanted_states",
-    "predict.model.predictions",
 }
 SETTINGS = configparser.ConfigParser()
 SETTINGS.read(PATHS.root/"settings.ini")

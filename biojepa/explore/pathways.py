@@ -195,26 +195,20 @@ def pathway_table(
     relation:Relation,              # among genes
     k_genes:int=10,                 # neighbours of a gene
     k_actions:int=4,                # neighbours of a perturbation
-    n_permutations:int=500,
-    seed:int=0,
+    **draws,                        # of `relation_table`: n_permutations, seed
 )->pd.DataFrame:                    # question, and the columns of `relation_table`
     "Do genes, and perturbations of genes, of one pathway lie together?"
     fit, width = np.union1d(split.cells(adata, "train"), split.controls(adata, "train")), model.config.d_model
-    level, given = expression_level(adata, fit), dict(n_permutations=n_permutations, seed=seed, progress=False)
-    of_genes = {
-        "gene embeddings": gene_embeddings(model), "PCA loadings": gene_loadings(adata,
-                                                                                 fit,
-                                                                                 width,
-                                                                                 seed=seed),
-        "expression level": level
-    }
+    level, loadings = expression_level(adata, fit), gene_loadings(adata, fit, width, seed=draws.get("seed", 0))
+    of_genes = {"gene embeddings": gene_embeddings(model), "PCA loadings": loadings, "expression level": level}
     rank = pd.Series(level[:, 0]).rank(method="first")
     bins = Sides(strata=pd.qcut(rank, min(10, adata.n_vars), labels=False))  # genes of like level are dealt anew
     (single, targets), genes = spaces.singles(), list(map(str, adata.var_names))
     held = (single.actions["part"] == "test").to_numpy()
     among = crossed(single.spaces["predicted responses"], single.spaces["observed responses"], held)
     mixed = single.spaces | {"predicted, among observed responses": among}
-    def ask(of, names, k, sides=Sides()): return relation_table(of, names, relation, k, sides, **given)
+    def ask(of, names, k, sides=Sides()):
+        return relation_table(of, names, relation, k, sides, progress=False, **draws)
     return _asked({
         "genes": ask(of_genes, genes, k_genes),
         "genes of like expression": ask(of_genes, genes, k_genes, bins),
