@@ -57,12 +57,12 @@ def screen():
     torch.manual_seed(0)
     config = preset("smoke").model
     model = BioJEPA(config.changed(n_genes=60, d_protein=banks[0].width, d_dna=banks[1].width))
-    return model, adata, split, action_batch(table, banks), table
+    return Subject(model, adata, split, action_batch(table, banks), table)
 
 
 def test_action_spaces_are_means_of_what_each_guide_has(screen):
     model, adata, split, actions, table = screen
-    guides, merged = (g.action_spaces(*screen, by=by, n_cells=3, progress=False)
+    guides, merged = (g.action_spaces(screen, by=by, n_cells=3, progress=False)
                       for by in ("perturbation", "condition"))
     assert set(guides.actions["part"]) == {"train", "val", "test"
                                            } and not any(c == "ctrl" for c in guides.actions["condition"])
@@ -81,8 +81,8 @@ def test_action_spaces_are_means_of_what_each_guide_has(screen):
     np.testing.assert_allclose(guides.spaces["observed responses"][0],
                                means.delta.mean(0)[~adata.var_names.isin(table.genes)],
                                atol=1e-6)
-    with pytest.raises(ValueError, match="by: found 'guide'"): g.action_spaces(*screen, by="guide")
-    with pytest.raises(ValueError, match="n_cells: found 0"): g.action_spaces(*screen, n_cells=0)
+    with pytest.raises(ValueError, match="by: found 'guide'"): g.action_spaces(screen, by="guide")
+    with pytest.raises(ValueError, match="n_cells: found 0"): g.action_spaces(screen, n_cells=0)
 
 
 def test_predicted_responses_are_those_of_predict_on_the_same_cells(screen):
@@ -241,7 +241,7 @@ def test_each_mode_of_a_target_is_a_perturbation_of_its_own():
 
 def test_module_similarity_is_empty_without_planted_modules(screen):
     _, adata, *_ = screen
-    spaces = g.action_spaces(*screen, n_cells=2, progress=False)
+    spaces = g.action_spaces(screen, n_cells=2, progress=False)
     found = g.module_similarity(adata, spaces)
     assert set(found) == set(spaces.spaces) and all(s.shape == (4, 4) for s in found.values())
     bare = adata.copy()
@@ -252,7 +252,7 @@ def test_module_similarity_is_empty_without_planted_modules(screen):
 def test_released_pathways_ask_the_released_questions(screen, tmp_path):
     "Genes and guides by the first set of their gene, held-out guides by their mean Δ; random numbers beside each."
     model, adata, split, actions, table = screen
-    answers = predictions(Subject(*screen), progress=False)
+    answers = predictions(screen, progress=False)
     found = released_pathways(model, adata, actions, table, [answers], seed=1)
     truth = dict(zip(adata.uns["truth"]["gene"].astype(str), adata.uns["truth"]["module"].astype(str)))
     by = found.set_index(["question", "space"])

@@ -22,6 +22,7 @@ from biojepa.explore.states import Measure, TargetState, measure_of, target_stat
 from biojepa.model.biojepa import BioJEPA, Context
 from biojepa.model.saving import Pretrained, save_pretrained
 from biojepa.predict.many import predict_many, predict_naively, time_forms
+from biojepa.predict.model import Subject
 
 G = 40
 torch.set_num_threads(1)
@@ -374,8 +375,9 @@ def test_a_killed_screen_goes_on(data, model, tmp_path):
 
 
 def test_wanted_states_are_changes_against_the_controls_of_their_batches(data, model):
-    adata, split, _, _ = data
-    states, about = wanted_states(model, adata, split, min_cells=1, progress=False)
+    adata, split, table, actions = data
+    subject = Subject(model, adata, split, actions, table)
+    states, about = wanted_states(subject, min_cells=1, progress=False)
     assert len(states) == 12 and about.part.value_counts().to_dict() == dict(
         train=8, val=2, test=2) and about.part.tolist()[:2] == ["test", "test"]
     obs, name = adata.obs, about.condition[0]
@@ -386,12 +388,12 @@ def test_wanted_states_are_changes_against_the_controls_of_their_batches(data, m
         h[np.flatnonzero((obs.condition == "ctrl") & (obs.batch == obs.batch.iloc[i]))].mean(0) for i in own
     ]).mean(0)
     torch.testing.assert_close(states[name].latent[0], h[own].mean(0) - before, atol=1e-5, rtol=1e-4)
-    few, _ = wanted_states(model, adata, split, n_states=3, min_cells=1, progress=False)
+    few, _ = wanted_states(subject, n_states=3, min_cells=1, progress=False)
     assert list(few) == list(states)[:3]
     with pytest.raises(ValueError, match="no condition has 1000 cells"):
-        wanted_states(model, adata, split, min_cells=1000)
+        wanted_states(subject, min_cells=1000)
     with pytest.raises(ValueError, match="no control cell of 'liver'"):
-        wanted_states(model, adata, split, cell_type="liver")
+        wanted_states(subject, cell_type="liver")
 
 
 @pytest.mark.parametrize("space", ["latent", "expression"])

@@ -51,11 +51,7 @@ class ActionSpaces(NamedTuple):
 
 # %% ../../nbs/7_explore/06_pathways.ipynb #5d8801c1
 def action_spaces(
-    model:BioJEPA,
-    adata:AnnData,                  # prepared, genes in the model's order
-    split,                          # Split
-    actions:ActionBatch,            # (P, A, F) row p is perturbation p
-    table:ActionTable,              # P perturbations
+    run,                            # a finished Run, or a Subject
     by:Literal["condition", "perturbation"]="condition",    # guides of a target together, or each guide
     n_cells:int=8,                  # control cells of each line that responses are predicted for
     seed:int=0,                     # of drawing them
@@ -64,6 +60,7 @@ def action_spaces(
     "Features, action latents, predicted and observed responses of every perturbation that has cells and features."
     if by not in ("condition", "perturbation"):
         raise ValueError(f"by: found {by!r}; choose 'condition' or 'perturbation'")
+    model, adata, actions, table = run.model, run.adata, run.actions, run.table
     rows = np.flatnonzero(~table.is_control & actions.present.any(1).numpy() & (np.array(table.n_cells) > 0))
     if len(rows) < 3:
         raise ValueError(
@@ -82,7 +79,7 @@ def action_spaces(
     }
     part = {
         table.perturbation[p]: name for name in ("train", "val", "test")
-        for p in table.rows(adata, split, name)
+        for p in table.rows(adata, run.split, name)
     }
     frame = table.frame.iloc[rows][["perturbation", "condition", "targets", "mode",
                                     "n_cells"]].reset_index(drop=True)

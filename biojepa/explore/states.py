@@ -81,9 +81,7 @@ def ready_cells(
 
 # %% ../../nbs/7_explore/08_states.ipynb #75113944
 def wanted_states(
-    model:BioJEPA,
-    adata:AnnData,              # prepared, the model's genes in its order
-    split,                      # Split; says which perturbations the model was trained on
+    run,                        # a finished Run, or a Subject; its split says what the model was trained on
     n_states:int=60,            # at most; held-out conditions first, then others, each at random
     min_cells:int=10,           # conditions with fewer cells are left out
     cell_type:str|None=None,    # the line; the one with most test cells if None
@@ -91,7 +89,8 @@ def wanted_states(
     progress:bool=True,
 )->tuple[dict[str, TargetState], pd.DataFrame]:     # condition -> state, relative to controls; a row about each
     "Effects of known perturbations, as states to be reached."
-    part, line = split.part_of(adata), adata.obs["cell_type"].astype(str).to_numpy()
+    adata = run.adata
+    part, line = run.split.part_of(adata), adata.obs["cell_type"].astype(str).to_numpy()
     if cell_type is None:
         cell_type = pd.Series(line[part == "test"] if (part == "test").any() else line).mode()[0]
     condition = adata.obs["condition"].astype(str).to_numpy()
@@ -109,7 +108,7 @@ def wanted_states(
     code = pd.Index(about["condition"]).get_indexer(condition[own])
     order = np.argsort(code, kind="stable")
     def read(at):
-        return (state_latents(model, adata[some], False).double()
+        return (state_latents(run.model, adata[some], False).double()
                 for some in np.array_split(at, -(-len(at) // 64)))
     found, states = matched_means(match_groups(adata, own[order], code[order], control), read), {}
     for p, mean, before in tqdm(found, desc="states", total=len(about), disable=not progress):
