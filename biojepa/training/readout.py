@@ -19,7 +19,7 @@ from ..data.batches import ActionBatch, PairBatch
 from ..data.loaders import Roster, pair_loader
 from ..model.biojepa import BioJEPA, Context
 from .dynamics import actions_of, training_maps
-from .loop import Stage, StepOutput
+from .loop import Stage, StepOutput, mean_over_pieces
 
 # %% ../../nbs/4_training/07_readout.ipynb #f3c0926a
 def readout_step(
@@ -74,8 +74,11 @@ def readout_stage(
     def validate(model):
         if not len(Roster.of(adata, split)["val"]): return {}
         pairs = next(iter(pair_loader(adata, split, "val", batch_size=128, seed=seed, training=True)))
-        pairs = pairs.to(next(model.parameters()).device)
-        error = {f"val_mse_{k}": readout_step(model, pairs, actions=actions, slots=slots, latents=k).loss.item()
-                 for k in ("predicted", "observed")}
-        return error | dict(val_mse_no_change=(pairs.x_pert - pairs.x_ctrl).square().mean().item())
+        device = next(model.parameters()).device
+        def look(some):
+            some = some.to(device)
+            errors = {k: readout_step(model, some, actions=actions, slots=slots, latents=k).loss
+                      for k in ("predicted", "observed")}
+            return errors | dict(no_change=(some.x_pert - some.x_ctrl).square().mean())
+        return {f"val_mse_{k}": v for k, v in mean_over_pieces(look, pairs, adata.n_vars, tokens=2**16).items()}
     return Stage("readout", config, step, {"readout": config.lr}, loader, validate=validate, begin=begin)
