@@ -38,7 +38,7 @@ bench: $(READY)         # collapsed against naive: figures/benchmark.csv, .md an
 	$(BIN)/python -m biojepa.report.benchmark
 
 PEERS := state cpa
-RUN ?= $(error give the folder of a run, as make peers RUN=runs/2fa9e94e7058-0)
+RUN ?= $(error give the folder of a run, as make peers RUN=runs/5e3e9e35fdcd-0)
 
 peers: $(READY) $(PEERS:%=.venvs/%/.installed)  # peers with environments of their own answer a run: peers/README.md
 	$(BIN)/python -m biojepa.predict.methods $(RUN)

@@ -1,6 +1,6 @@
 """figures/peers.csv: what the peers of some runs scored and cost. This one runs in the project's own environment.
 
-    .venv/bin/python peers/table.py default=runs/2fa9e94e7058-0 pairs=runs/…
+    .venv/bin/python peers/table.py default=runs/5e3e9e35fdcd-0 pairs=runs/…
 
 A run needs config.json, split.json and answers in its folder `peers`; the model's row comes from the run's
 predictions.h5ad, which nbs/90_eval.ipynb saves, and is left out where there is none. Sets of the table that are not
